@@ -1,0 +1,5 @@
+"""Log-probs of tokens under a model, packed so that a group's prompt is computed once."""
+
+from logprobs.engine import token_log_probs
+
+__all__ = ["token_log_probs"]

@@ -1,0 +1,1 @@
+"""Loading models and tokenizers, and which frozen model is resident when."""

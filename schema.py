@@ -1,0 +1,100 @@
+"""The types of this project's own keys; their values and comments stand in cfgs/, at the leaf.
+
+Each class is built from the flat configuration by name. Imports nothing heavy: plan.py reads it before a run.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the entry point itself needs."""
+
+    trainer: str
+    run_name: str
+    results_dir: str
+    output_dir: str
+    overwrite_output_dir: bool
+    resume_from: str | None
+    warmup_run: str | None
+    dry_run: bool
+    seed: int
+    report_to: str | None
+    train_batch_size: int
+    requires: str | None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    model_name_or_path: str
+    model_size: float
+    model_max_length: int
+    trust_remote_code: bool
+    attn_implementation: str
+    use_peft: bool
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_target_modules: str | list
+    load_in_4bit: bool
+    save_merged_model: bool
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they are shown."""
+
+    dataset_id_or_path: str
+    dataset_split: str
+    dataset_seed: int
+    dataset_size: int | None
+    eval_dataset_id_or_path: str | None
+    eval_size: int
+    reasoning_format: str
+    use_dataset_system_prompt: bool
+    max_prompt_length: int
+
+
+@dataclass(frozen=True)
+class GRPOKeys:
+    """Keys of the GRPO profiles that are arithmetic over TRL's fields, or name a user's own code."""
+
+    generation_aggregation_steps: int | None
+    use_vllm_server: bool
+    reward_functions: list | None
+
+
+@dataclass(frozen=True)
+class TeacherRewardConfig:
+    """The keys of `reward_cfg` (arXiv 2506.08388); commented in cfgs/trainer_cfg/reward_cfg/teacher.yaml."""
+
+    answer_log_prob_coeff: list
+    kl_penalty_reward_coeff: list
+    reduction_log_prob_fn: list
+    reduction_kl_fn: list
+    normalize_log_prob_fn: str | None
+    normalize_kl_fn: str | None
+    clip_log_prob: float | None
+    clip_kl: float | None
+    use_schulman_kl_estimation: bool
+    not_matched_penalty: float
+    unbias_teacher_log_probs: bool
+    unbias_student_log_probs_temp: float
+    include_teacher_think_entropy: bool
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Whose understanding is measured."""
+
+    student_model: str | None
+
+
+def pick(config: dict[str, Any], cls: type[Config]) -> Config:
+    """The keys of `config` that `cls` has, as an instance of it."""
+    return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})

@@ -1,0 +1,202 @@
+"""One entry for every run: compose the configuration, plan, build, train.
+
+    ./launch_mono.sh [RUN] [key=value ...]        or, in the environment:  python train.py [RUN] [key=value ...]
+
+A run file's `warmup_run` goes first, in a process of its own, unless it is complete or a model was named.
+"""
+
+import difflib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from models.versions import check_versions, requirements_file
+from plan import Plan, key_names, make_plan
+
+ROOT = Path(__file__).resolve().parent
+CFGS = ROOT / "cfgs"
+GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg")
+MARKER = "COMPLETE"  # written last, with the number of steps
+SECRET = ("token", "password", "secret", "api_key")
+
+logger = logging.getLogger("train")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CFGS / group).glob("*.yaml") if path.stem != "base")
+
+
+def rewrite_arguments(arguments: list[str]) -> list[str]:
+    """Command line to Hydra overrides: a bare run name becomes `run_cfg=`, and a known key needs no plus sign.
+
+    Raises:
+        ValueError: no such run, group option or key, or a value that cannot be read.
+    """
+    rewritten = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            rewritten.append(argument)
+            continue
+        if "=" not in argument:
+            argument = f"run_cfg={Path(argument).name.removesuffix('.yaml')}"
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise ValueError(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
+        key, _, value = argument.partition("=")
+        name = key.lstrip("+~")
+        if name in GROUPS:
+            for choice in value.split(","):
+                if choice not in options(name):
+                    raise ValueError(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
+        elif not name.startswith("hydra") and name not in key_names():
+            close = difflib.get_close_matches(name, [*key_names(), *GROUPS], n=3)
+            raise ValueError(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        known = name in key_names() and not key.startswith(("+", "~"))
+        rewritten.append(f"++{argument}" if known else argument)
+    return rewritten
+
+
+def apply_warmup(config: dict, given: list[str]) -> str | None:
+    """Start from the warm-up's model unless one was named; returns the warm-up that has yet to run."""
+    named = {override.lstrip("+").partition("=")[0] for override in given}
+    if config["warmup_run"] is None or named & {"model_name_or_path", "model_cfg"}:
+        return None
+    folder = Path(config["results_dir"]) / config["warmup_run"]
+    config["model_name_or_path"] = str(folder)
+    return None if (folder / MARKER).is_file() else config["warmup_run"]
+
+
+def prepare_output(config: dict) -> None:
+    """Make the output folder, or empty it when asked to, and write the resolved configuration into it."""
+    folder = Path(config["output_dir"])
+    if config["overwrite_output_dir"] and (folder / "config.yaml").is_file():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
+    aside = folder / "config.yaml.tmp"
+    aside.write_text(yaml.safe_dump({**shown, "overwrite_output_dir": False}, sort_keys=True))
+    os.replace(aside, folder / "config.yaml")
+
+
+def prepare_wandb(config: dict) -> None:
+    """Offline unless logged in, and the same W&B run after a resume."""
+    if config["report_to"] != "wandb":
+        return
+    folder = Path(config["output_dir"])
+    id_file = folder / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(os.urandom(4).hex())
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    logged_in = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
+    os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
+    os.environ.setdefault("WANDB_PROJECT", "rlt")
+    os.environ |= {
+        "WANDB_DIR": str(folder),
+        "WANDB_RUN_ID": id_file.read_text().strip(),
+        "WANDB_RESUME": "allow",
+        "WANDB_SILENT": "true",
+    }
+
+
+def finish(trainer, config: dict) -> None:
+    """The final model and tokenizer, adapters merged on request, and the marker that says so."""
+    folder = Path(config["output_dir"])
+    trainer.save_model(str(folder))
+    trainer.processing_class.save_pretrained(str(folder))
+    if config["save_merged_model"] and config["use_peft"]:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(str(folder / "merged"))
+        trainer.processing_class.save_pretrained(str(folder / "merged"))
+    (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step}))
+
+
+def train(plan: Plan) -> None:
+    """Run a plan to its end and say what came of it."""
+    config = plan.config
+    prepare_output(config)
+    prepare_wandb(config)
+    from trainers.build import build_trainer
+    from trainers.checkpoints import last_checkpoint
+
+    trainer, evaluation = build_trainer(plan)
+    checkpoint = config["resume_from"] or last_checkpoint(config["output_dir"])
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish(trainer, config)
+    sentence = evaluation.sentence() if evaluation else None
+    result = f"{config['run_name']}: {trainer.state.global_step} steps, model in {config['output_dir']}"
+    sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
+
+
+def run(config: dict, given: list[str]) -> None:
+    warmup = apply_warmup(config, given)
+    plan = make_plan(config, pending_warmup=warmup)
+    if config["dry_run"]:
+        sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
+        sys.stdout.writelines(f"warning, missing: {line}\n" for line in plan.missing)
+        return
+    marker = Path(config["output_dir"]) / MARKER
+    if marker.is_file() and not config["overwrite_output_dir"] and not config["resume_from"]:
+        if json.loads(marker.read_text())["steps"] >= config["max_steps"] > 0:
+            sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
+            return
+    if warmup is not None:
+        logger.info("warm-up first: %s", warmup)
+        subprocess.run([sys.executable, str(ROOT / "train.py"), f"run_cfg={warmup}"], check=True)
+    train(plan)
+
+
+@hydra.main(version_base="1.3", config_path="cfgs", config_name="train")
+def job(cfg) -> None:
+    config = OmegaConf.to_container(cfg, resolve=True)
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        # Each job in a process of its own: an engine is not given back within one.
+        swept = ",".join(o.lstrip("+") for o in overrides if o not in sys.argv)
+        own = [*overrides, f"output_dir='{config['output_dir']}/{swept}'"]
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *own], check=True)
+        return
+    try:
+        run(config, overrides)
+    except ValueError as error:
+        fail(error)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode if error.returncode > 0 else 1)
+
+
+def fail(error: ValueError) -> None:
+    """One clear line; the traceback only on request."""
+    if os.environ.get("RLT_TRACEBACK"):
+        raise error
+    sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO)
+    os.chdir(ROOT)
+    for line in check_versions(requirements_file()):
+        logger.warning("%s", line)
+    try:
+        sys.argv[1:] = rewrite_arguments(sys.argv[1:])
+    except ValueError as error:
+        fail(error)
+    job()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""From a plan to a trainer: models, tokenizer, rows, callbacks. Everything heavy is imported from here on."""
+
+import importlib
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, ProgressCallback
+
+from data.formats import ReasoningFormat, load_format
+from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
+from plan import Plan
+from schema import DataConfig, ModelConfig, TeacherRewardConfig, pick
+from trainers.config_fields import read_table
+from trainers.evaluation import HeldOutEvaluation
+from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
+from trainers.rows import load_split_rows, question_rows, teaching_rows
+from trainers.sft import SFTConfig, SFTTrainer, teaching_example
+from trainers.teacher_grpo import TeacherGRPOTrainer
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def uses_bfloat16(config: dict[str, Any]) -> bool:
+    """Whether forward passes run in bfloat16; `bf16: null` asks the device."""
+    return supports_bfloat16(device_type()) if config["bf16"] is None else config["bf16"]
+
+
+def trainer_arguments(plan: Plan) -> dict[str, Any]:
+    """Every key that names a field of the trainer's configuration, and those that follow from others."""
+    config = plan.config
+    table = read_table()[config["trainer"]]
+    arguments = {key: value for key, value in config.items() if key in table}
+    arguments |= {
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "bf16": uses_bfloat16(config),
+        "report_to": config["report_to"] or "none",
+        "use_cpu": device_type() == "cpu",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device_type() != "cpu",
+        "save_strategy": "steps",
+    }
+    if plan.is_grpo:
+        arguments |= {
+            "steps_per_generation": plan.steps_per_generation,
+            "vllm_mode": "server" if config["use_vllm_server"] else "colocate",
+            "vllm_max_model_length": config["max_prompt_length"] + config["max_completion_length"],
+            "vllm_enable_sleep_mode": config["vllm_enable_sleep_mode"] and device_type() == "cuda",
+            "model_init_kwargs": {"attn_implementation": config["attn_implementation"]},
+        }
+    return arguments
+
+
+def build_policy(config: dict[str, Any]):
+    """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
+    model = pick(config, ModelConfig)
+    low = torch.bfloat16 if uses_bfloat16(config) else torch.float32
+    policy = load_policy(
+        resolve_model_path(model.model_name_or_path),
+        dtype=low if model.use_peft else torch.float32,
+        attn_implementation=model.attn_implementation,
+        load_in_4bit=model.load_in_4bit,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if not model.use_peft:
+        return policy, None
+    adapter = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return policy, adapter
+
+
+def build_trainer(plan: Plan):
+    """The trainer of a plan, and its held-out evaluation (None for sft)."""
+    config = plan.config
+    style = load_format(config["reasoning_format"])
+    tokenizer = load_tokenizer(resolve_model_path(config["model_name_or_path"]), config["trust_remote_code"])
+    build = build_grpo if plan.is_grpo else build_sft
+    trainer, evaluation = build(plan, tokenizer, style)
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    for callback in (MetricsFile(config["output_dir"]), ProgressBar(), Plot(config["output_dir"])):
+        trainer.add_callback(callback)
+    return trainer, evaluation
+
+
+def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
+    config = plan.config
+    data = pick(config, DataConfig)
+    rows, _ = load_split_rows(data, style)
+    traced = [row for row in rows if row.get("reasoning_trace")]
+    if not traced:
+        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no row has a reasoning_trace to learn from")
+    examples = [
+        teaching_example(tokenizer, row["prompt"], row["reasoning_trace"], style.explanation_tags[1])
+        for row in teaching_rows(traced, tokenizer, style, data)
+    ]
+    fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
+    if not fitting:
+        raise ValueError(f"max_length={config['max_length']}: every row is longer")
+    policy, adapter = build_policy(config)
+    arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
+    trainer = SFTTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=Dataset.from_list(fitting),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    return trainer, None
+
+
+def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
+    config = plan.config
+    data = pick(config, DataConfig)
+    is_teacher = config["trainer"] == "teacher_grpo"
+    train_rows, eval_rows = load_split_rows(data, style)
+
+    def prepare(rows):
+        return teaching_rows(rows, tokenizer, style, data) if is_teacher else question_rows(rows, tokenizer, data)
+
+    evaluation = HeldOutEvaluation(prepare(eval_rows) if eval_rows else [], config["output_dir"])
+    completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
+    policy, adapter = build_policy(config)
+    shared = {
+        "model": policy,
+        "args": GRPOConfig(**trainer_arguments(plan)),
+        "train_dataset": Dataset.from_list(prepare(train_rows)),
+        "processing_class": tokenizer,
+        "peft_config": adapter,
+        "callbacks": [completions, evaluation],
+        "engine_dtype": ("bfloat16" if uses_bfloat16(config) else "float32") if device_type() == "cpu" else "auto",
+    }
+    if is_teacher:
+        trainer = TeacherGRPOTrainer(
+            student=build_student(config), style=style, reward_config=pick(config, TeacherRewardConfig), **shared
+        )
+    else:
+        trainer = GRPOTrainer(reward_funcs=[load_function(path) for path in config["reward_functions"]], **shared)
+    completions.trainer = evaluation.trainer = trainer
+    return trainer, evaluation
+
+
+def build_student(config: dict[str, Any]):
+    """The frozen student in the dtype of forward passes; None when the reference model takes its place."""
+    if config["student_model"] is None:
+        return None
+    student = load_frozen(
+        resolve_model_path(config["student_model"]),
+        dtype=torch.bfloat16 if uses_bfloat16(config) else torch.float32,
+        attn_implementation=config["attn_implementation"],
+        trust_remote_code=config["trust_remote_code"],
+    )
+    return student if config["offload_untrained_models"] else student.to(device_type())
+
+
+def load_function(path: str):
+    """A reward function by its dotted path.
+
+    Raises:
+        ValueError: the module has no such function.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_functions: {path!r} cannot be imported ({error})") from error

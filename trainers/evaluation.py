@@ -1,0 +1,132 @@
+"""Held-out questions, answered with fresh seeds at each evaluation and compared with the start, question by question."""
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+RESAMPLES = 10_000
+FILE = "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval (percentile method)."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired_bootstrap(before: list[float], after: list[float], seed: int = 0) -> Interval:
+    """Mean of after - before over questions, resampling questions with replacement.
+
+    Args:
+        before, after: one mean per question, in the same order; NaN pairs are left out.
+    """
+    difference = np.asarray(after) - np.asarray(before)
+    difference = difference[np.isfinite(difference)]
+    if not difference.size:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    draws = np.random.default_rng(seed).integers(0, difference.size, size=(RESAMPLES, difference.size))
+    means = difference[draws].mean(axis=1)
+    return Interval(difference.mean(), *np.percentile(means, [2.5, 97.5]))
+
+
+def _nanmean(values) -> float:
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+@torch.no_grad()
+def evaluate_held_out(trainer, rows: list[dict]) -> dict:
+    """Sample and score `num_generations_eval` completions per question.
+
+    Returns:
+        `step`, and per quantity (reward, its parts, format_rate, length) one mean per question, in the rows' order.
+    """
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    repeats = trainer.num_generations_eval
+    inputs = [row for row in rows for _ in range(repeats)]
+    prompts = [row["prompt"] for row in inputs]
+    _, completion_ids, _, completions, *_ = trainer._generate(prompts)
+    trainer._evaluations += 1
+    rewards = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)
+    columns = {"reward": (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()}
+    columns.update(trainer._pending_extra_logs)
+    trainer._pending_extra_logs = defaultdict(list)
+    trainer._pending_metrics = defaultdict(list)
+    trainer._metrics["eval"].clear()
+    columns["length"] = [len(ids) for ids in completion_ids]
+    if "match_reward" in columns:
+        columns["format_rate"] = [float(v == 0) for v in columns["match_reward"]]
+    model.train(was_training)
+    per_question = {
+        name: [_nanmean(values[i : i + repeats]) for i in range(0, len(values), repeats)]
+        for name, values in columns.items()
+    }
+    return {"step": trainer.state.global_step, **per_question}
+
+
+class HeldOutEvaluation(TrainerCallback):
+    """Evaluates at the start, every `eval_steps`, and at the end; keeps every answer in `evaluations.jsonl`."""
+
+    def __init__(self, rows: list[dict], output_dir: str):
+        self.rows = rows
+        self.path = Path(output_dir) / FILE
+        self.trainer = None  # set once the trainer exists
+        self.records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.records = [r for r in self.records if r["step"] <= state.global_step]
+        self._write()
+        self._evaluate_once(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last = state.global_step == state.max_steps
+        if last or (args.eval_steps and state.global_step % int(args.eval_steps) == 0):
+            self._evaluate_once(state.global_step)
+
+    def _evaluate_once(self, step: int) -> None:
+        if not self.rows or any(r["step"] == step for r in self.records):
+            return
+        # Numbered by the records, so that a resumed run draws the seeds that the unbroken one would.
+        self.trainer._evaluations = len(self.records)
+        self.records.append(evaluate_held_out(self.trainer, self.rows))
+        self._write()
+        means = {f"eval/{k}": _nanmean(v) for k, v in self.records[-1].items() if k != "step"}
+        for callback in (self.trainer.callback_handler,):
+            callback.on_log(self.trainer.args, self.trainer.state, self.trainer.control, {**means, "step": step})
+
+    def _write(self) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        os.replace(aside, self.path)
+
+    def sentence(self) -> str | None:
+        """The run's result in one sentence; None before two evaluations."""
+        if len(self.records) < 2:
+            return None
+        first, last = self.records[0], self.records[-1]
+        gain = paired_bootstrap(first["reward"], last["reward"])
+        text = (
+            f"reward on {len(self.rows)} held-out questions x {self.trainer.num_generations_eval}: "
+            f"{_nanmean(first['reward']):.3f} -> {_nanmean(last['reward']):.3f}, "
+            f"paired difference {gain} (95 % bootstrap)"
+        )
+        if "solution_log_prob_reward" in last:
+            solution = paired_bootstrap(first["solution_log_prob_reward"], last["solution_log_prob_reward"])
+            text += f"; solution part {solution}; format rate {_nanmean(last['format_rate']):.0%}"
+        return f"{text}; length {_nanmean(first['length']):.0f} -> {_nanmean(last['length']):.0f} tokens"

@@ -1,0 +1,276 @@
+"""GRPO (arXiv 2402.03300) on TRL's trainer: seeded generation, packed log-probs, exact resume.
+
+TRL keeps advantages, every loss type, importance-sampling correction, adapters and callbacks. What is overridden,
+and why, is said at each method.
+B completions of a batch, P prompt tokens, C completion tokens.
+"""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import trl
+from safetensors.torch import load_model, save_model
+from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
+
+from generation import request_seed
+from logprobs import token_log_probs
+from trainers.checkpoints import AtomicCheckpoints, kill_point
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
+MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, above which something is broken
+MEAN_OF_SEQUENCES = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")  # losses that TRL divides by what is in a micro-batch
+
+
+@dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """TRL's configuration and the fields that this trainer adds."""
+
+    logprob_token_budget: int = field(default=8192, metadata={"help": "Most tokens of one packed forward pass."})
+    save_completions_probability: float = field(
+        default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
+    )
+    offload_untrained_models: bool = field(
+        default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
+    )
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler with a permutation that depends on the epoch's number, not on how often it was iterated."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
+    """Group-relative policy optimisation with one of two ways to generate: vLLM in process, or Hugging Face.
+
+    Args:
+        engine_dtype: of vLLM on the CPU, "bfloat16" or "float32".
+        other arguments: as in TRL's `GRPOTrainer`; prompts are strings that carry their own special tokens.
+    """
+
+    def __init__(self, *args, engine_dtype: str = "auto", **kwargs):
+        config: GRPOConfig = kwargs["args"]
+        in_process = config.use_vllm and config.vllm_mode == "colocate"
+        # TRL would build its own engine, which the CPU cannot run; ours takes its place.
+        config.use_vllm = config.use_vllm and not in_process
+        self._policy_pass: dict[int, tuple[list[int], int, torch.Tensor]] = {}
+        self._evaluations = 0
+        super().__init__(*args, **kwargs)
+        if in_process:
+            config.use_vllm = self.use_vllm = True
+            self._last_loaded_step = -1
+            self.vllm_generation = self._build_engine(config, engine_dtype)
+
+    def _build_engine(self, config: GRPOConfig, engine_dtype: str):
+        from generation.vllm_engine import VLLMEngine  # importing vLLM takes seconds that other runs need not spend
+
+        return VLLMEngine(
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            mode="colocate",
+            engine_dtype=engine_dtype,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            max_model_length=config.vllm_max_model_length,
+            max_num_seqs=max(32, config.generation_batch_size // self.accelerator.num_processes),
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            model_impl=config.vllm_model_impl,
+            trust_remote_code=config.trust_remote_code,
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_completion_length=self.max_completion_length,
+            generation_kwargs=config.generation_kwargs,
+        )
+
+    # Prompts and generation
+
+    def _get_train_sampler(self, dataset=None) -> Sampler:
+        # Overridden so that a run resumed in its second epoch sees that epoch's order.
+        sampler = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            sampler.data_source,
+            sampler.mini_repeat_count,
+            sampler.batch_size,
+            sampler.repeat_count,
+            sampler.shuffle,
+            self.args.seed,
+        )
+
+    def _tokenize_prompts(self, prompts: list):
+        # Overridden because a rendered prompt already has its special tokens; TRL would add a second start token.
+        if not isinstance(prompts[0], str):
+            return super()._tokenize_prompts(prompts)
+        ids = self.processing_class(text=prompts, add_special_tokens=False)["input_ids"]
+        return ids, None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
+        kill_point("generation")
+        phase = ("train", self._step) if self.model.training else ("eval", self.state.global_step, self._evaluations)
+        where = (self.args.seed, *phase, self.accelerator.process_index)
+        if not self.use_vllm:
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(request_seed(*where))
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        if self.vllm_mode == "server" or self.vllm_generation.tensor_parallel_size > 1:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        seeds = [request_seed(*where, i) for i in range(len(prompt_ids))]
+        return self.vllm_generation.generate_seeded(prompt_ids, seeds)
+
+    # Log-probs
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        # Overridden to compute a group's prompt once and the head only where it counts (logprobs/).
+        if self.aux_loss_enabled or any(value is not None for value in kwargs.values() if value is not False):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        keeps = not torch.is_grad_enabled() and self._awaits_policy_pass
+        sequences, counted, groups = self._as_groups(input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if keeps else 0)
+        with_grad = torch.is_grad_enabled() and self._entropy_bonus_enabled
+        log_probs, entropies = token_log_probs(
+            self.accelerator.unwrap_model(model),
+            sequences,
+            counted,
+            groups,
+            temperature=self.temperature,
+            token_budget=self.args.logprob_token_budget,
+            autocast=self.accelerator.autocast(),
+            with_entropy=compute_entropy,
+        )
+        if keeps:
+            self._awaits_policy_pass = False
+            self._policy_pass = {
+                row: (ids, where[0], values)
+                for row, (ids, where, values) in enumerate(zip(sequences, counted, log_probs, strict=True))
+                if where
+            }
+        widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
+        padded = [_pad_rows(values, widths, logits_to_keep) for values in (log_probs, entropies)]
+        if compute_entropy and not with_grad:
+            padded[1] = padded[1].detach()
+        return padded[0], padded[1] if compute_entropy else None, None
+
+    @staticmethod
+    def _as_groups(input_ids, attention_mask, logits_to_keep: int, tail: int):
+        """Unpadded sequences, the indices of their completion tokens (and of `tail` prompt tokens), rows by prompt."""
+        sequences, counted, groups = [], [], defaultdict(list)
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+            prompt, completion = ids[:-logits_to_keep][mask[:-logits_to_keep]], ids[-logits_to_keep:][mask[-logits_to_keep:]]
+            groups[tuple(prompt.tolist())].append(row)
+            sequences.append(prompt.tolist() + completion.tolist())
+            first = max(1, len(prompt) - tail)
+            counted.append(list(range(first, len(sequences[-1]))) if len(completion) else [])
+        return sequences, counted, list(groups.values())
+
+    # A step: generate, score, and the share of it that one micro-batch trains on
+
+    def _prepare_inputs(self, generation_batch):
+        # Overridden because TRL shuffles completions over the micro-batches, and a group's prompt is shared only by
+        # siblings of one micro-batch.
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def _generate_and_score_completions(self, inputs):
+        # Extended by which completions were scored: what has no finite reward is never trained on.
+        every = self.args.steps_per_generation * self.num_iterations
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        self._awaits_policy_pass = corrected or self.args.gradient_accumulation_steps % every != 0
+        self._policy_pass = {}
+        batch = super()._generate_and_score_completions(inputs)
+        self._policy_pass = {}
+        self._awaits_policy_pass = False
+        batch["scored"] = self._scored
+        tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+        batch["scored_share"] = self.accelerator.gather(self._scored.float()).mean()
+        return batch
+
+    _awaits_policy_pass = False
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # Extended: infinite rewards count as missing, as NaN does in TRL.
+        kill_point("scoring")
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards[~torch.isfinite(rewards)] = torch.nan
+        scored = ~rewards.isnan().all(dim=1)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["completions/unscored"].append((~scored).sum().item())
+        start = self.accelerator.process_index * len(prompts)
+        self._scored = scored[start : start + len(prompts)]
+        return rewards
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Overridden to leave unscored completions out of loss, KL and denominators.
+        kill_point("backward")
+        scored, share = inputs["scored"], inputs["scored_share"]
+        rows = len(scored)
+        weight = 1.0
+        if not scored.all():
+            kept = scored if scored.any() else torch.arange(rows, device=scored.device) == 0
+            inputs = {
+                key: value[kept] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
+                for key, value in inputs.items()
+            }
+        if not scored.any():
+            weight = 0.0  # takes part with a zero loss that reaches every parameter
+        elif self.loss_type in MEAN_OF_SEQUENCES:
+            weight = (scored.float().mean() / share).item()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * weight
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Extended by the alarm on disagreement between engine and trainer.
+        gaps = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
+        if gaps and max(gaps) > MISMATCH_ALARM:
+            logger.warning(
+                "engine and trainer differ by %.3f nats per token on average (alarm above %.2f): "
+                "the engine may hold other weights, or sample in a coarser dtype",
+                max(gaps),
+                MISMATCH_ALARM,
+            )
+        super().log(logs, start_time)
+
+    # Resume
+
+    def _save_extra_state(self, folder: Path) -> None:
+        if not self.args.should_save:
+            return
+        # A buffer that the next micro-step replaces anyway need not be kept.
+        unfinished = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        torch.save({"step": self._step, "buffer": self._buffered_inputs if unfinished else None}, folder / "rollouts.pt")
+        if self.args.sync_ref_model:
+            save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
+
+    def _load_extra_state(self, folder: Path) -> None:
+        state = torch.load(folder / "rollouts.pt", map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
+        if self.args.sync_ref_model:
+            load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
+
+
+def _pad_rows(values: list[torch.Tensor], widths: list[int], width: int) -> torch.Tensor:
+    """(B, width): the last `widths[i]` entries of each row's values, zeros behind them."""
+    rows = [torch.nn.functional.pad(v[len(v) - n :], (0, width - n)) for v, n in zip(values, widths, strict=True)]
+    return torch.stack(rows)

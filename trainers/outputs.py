@@ -1,0 +1,135 @@
+"""What a run shows while it runs and leaves behind: metrics.jsonl, completions, a plot, one progress bar."""
+
+import json
+import logging
+import math
+import random
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from generation import request_seed
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+PLOT = "curves.png"
+PANELS = (("reward", "reward"), ("kl", "KL to the reference"), ("completions/mean_length", "tokens per completion"))
+SFT_PANELS = (("loss", "loss"), ("learning_rate", "learning rate"))
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object per log, in `metrics.jsonl`; a resumed run drops lines from after its checkpoint."""
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir) / METRICS
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        numbers = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in logs.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 1), **numbers}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar on the main process: reward, KL, tokens per second and time left."""
+
+    def __init__(self):
+        self.bar = None
+        self.tokens = self.since = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        shown = {"loss": logs["loss"]} if "reward" not in logs else {"reward": logs["reward"], "kl": logs.get("kl")}
+        now, tokens = time.monotonic(), logs.get("num_tokens")
+        if tokens is not None and self.tokens is not None and now > self.since:
+            shown["tok/s"] = (tokens - self.tokens) / (now - self.since)
+        self.tokens, self.since = tokens, now
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if v is not None})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class CompletionsFile(TrainerCallback):
+    """Writes a step's completions with their rewards, parts and advantages to `completions/step-00001.parquet`."""
+
+    def __init__(self, output_dir: str, probability: float):
+        self.folder = Path(output_dir) / "completions"
+        self.probability = probability
+        self.trainer = None  # set once the trainer exists
+
+    def on_step_end(self, args, state, control, **kwargs):
+        chosen = random.Random(request_seed(args.seed, "completions", state.global_step)).random() < self.probability
+        logs = self.trainer._logs
+        if not (chosen and state.is_world_process_zero and logs["prompt"]):
+            return
+        import pandas
+
+        self.folder.mkdir(exist_ok=True)
+        rewards = {f"reward/{name}" if len(logs["rewards"]) > 1 else "reward": v for name, v in logs["rewards"].items()}
+        columns = {"prompt": logs["prompt"], "completion": logs["completion"], **rewards, **logs["extra"]}
+        table = pandas.DataFrame({name: list(values) for name, values in columns.items()})
+        table["advantage"] = list(logs["advantages"])
+        table.insert(0, "step", state.global_step)
+        table.to_parquet(self.folder / f"step-{state.global_step:05d}.parquet")
+
+
+class Plot(TrainerCallback):
+    """Curves over the steps, drawn from `metrics.jsonl` at every save and at the end."""
+
+    def __init__(self, output_dir: str):
+        self.output_dir = Path(output_dir)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_curves(self.output_dir)
+
+    on_train_end = on_save
+
+
+def plot_curves(output_dir: Path) -> Path | None:
+    """Draw `curves.png` from `metrics.jsonl`; None when there is nothing to draw yet."""
+    path = output_dir / METRICS
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    panels = PANELS if any("reward" in r for r in records) else SFT_PANELS
+    if not any(name in r for r in records for name, _ in panels):
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
+    evaluated = {"reward": "eval/reward", "completions/mean_length": "eval/length"}
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        steps = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        axis.plot(*zip(*steps, strict=True), color="#888888", label="training batch") if steps else None
+        held_out = [(r["step"], r[evaluated[name]]) for r in records if name in evaluated and evaluated[name] in r]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), color="#1f6f8b", marker="o", linewidth=2, label="held-out questions")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set(xlabel="step", title=label)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output_dir / PLOT, dpi=130)
+    pyplot.close(figure)
+    return output_dir / PLOT

@@ -1,0 +1,87 @@
+"""From rows to what a trainer takes: prompts rendered, rows that cannot be used left out, counted and said."""
+
+import logging
+from collections import Counter
+
+from data.formats import ReasoningFormat
+from data.prompts import render_student_reading, render_teacher_prompt
+from data.sources import load_rows
+from data.splits import check_disjoint, hold_out
+from rewards.spans import tokenize_with_spans
+from schema import DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows, disjoint by question.
+
+    Raises:
+        ValueError: nothing is left to train on, or both sources share questions.
+    """
+    tags = (style.thought_tags, style.solution_tags)
+    options = {"split": data.dataset_split, "seed": data.dataset_seed, "tags": tags}
+    loaded = load_rows(data.dataset_id_or_path, size=data.dataset_size, **options)
+    _say(loaded.dropped, data.dataset_id_or_path)
+    rows, held_out = loaded.rows, []
+    if data.eval_dataset_id_or_path is not None:
+        evaluation = load_rows(data.eval_dataset_id_or_path, size=data.eval_size or None, **options)
+        _say(evaluation.dropped, data.eval_dataset_id_or_path)
+        held_out = evaluation.rows
+        check_disjoint(rows, held_out)
+    elif data.eval_size:
+        if data.eval_size >= len(rows):
+            raise ValueError(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
+        rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed)
+        _say({"repeats an evaluation question": repeated}, data.dataset_id_or_path)
+    if not rows:
+        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
+    return rows, held_out
+
+
+def _say(dropped: dict[str, int], source: str) -> None:
+    for reason, count in dropped.items():
+        if count:
+            logger.warning("%s: %d rows left out: %s", source, count, reason)
+
+
+def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig) -> list[dict]:
+    """Rows with the teacher's `prompt`; those with a too long prompt or an unscorable solution are left out."""
+    kept, dropped = [], Counter()
+    for row in rows:
+        row = dict(row)
+        if data.use_dataset_system_prompt and row.get("system"):
+            row["teacher_system_prompt"] = row["system"]
+        row["prompt"] = render_teacher_prompt(
+            tokenizer, style, row["question"], row["solution"], row.get("teacher_system_prompt")
+        )
+        if len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) > data.max_prompt_length:
+            dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
+            continue
+        reading = render_student_reading(tokenizer, style, row["question"], row["solution"], "\n\n")
+        if not tokenize_with_spans(tokenizer, [reading])[0].spans["solution"]:
+            dropped["solution without a token that lies wholly inside its tags"] += 1
+            continue
+        kept.append(row)
+    _say(dropped, data.dataset_id_or_path)
+    if not kept:
+        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
+    return kept
+
+
+def question_rows(rows: list[dict], tokenizer, data: DataConfig) -> list[dict]:
+    """Rows of plain GRPO: the question as a conversation, with the rows' own system text when asked for."""
+    kept, dropped = [], Counter()
+    for row in rows:
+        messages = [{"role": "user", "content": row["question"]}]
+        if data.use_dataset_system_prompt and row.get("system"):
+            messages.insert(0, {"role": "system", "content": row["system"]})
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) > data.max_prompt_length:
+            dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
+            continue
+        kept.append({**row, "prompt": prompt})
+    _say(dropped, data.dataset_id_or_path)
+    if not kept:
+        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
+    return kept

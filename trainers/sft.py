@@ -1,0 +1,56 @@
+"""The warm-up: supervised fine-tuning on the format of teaching, on TRL's SFT trainer.
+
+Loss only on what comes after the explanation's start tag, and the head only there too.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import trl
+
+from logprobs import token_log_probs
+from trainers.checkpoints import AtomicCheckpoints, kill_point
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's configuration and the field that this trainer adds."""
+
+    logprob_token_budget: int = field(default=8192, metadata={"help": "Most tokens of one packed forward pass."})
+
+
+class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
+    """Trains on rows with `input_ids` and `completion_mask`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Overridden because TRL runs the output head on every position, three quarters of which carry no loss here.
+        kill_point("backward")
+        labels, mask = inputs["labels"], inputs["attention_mask"].bool()
+        sequences = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
+        counted = [(row[m] != -100).nonzero().flatten().tolist() for row, m in zip(labels, mask, strict=True)]
+        log_probs, _ = token_log_probs(
+            self.accelerator.unwrap_model(model),
+            sequences,
+            counted,
+            [[row] for row in range(len(sequences))],
+            token_budget=self.args.logprob_token_budget,
+            autocast=self.accelerator.autocast(),
+        )
+        total = -torch.cat(log_probs).sum()
+        tokens = sum(map(len, counted)) if num_items_in_batch is None else num_items_in_batch
+        loss = total / tokens
+        return (loss, {}) if return_outputs else loss
+
+
+def teaching_example(tokenizer, prompt: str, reasoning_trace: str, end_tag: str) -> dict[str, list[int]]:
+    """Token ids of prompt and explanation, and the mask of what is trained on: trace, end tag and end of turn.
+
+    Prompt and completion are tokenised apart, as at sampling time.
+    """
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    completion = f"{reasoning_trace.strip()}\n\n{end_tag}{tokenizer.eos_token}"
+    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return {
+        "input_ids": prompt_ids + completion_ids,
+        "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+    }
