@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ import yaml
 
 from data.formats import load_format
 from data.sources import inspect_source
-from models.embedded import is_embedded
+from models.embedded import GGUF_FILES, is_embedded
 from schema import DataConfig, GRPOKeys, ModelConfig, RunConfig, StudentConfig, TeacherRewardConfig
 from trainers.config_fields import fields_of, read_table
 
@@ -150,16 +150,26 @@ def check_keys(config: dict[str, Any]) -> None:
     if trainer not in TRAINER_KEYS:
         raise ValueError(f"trainer={trainer}: use one of {', '.join(TRAINER_KEYS)}")
     known = known_keys(trainer)
-    for key, value in config.items():
+    for key in config:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else f" in a {trainer} run"
-            raise ValueError(f"unknown key {key!r}{hint}")
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
+        if key in DERIVED:
+            raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
+    _check_values(config, known)
+
+
+def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
+    """Wrong types of the keys of schema classes are refused."""
+    _check_values(config, {key: kinds for cls in classes for key, kinds in fields_of(cls).items()})
+
+
+def _check_values(config: dict[str, Any], known: dict[str, list[str]]) -> None:
+    for key, value in config.items():
         if not _admits(value, known[key]):
             kinds = " or ".join("null" if k == "NoneType" else k for k in known[key])
             raise ValueError(f"{key}={value!r} is a {type(value).__name__}, it must be {kinds}")
-        if key in DERIVED:
-            raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
 
 
 def _admits(value: Any, kinds: list[str]) -> bool:
@@ -313,16 +323,25 @@ def check_data(plan: Plan) -> None:
 
 
 def check_models(plan: Plan) -> None:
-    for key in ("model_name_or_path", "student_model"):
-        name = plan.config.get(key)
-        if name is None or is_embedded(name) or (key == "model_name_or_path" and plan.pending_warmup):
+    named = {key: plan.config.get(key) for key in ("model_name_or_path", "student_model")}
+    if plan.pending_warmup:
+        del named["model_name_or_path"]
+    check_models_exist({key: name for key, name in named.items() if name is not None})
+
+
+def check_models_exist(named: dict[str, str]) -> None:
+    """Each model must be embedded, a local folder, in the hub's cache, or a hub name while the hub answers."""
+    for key, name in named.items():
+        if is_embedded(name):
+            if name not in GGUF_FILES:
+                raise ValueError(f"{key}={name} is not embedded: use one of {', '.join(GGUF_FILES)}")
             continue
         path = Path(name).expanduser()
         if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
         if path.is_dir():
             continue
-        if name.startswith((".", "/", "~", plan.config["results_dir"] + "/")) or name.count("/") != 1:
+        if name.startswith((".", "/", "~", "results/")) or name.count("/") != 1:
             raise ValueError(f"{key}={name}: model path does not exist")
         _check_hub(key, name, "models")
 
@@ -432,7 +451,3 @@ def key_names() -> set[str]:
     """Every key that some profile knows; train.py lets these be set without a plus sign."""
     return {key for trainer in TRAINER_KEYS for key in known_keys(trainer)}
 
-
-def own_keys() -> set[str]:
-    """The project's own keys, over all profiles."""
-    return {f.name for classes in TRAINER_KEYS.values() for cls in classes for f in fields(cls)}

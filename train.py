@@ -38,35 +38,47 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CFGS / group).glob("*.yaml") if path.stem != "base")
 
 
-def rewrite_arguments(arguments: list[str]) -> list[str]:
-    """Command line to Hydra overrides: a bare run name becomes `run_cfg=`, and a known key needs no plus sign.
+def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str, str]]:
+    """(argument, key without plus signs, value) of each override.
 
     Raises:
-        ValueError: no such run, group option or key, or a value that cannot be read.
+        ValueError: an unknown key, or a value that cannot be read.
     """
-    rewritten = []
+    found = []
     for argument in arguments:
         if argument.startswith("-"):
-            rewritten.append(argument)
             continue
-        if "=" not in argument:
-            argument = f"run_cfg={Path(argument).name.removesuffix('.yaml')}"
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:
             raise ValueError(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
         key, _, value = argument.partition("=")
         name = key.lstrip("+~")
+        if name not in known and not name.startswith("hydra"):
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        found.append((argument, name, value))
+    return found
+
+
+def rewrite_arguments(arguments: list[str]) -> list[str]:
+    """Command line to Hydra overrides: a bare run name becomes `run_cfg=`, and a known key needs no plus sign.
+
+    Raises:
+        ValueError: no such run, group option or key, or a value that cannot be read.
+    """
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    named = [a if "=" in a else f"run_cfg={Path(a).name.removesuffix('.yaml')}" for a in arguments if a not in flags]
+    rewritten = []
+    for argument, name, value in read_overrides(named, key_names() | set(GROUPS)):
         if name in GROUPS:
             for choice in value.split(","):
+                choice = Path(choice).name.removesuffix(".yaml")
                 if choice not in options(name):
                     raise ValueError(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
-        elif not name.startswith("hydra") and name not in key_names():
-            close = difflib.get_close_matches(name, [*key_names(), *GROUPS], n=3)
-            raise ValueError(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-        known = name in key_names() and not key.startswith(("+", "~"))
-        rewritten.append(f"++{argument}" if known else argument)
-    return rewritten
+        plain = name in key_names() and not argument.startswith(("+", "~"))
+        rewritten.append(f"++{argument}" if plain else argument)
+    return flags + rewritten
 
 
 def apply_warmup(config: dict, given: list[str]) -> str | None:

@@ -1,7 +1,8 @@
-"""Where rows come from: a question generator, JSONL, CSV or Parquet files, a dataset hub.
+"""Where rows come from: a question generator, JSONL, JSON, CSV or Parquet files, a dataset hub.
 
-A row has `question`, `solution` and perhaps `reasoning_trace`, all text. Rows of two-message `conversations` (as in
-Bespoke-Stratos-17k) are taken apart by their thought and solution tags.
+A row has `question`, `solution` and `reasoning_trace` (None where there is none), all text. Rows of two-message
+`conversations` (as in Bespoke-Stratos-17k) are taken apart by their thought and solution tags. Importing this module
+is quick, and so is `inspect_source`: plan.py asks it before anything heavy is loaded.
 """
 
 import csv
@@ -17,8 +18,13 @@ from pathlib import Path
 GENERATOR = "reasoning_gym/"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REQUIRED = ("question", "solution")
-OPTIONAL = ("reasoning_trace", "system", "teacher_system_prompt", "student_system_prompt", "id", "task")
+OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task")
 TAGS = (("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>"))
+NEEDS_CONFIG = {"composite"}  # tasks of the generator that cannot be made from a name alone
+GENERATED_ROWS = 1024  # when no size is given
+CSV_FIELD_LIMIT = 2**27  # characters; the default of 131,072 is shorter than a long reasoning trace
+
+Tags = tuple[tuple[str, str], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -30,27 +36,32 @@ class Rows:
 
 
 def load_rows(
-    source: str, *, split: str = "train", seed: int = 0, size: int | None = None, tags: tuple = TAGS
+    source: str, *, split: str = "train", seed: int = 0, size: int | None = None, tags: Tags = TAGS
 ) -> Rows:
     """Read a source.
 
     Args:
         source: `reasoning_gym/<task>`, a file, a folder of files or of `save_to_disk`, or a hub name.
-        split: of a hub dataset.
-        seed: of a generator.
-        size: most rows to take; a generator needs it (default 1024).
-        tags: thought and solution tags of `conversations`.
+        split: of a hub dataset, or of a saved one that has several.
+        seed: of the generator.
+        size: most usable rows to take; None takes all there are, and 1024 of the generator's.
+        tags: (start, end) of the thought and of the solution in `conversations`.
+
+    Returns:
+        rows of text in the order of the source, and how many were left out for which reason.
 
     Raises:
-        ValueError: missing source or column, or a line that is not JSON; says which.
+        ValueError: missing source, column, task or split, or a line that cannot be read; says which.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} must be positive, or null for all rows")
     if source.startswith(GENERATOR):
-        found = _generate(source.removeprefix(GENERATOR), seed, size or 1024)
+        found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
     else:
         found = _read(source, split)
     rows, dropped = [], Counter()
-    for row in found:
-        usable, reason = _clean(row, tags, source)
+    for number, row in enumerate(found, start=1):
+        usable, reason = _clean(row, tags, f"{source} row {number}")
         if usable is None:
             dropped[reason] += 1
         else:
@@ -60,39 +71,60 @@ def load_rows(
     return Rows(rows, dict(dropped))
 
 
-def _clean(row: dict, tags: tuple, source: str) -> tuple[dict | None, str]:
+def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
+    """The row as text, or None and why it is left out."""
     if "conversations" in row and "question" not in row:
-        row = _from_conversation(row, tags)
+        row, reason = _from_conversation(row, tags)
         if row is None:
-            return None, "no thought and solution tags"
+            return None, reason
+    _check_columns(row, place)
+    for column in (*REQUIRED, "reasoning_trace"):
+        if isinstance(row.get(column), (dict, list)):
+            raise ValueError(f"{place}: {column} must be text, it is a {type(row[column]).__name__}")
+    clean = {column: _text(row[column]) for column in REQUIRED}
+    trace = _text(row.get("reasoning_trace"))
+    clean["reasoning_trace"] = trace if trace.strip() else None
+    clean |= {column: str(row[column]) for column in OPTIONAL if row.get(column) is not None}
     for column in REQUIRED:
-        if column not in row:
-            raise ValueError(f"{source} has no column {column!r}; it has {sorted(row)}")
-    if any(isinstance(row[column], (dict, list)) for column in REQUIRED):
-        raise ValueError(f"{source}: question and solution must be text, a row has {type(row['question']).__name__}")
-    clean = {c: str(row[c]) for c in (*REQUIRED, *OPTIONAL) if row.get(c) is not None}
-    for column in REQUIRED:
-        if not clean.get(column, "").strip():
+        if not clean[column].strip():
             return None, f"empty {column}"
     return clean, ""
 
 
-def _from_conversation(row: dict, tags: tuple) -> dict | None:
-    texts = [message.get("value", message.get("content", "")) for message in row["conversations"]]
-    parts = [re.search(f"{re.escape(a)}(.*?){re.escape(b)}", texts[1], re.DOTALL) if len(texts) == 2 else None for a, b in tags]
+def _text(value: object) -> str:
+    """Empty for None and for the NaN that tables put in the place of a missing value."""
+    return "" if value is None or value != value else str(value)
+
+
+def _check_columns(columns: Iterable[str], place: str) -> None:
+    found = [column for column in columns if column is not None]  # a CSV row that is too long has a column None
+    if "conversations" in found and "question" not in found:
+        return
+    for column in REQUIRED:
+        if column not in found:
+            raise ValueError(f"{place} has no column {column!r}; found {', '.join(sorted(found)) or 'none'}")
+
+
+def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
+    messages = row["conversations"] or []
+    roles = [message.get("from", message.get("role")) for message in messages]
+    if len(messages) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt"):
+        return None, "conversation is not one question and one answer"
+    question, answer = (_text(message.get("value", message.get("content"))) for message in messages)
+    parts = [re.search(f"{re.escape(start)}(.*?){re.escape(end)}", answer, re.DOTALL) for start, end in tags]
     if None in parts:
-        return None
-    thought, solution = (match.group(1).strip() for match in parts)
+        return None, "no thought or solution tags"
+    thought, solution = (part.group(1).strip() for part in parts)
     rest = {column: row[column] for column in OPTIONAL if column in row}
-    return {**rest, "question": texts[0].strip(), "reasoning_trace": thought, "solution": solution}
+    return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
 
 
 def _generate(task: str, seed: int, size: int) -> Iterable[dict]:
-    inspect_source(GENERATOR + task)
+    _check_task(task)
     import reasoning_gym
 
     for entry in reasoning_gym.create_dataset(task, seed=seed, size=size):
-        trace = entry["metadata"].get("answer_cot")
+        trace = entry["metadata"].get("answer_cot", "").strip()
         yield {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
 
 
@@ -105,97 +137,157 @@ def _read(source: str, split: str) -> Iterable[dict]:
     inspect_source(source)
     from datasets import load_dataset
 
-    return load_dataset(source, split=split)
+    try:
+        return load_dataset(source, split=split)
+    except OSError as error:  # not found, gated, or no network
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source} is no local file and could not be loaded from the hub: {reason}") from error
 
 
-def _read_folder(path: Path, split: str) -> Iterable[dict]:
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    if files and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
-        return (row for file in files for row in _read_file(file))
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Raises:
+    ValueError: the folder holds no file of a known kind.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no file of {', '.join(SUFFIXES)}, and no dataset saved to disk")
+    return files
+
+
+def _read_folder(folder: Path, split: str) -> Iterable[dict]:
+    if not _is_saved_dataset(folder):
+        return (row for file in _files_of(folder) for row in _read_file(file))
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(path))
-    return loaded[split] if isinstance(loaded, DatasetDict) else loaded
+    loaded = load_from_disk(str(folder))
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"{folder} has no split {split!r}; found {', '.join(sorted(loaded))}")
+    return loaded[split]
 
 
 def _read_file(path: Path) -> Iterable[dict]:
     if path.suffix == ".jsonl":
         return _json_lines(path)
     if path.suffix == ".json":
-        return json.loads(path.read_text())
+        return _json_list(path)
     if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return _csv_rows(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        batches = _parquet(path).iter_batches(batch_size=1024)
+        return (row for batch in batches for row in batch.to_pylist())
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 
+def _parquet(path: Path):
+    import pyarrow
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({error})") from None
+
+
 def _json_lines(path: Path) -> Iterable[dict]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+            row = _json(line, f"{path} line {number}")
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number} is not a JSON object")
             yield row
 
 
+def _json_list(path: Path) -> list[dict]:
+    rows = _json(path.read_bytes(), str(path))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold one list of objects; one object a line is a .jsonl file")
+    return rows
+
+
+def _json(text: bytes, place: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{place} is not UTF-8 text") from None
+
+
+def _csv_rows(path: Path) -> Iterable[dict]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            yield from reader
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} line {reader.line_num + 1} cannot be read as CSV ({error})") from None
+
+
 def inspect_source(source: str) -> None:
-    """A quick look without network or heavy imports, for plan.py: the first row only.
+    """A quick look at names and columns, without network or heavy imports, for plan.py.
+
+    Reads the generator's task names, a file's header or first row, or nothing of a hub name.
 
     Raises:
         ValueError: missing file or column, or a task that the generator does not have.
     """
     if source.startswith(GENERATOR):
-        _check_task(source.removeprefix(GENERATOR))
-        return
+        return _check_task(source.removeprefix(GENERATOR))
     path = Path(source).expanduser()
-    if path.is_file():
-        first = next(iter(_first_rows(path)), None)
-        if first is None:
-            raise ValueError("the file holds no row")
-        if "conversations" in first and "question" not in first:
-            return
-        for column in REQUIRED:
-            if column not in first:
-                raise ValueError(f"no column {column!r}; it has {sorted(first)}")
-    elif not path.is_dir() and (path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if path.is_dir():
+        if not _is_saved_dataset(path):
+            _check_columns(_columns(_files_of(path)[0]), source)
+    elif path.is_file():
+        _check_columns(_columns(path), source)
+    elif path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source} does not exist")
 
 
-def _first_rows(path: Path) -> Iterable[dict]:
+def _columns(path: Path) -> Iterable[str]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return [dict.fromkeys(pyarrow.parquet.read_schema(path).names)]
-    return _read_file(path)
+        return _parquet(path).schema_arrow.names
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return csv.DictReader(file).fieldnames or []
+    first = next(iter(_read_file(path)), None)
+    if first is None:
+        raise ValueError(f"{path} holds no row")
+    return first
 
 
 def _check_task(task: str) -> None:
     tasks = generator_tasks()
     if task not in tasks:
         close = difflib.get_close_matches(task, tasks, n=3)
-        raise ValueError(f"no task {task!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(tasks)}"
+        raise ValueError(f"reasoning_gym has no task {task!r}{hint}")
 
 
 def generator_tasks() -> list[str]:
-    """Tasks of reasoning_gym, read from its source, because importing it takes seconds."""
+    """Names of reasoning_gym's tasks, read from its source, because importing it takes seconds.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
     found = importlib.util.find_spec("reasoning_gym")
     if found is None:
         raise ValueError("the package reasoning-gym is not installed: run ./setup.sh")
-    pattern = re.compile(r"register_dataset\(\s*(?:\"(\w+)\"|(\w+)\s*,)")
+    literal = re.compile(r"register_dataset\(\s*\"(\w+)\"")
     constant = re.compile(r"^DATASET_NAME\s*=\s*\"(\w+)\"", re.MULTILINE)
     names = set()
     for path in Path(found.origin).parent.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if "register_dataset(" in text:
-            names.update(name for name, _ in pattern.findall(text) if name)
-            names.update(constant.findall(text))
-    return sorted(names)
+            names.update(literal.findall(text), constant.findall(text))
+    return sorted(names - NEEDS_CONFIG)

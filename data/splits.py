@@ -1,4 +1,7 @@
-"""Held-out questions that are never trained on."""
+"""Held-out questions that are never trained on.
+
+Two questions are the same when they differ in nothing but case and white space.
+"""
 
 import random
 
@@ -10,25 +13,37 @@ def _normalised(question: str) -> str:
 def hold_out(rows: list[dict], eval_size: int, seed: int) -> tuple[list[dict], list[dict], int]:
     """Choose `eval_size` questions at random and keep every row that repeats one of them out of training.
 
+    Args:
+        rows: each with a `question`.
+        eval_size: different questions to hold out.
+        seed: of the choice; the same rows and seed give the same split.
+
     Returns:
-        training rows, evaluation rows (one per question), and how many training rows were left out as repeats.
+        training rows in their order, evaluation rows (one per question), and how many rows are in neither because
+        they repeat an evaluation question.
+
+    Raises:
+        ValueError: there are fewer different questions than asked for, or none would be left to train on.
     """
+    questions = [_normalised(row["question"]) for row in rows]
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     chosen: dict[str, dict] = {}
     for index in order:
         if len(chosen) == eval_size:
             break
-        chosen.setdefault(_normalised(rows[index]["question"]), rows[index])
-    picked = {id(row) for row in chosen.values()}
-    rest = [row for row in rows if id(row) not in picked]
-    train = [row for row in rest if _normalised(row["question"]) not in chosen]
-    return train, list(chosen.values()), len(rest) - len(train)
+        chosen.setdefault(questions[index], rows[index])
+    train = [row for row, question in zip(rows, questions, strict=True) if question not in chosen]
+    if len(chosen) < eval_size or not train:
+        raise ValueError(f"eval_size={eval_size} leaves nothing of {len(set(questions))} questions to train on")
+    return train, list(chosen.values()), len(rows) - len(train) - len(chosen)
 
 
 def check_disjoint(train: list[dict], evaluation: list[dict]) -> None:
-    """Raises:
-        ValueError: evaluation questions that are among the training rows.
+    """Refuse evaluation questions that are trained on.
+
+    Raises:
+        ValueError: how many evaluation rows are among the training rows, and the first of them.
     """
     seen = {_normalised(row["question"]) for row in train}
     shared = [row["question"] for row in evaluation if _normalised(row["question"]) in seen]

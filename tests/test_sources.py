@@ -1,0 +1,267 @@
+"""Where rows come from: every kind of source, what is left out, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+
+from data.sources import generator_tasks, inspect_source, load_rows
+from data.splits import check_disjoint, hold_out
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = {"question": "2 + 2?", "solution": "4", "reasoning_trace": "Two and two."}
+STRATOS = (
+    "<|begin_of_thought|>\n\nTwo and\ntwo.\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\n4\n\n<|end_of_solution|>"
+)
+
+
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """The rows in the kind of file that the suffix names."""
+    if path.suffix == ".jsonl":
+        return write_lines(path, rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(str(path))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    second = {"question": "Größe?", "solution": "a,\n\"b\"", "reasoning_trace": None}
+    source = write(tmp_path / f"rows{suffix}", [ROW, second])
+    inspect_source(source)
+    assert load_rows(source).rows == [ROW, second]
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
+    write(tmp_path / "b.csv", [{**ROW, "question": "second"}])
+    write(tmp_path / "a.jsonl", [{**ROW, "question": "first"}])
+    inspect_source(str(tmp_path))
+    assert [row["question"] for row in load_rows(str(tmp_path)).rows] == ["first", "second"]
+
+
+def test_a_folder_saved_by_datasets_is_read_by_split(tmp_path):
+    DatasetDict({"train": Dataset.from_list([ROW]), "test": Dataset.from_list([ROW, ROW])}).save_to_disk(tmp_path / "d")
+    inspect_source(str(tmp_path / "d"))
+    assert len(load_rows(str(tmp_path / "d"), split="test").rows) == 2
+    with pytest.raises(ValueError, match="no split 'dev'; found test, train"):
+        load_rows(str(tmp_path / "d"), split="dev")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match="holds no file of .jsonl"):
+            ask(str(tmp_path))
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
+    rows = [ROW, {**ROW, "question": " \n"}, {**ROW, "solution": ""}, {**ROW, "solution": None}]
+    loaded = load_rows(write_lines(tmp_path / "r.jsonl", rows))
+    assert loaded.rows == [ROW]
+    assert loaded.dropped == {"empty question": 1, "empty solution": 2}
+
+
+def test_numbers_become_text_and_zero_is_an_answer(tmp_path):
+    source = write_lines(tmp_path / "r.jsonl", [{"question": 7, "solution": 0}, {"question": "q", "solution": 1.5}])
+    assert [row["solution"] for row in load_rows(source).rows] == ["0", "1.5"]
+
+
+def test_a_missing_number_in_a_table_is_an_empty_solution(tmp_path):
+    table = pyarrow.table({"question": ["a", "b"], "solution": [float("nan"), 2.0]})
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    loaded = load_rows(str(tmp_path / "r.parquet"))
+    assert ([row["solution"] for row in loaded.rows], loaded.dropped) == (["2.0"], {"empty solution": 1})
+
+
+def test_system_prompts_of_the_rows_are_carried_and_other_columns_are_not(tmp_path):
+    carried = {"system": "s", "teacher_system_prompt": "t", "student_system_prompt": "u"}
+    source = write_lines(tmp_path / "r.jsonl", [{**ROW, **carried, "difficulty": 3}])
+    assert load_rows(source).rows == [{**ROW, **carried}]
+
+
+def test_size_counts_usable_rows(tmp_path):
+    source = write_lines(tmp_path / "r.jsonl", [{**ROW, "question": ""}, ROW, ROW, ROW])
+    loaded = load_rows(source, size=2)
+    assert (len(loaded.rows), loaded.dropped) == (2, {"empty question": 1})
+    with pytest.raises(ValueError, match="size=0 must be positive"):
+        load_rows(source, size=0)
+
+
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_a_conversation_is_taken_apart_by_its_tags(tmp_path, keys):
+    who, what = keys
+    messages = [{who: "user", what: "2 + 2?"}, {who: "assistant", what: STRATOS}]
+    source = write_lines(tmp_path / "r.jsonl", [{"system": "Think.", "conversations": messages}])
+    inspect_source(source)
+    assert load_rows(source).rows == [{**ROW, "reasoning_trace": "Two and\ntwo.", "system": "Think."}]
+
+
+def test_tags_of_another_style_are_those_asked_for(tmp_path):
+    tags = (("<think>", "</think>"), ("<answer>", "</answer>"))
+    text = "<think>Two and two.</think><answer>4</answer>"
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": text}]
+    source = write_lines(tmp_path / "r.jsonl", [{"conversations": messages}])
+    assert load_rows(source, tags=tags).rows == [ROW]
+    assert load_rows(source).dropped == {"no thought or solution tags": 1}
+
+
+def test_conversations_that_are_no_question_and_answer_are_counted(tmp_path):
+    user, assistant = {"from": "user", "value": "q"}, {"from": "assistant", "value": STRATOS}
+    rows = [{"conversations": c} for c in ([user], [assistant, user], [user, assistant, user], None)]
+    loaded = load_rows(write_lines(tmp_path / "r.jsonl", rows))
+    assert (loaded.rows, loaded.dropped) == ([], {"conversation is not one question and one answer": 4})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_missing_column_is_named_with_those_found_and_the_file(tmp_path, suffix):
+    source = write(tmp_path / f"rows{suffix}", [{"question": "q", "answer": "a"}])
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match="no column 'solution'; found answer, question") as caught:
+            ask(source)
+        assert source in str(caught.value)
+
+
+def test_a_row_that_lacks_a_column_is_named_by_its_number(tmp_path):
+    source = write_lines(tmp_path / "r.jsonl", [ROW, {"question": "q"}])
+    inspect_source(source)  # looks at the first row only
+    with pytest.raises(ValueError, match="row 2 has no column 'solution'"):
+        load_rows(source)
+
+
+def test_a_csv_row_that_is_too_long_or_too_short_does_not_raise(tmp_path):
+    (tmp_path / "r.csv").write_text("question,solution\nq,a,b,c\nq\n")
+    loaded = load_rows(str(tmp_path / "r.csv"))
+    assert (len(loaded.rows), loaded.dropped) == (1, {"empty solution": 1})
+
+
+def test_a_csv_field_longer_than_the_default_limit_is_read(tmp_path):
+    source = write(tmp_path / "r.csv", [{**ROW, "reasoning_trace": "x" * 200_000}])
+    assert len(load_rows(source).rows[0]["reasoning_trace"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", b'{"question": "q", "solution": "s"}\n\n{"question": \n', "line 3 is not JSON"),
+        ("r.jsonl", b'["q", "s"]\n', "line 1 is not a JSON object"),
+        ("r.jsonl", b'{"question": "\xff", "solution": "s"}\n', "line 1 is not UTF-8"),
+        ("r.jsonl", b'{"question": ["q"], "solution": "s"}\n', "question must be text, it is a list"),
+        ("r.json", b'{"question": "q", "solution": "s"}', "must hold one list of objects"),
+        ("r.json", b"[", "is not JSON"),
+        ("r.csv", b"question,solution\nq,\xff\n", "cannot be read as CSV"),
+        ("r.parquet", b"no parquet at all", "is not a Parquet file"),
+        ("r.txt", b"q", "is none of .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "a/missing.csv", "./missing", "/no/where", "~/no/where", "name"])
+def test_a_missing_file_is_said_to_be_missing(source):
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match="does not exist"):
+            ask(source)
+
+
+def test_a_hub_name_is_not_looked_up_by_the_inspection():
+    assert inspect_source("nobody/nothing") is None
+
+
+def test_a_hub_name_without_network_is_one_value_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing is no local file and could not be loaded from the hub"):
+        load_rows("nobody/nothing")
+
+
+def test_generated_rows_follow_seed_and_size_and_carry_the_worked_solution():
+    first = load_rows("reasoning_gym/gsm_symbolic", seed=3, size=4)
+    assert first == load_rows("reasoning_gym/gsm_symbolic", seed=3, size=4)
+    assert first.rows != load_rows("reasoning_gym/gsm_symbolic", seed=4, size=4).rows
+    assert len(first.rows) == 4
+    for row in first.rows:
+        assert set(row) == {"question", "solution", "reasoning_trace", "task"}
+        assert row["reasoning_trace"].endswith(f"#### {row['solution']}")
+
+
+def test_a_task_without_worked_solutions_gives_rows_without_a_trace():
+    (row,) = load_rows("reasoning_gym/chain_sum", size=1).rows
+    assert row["reasoning_trace"] is None and row["task"] == "chain_sum"
+
+
+def test_tasks_read_from_the_source_are_those_that_are_registered():
+    from reasoning_gym.factory import DATASETS
+
+    assert set(generator_tasks()) == set(DATASETS) - {"composite"}
+
+
+def test_an_unknown_task_names_those_that_are_close():
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match="no task 'gsm_symbolik'; did you mean gsm_symbolic"):
+            ask("reasoning_gym/gsm_symbolik")
+
+
+def test_the_inspection_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.monotonic()\n"
+        "from data.sources import inspect_source\n"
+        "inspect_source('reasoning_gym/gsm_symbolic')\n"
+        "assert time.monotonic() - start < 1\n"
+        "assert not {'torch', 'transformers', 'datasets', 'reasoning_gym', 'pyarrow'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def questions(rows: list[dict]) -> list[str]:
+    return [row["question"] for row in rows]
+
+
+def test_held_out_questions_are_never_trained_on_and_repeats_are_counted():
+    # "A?" and its two respellings are one question; whichever way the choice falls, both sides stay apart.
+    rows = [{"question": q} for q in ["A?", "b?", " a?  ", "C?", "a?", "d e?", "D\nE?"]]
+    for seed in range(20):
+        train, held_out, repeated = hold_out(rows, 2, seed)
+        check_disjoint(train, held_out)
+        assert len(held_out) == 2 and len(train) + len(held_out) + repeated == 7
+    assert {hold_out(rows, 2, seed)[2] for seed in range(20)} == {0, 1, 2, 3}
+
+
+def test_the_split_follows_the_seed_and_training_rows_keep_their_order():
+    rows = [{"question": f"question {i}"} for i in range(50)]
+    train, held_out, repeated = hold_out(rows, 10, seed=1)
+    assert hold_out(rows, 10, seed=1) == (train, held_out, repeated)
+    assert questions(hold_out(rows, 10, seed=2)[1]) != questions(held_out)
+    assert train == [row for row in rows if row not in held_out] and repeated == 0
+
+
+def test_nothing_is_held_out_when_nothing_is_asked_for():
+    rows = [{"question": "a"}, {"question": "a"}]
+    assert hold_out(rows, 0, seed=0) == (rows, [], 0)
+
+
+def test_holding_out_every_question_is_refused():
+    with pytest.raises(ValueError, match="eval_size=2 leaves nothing of 2 questions"):
+        hold_out([{"question": "a"}, {"question": "A"}, {"question": "b"}], 2, seed=0)
+
+
+def test_shared_questions_are_refused_with_their_number_and_the_first():
+    train = [{"question": "What is  2?"}, {"question": "b"}]
+    with pytest.raises(ValueError, match="2 evaluation rows .* the first: 'what is 2\\?'"):
+        check_disjoint(train, [{"question": "new"}, {"question": "what is 2?"}, {"question": "B"}])
