@@ -1,0 +1,87 @@
+"""A tiny random model with a real tokenizer, and runs of the real entry points."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.embedded import embedded_model_path
+from models.loading import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = "embedded/smollm2-135m-instruct"
+RUN_TIMEOUT_S = 300
+# A whole teacher run of seconds: two prompts of four completions, sixteen tokens each.
+TINY_RUN = [
+    "run_cfg=teacher_rlt_tiny",
+    "report_to=null",
+    "bf16=false",
+    "train_batch_size=8",
+    "per_device_train_batch_size=4",
+    "num_generations=4",
+    "max_completion_length=16",
+    "dataset_size=12",
+    "eval_size=2",
+    "num_generations_eval=2",
+    "learning_rate=1e-3",
+]
+
+
+def save_tiny(folder: Path, seed: int) -> str:
+    tokenizer = load_tokenizer(str(embedded_model_path(EMBEDDED)))
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("models") / "teacher", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("models") / "student", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(str(embedded_model_path(EMBEDDED)))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_teacher, tiny_student):
+    """Overrides of a teacher run on tiny models, with Hugging Face generation."""
+    return [*TINY_RUN, f"model_name_or_path={tiny_teacher}", f"student_model={tiny_student}", "use_vllm=false"]
+
+
+def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run an entry point for real, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
+    )

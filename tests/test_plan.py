@@ -1,0 +1,173 @@
+"""What is refused before anything heavy is loaded, and that every configuration composes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from plan import make_plan
+from train import GROUPS, options, rewrite_arguments
+from trainers.config_fields import TABLE, build_table, read_table
+
+HUB_OFF = {"HF_HUB_OFFLINE": "1"}
+
+
+def config_of(*overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        cfg = compose("train", rewrite_arguments(list(overrides)), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        full = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in full.items() if key != "hydra"}
+
+
+@pytest.mark.parametrize("run", options("run_cfg"))
+def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = make_plan(config_of(run, "dry_run=true"), pending_warmup=None)
+    assert "rows per step" in plan.report()
+
+
+OPTIONS = [(g, o) for g in GROUPS for o in options(g) if g != "run_cfg" and not (g == "trainer_cfg" and "teacher" not in o)]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_is_planned_in_the_default_run(group, option, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make_plan(config_of(f"{group}={option}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("profile", ["grpo", "grpo_mono"])
+def test_a_plain_grpo_run_is_planned(profile, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the sft profile is teacher_sft_tiny's
+    plan = make_plan(config_of("run_cfg=grpo_exact", f"trainer_cfg={profile}", "dry_run=true"))
+    assert plan.config["reward_functions"] == ["rewards.exact.exact_answer"]
+
+
+def test_the_table_of_trainer_fields_is_that_of_the_installed_trl():
+    assert read_table() == build_table(), f"run python -m trainers.config_fields to renew {TABLE.name}"
+
+
+def test_the_paper_run_has_the_papers_values():
+    config = config_of("teacher_rlt")
+    assert {k: config[k] for k in ("train_batch_size", "num_generations", "max_steps", "learning_rate", "temperature")} == {
+        "train_batch_size": 1024,
+        "num_generations": 64,
+        "max_steps": 125,
+        "learning_rate": 1e-6,
+        "temperature": 0.7,
+    }
+    assert (config["ref_model_sync_steps"], config["ref_model_mixup_alpha"], config["sync_ref_model"]) == (32, 0.9, True)
+    assert config["max_prompt_length"] + config["max_completion_length"] == 16384
+    assert (config["answer_log_prob_coeff"], config["kl_penalty_reward_coeff"]) == ([1, 0.01], [3, 0.03])
+
+
+BAD = [
+    (["num_generations=5"], "use one of [2, 4, 8, 16, 32]"),
+    (["per_device_train_batch_size=5"], "use one of [1, 2, 4, 8, 16, 32]"),
+    (["learning_rate=fast"], "it must be float"),
+    (["max_steps=2.5"], "it must be int"),
+    (["use_vllm=3"], "it must be bool"),
+    (["gradient_accumulation_steps=2"], "set train_batch_size instead"),
+    (["max_length=10"], "not a key of a teacher_grpo run"),
+    (["temperature=0"], "temperature above 0"),
+    (["max_completion_length=8000"], "may be up to 7680"),
+    (["use_peft=true", "sync_ref_model=true"], "sync_ref_model=true with use_peft=true"),
+    (["load_in_4bit=true"], "set use_peft=true"),
+    (["beta=0", "student_model=null"], "name a student"),
+    (["reduction_kl_fn=[mean,maximum]"], "'maximum' is not a reduction"),
+    (["kl_penalty_reward_coeff=[1]"], "of one length"),
+    (["normalize_kl_fn=log"], "none, exp, exp_norm"),
+    (["dataset_id_or_path=missing.jsonl"], "missing.jsonl does not exist"),
+    (["dataset_id_or_path=reasoning_gym/gsm_symbolik"], "did you mean gsm_symbolic"),
+    (["model_name_or_path=./nowhere"], "model path does not exist"),
+    (["model_name_or_path=some/model"], "hub"),
+    (["student_model=embedded/other"], "is not embedded"),
+    (["reasoning_format=xml"], "['r1', 'stratos']"),
+    (["resume_from=nowhere"], "not a checkpoint folder"),
+    (["eval_dataset_id_or_path=reasoning_gym/gsm_symbolic"], "among the training rows"),
+    (["generation_aggregation_steps=3"], "generation_aggregation_steps=3"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), BAD, ids=[" ".join(o) for o, _ in BAD])
+def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named = [] if any("model_name" in o for o in overrides) else ["model_name_or_path=embedded/smollm2-135m-instruct"]
+    with pytest.raises(ValueError) as refused:
+        make_plan(config_of(*named, f"output_dir={tmp_path / 'run'}", *overrides))
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["no_such_run"], "teacher_rlt_tiny"), (["num_generation=4"], "did you mean num_generations"), (["seed=[1"], "cannot be read")],
+)
+def test_the_command_line_is_read_before_hydra_is(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        rewrite_arguments(arguments)
+
+
+@pytest.mark.parametrize("name", ["teacher_sft_tiny", "teacher_sft_tiny.yaml", "cfgs/run_cfg/teacher_sft_tiny.yaml"])
+def test_a_run_is_named_bare_with_suffix_or_by_path(name):
+    assert rewrite_arguments([name]) == ["run_cfg=teacher_sft_tiny"]
+
+
+def test_a_missing_column_is_named_with_those_found(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Q", "answer": "A"}\n')
+    with pytest.raises(ValueError, match="has no column 'solution'; found answer, question"):
+        make_plan(config_of(f"dataset_id_or_path={path}", "model_name_or_path=embedded/smollm2-135m-instruct"))
+
+
+def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tmp_path):
+    out = f"output_dir={tmp_path}"
+    named = "model_name_or_path=embedded/smollm2-135m-instruct"
+    config = config_of(out, named)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    with pytest.raises(ValueError, match=r"different run \(beta: 0.04 there, 0.1 now\)"):
+        make_plan(config_of(out, named, "beta=0.1"))
+    make_plan(config_of(out, named, "beta=0.1", "overwrite_output_dir=true"))
+    make_plan(config_of(out, named, "max_steps=99", "save_steps=7"))
+
+
+def test_a_folder_that_no_run_wrote_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that no run here wrote"):
+        make_plan(config_of(f"output_dir={tmp_path}", "overwrite_output_dir=true", "model_name_or_path=embedded/smollm2-135m-instruct"))
+
+
+def test_not_enough_disk_is_said_before_the_run(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("plan.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="GiB are free"):
+        make_plan(config_of(f"output_dir={tmp_path / 'run'}", "model_name_or_path=embedded/smollm2-135m-instruct"))
+
+
+def test_a_refused_run_prints_one_line_and_ends_with_an_error(tmp_path):
+    done = launch("train.py", "num_generations=5", f"output_dir={tmp_path / 'run'}", **HUB_OFF)
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0
+    assert "use one of" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_imports_no_model_or_engine():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', 'teacher_rlt', 'dry_run=true']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+        "assert not {'torch', 'vllm', 'transformers', 'trl'} & set(sys.modules), 'heavy import'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning, missing: run teacher_rlt needs a GPU" in done.stdout
+    assert "warm-up teacher_sft would run first" in done.stdout
+
+
+def test_every_folder_of_the_tree_has_its_file():
+    assert {p.name for p in Path(ROOT, "cfgs").iterdir()} == {*GROUPS, "train.yaml", "score.yaml"}

@@ -1,0 +1,99 @@
+"""What a teacher and a student read, and which tokens count."""
+
+import pytest
+
+from data.formats import FORMATS, load_format
+from data.prompts import Rendered, render_student_reading, render_teacher_prompt, render_teacher_reading
+from rewards.spans import align_spans, common_ends, tokenize_with_spans, tokens_inside
+
+STYLE = load_format("stratos")
+
+
+def test_the_teachers_prompt_begins_its_own_turn(tokenizer):
+    prompt = render_teacher_prompt(tokenizer, STYLE, "What is 1+1?", "2", "Teach.")
+    assert prompt == (
+        "<|im_start|>system\nTeach.<|im_end|>\n<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
+        "<|begin_of_solution|>2<|end_of_solution|>\n\n<|begin_of_explanation|>\n\n"
+    )
+
+
+@pytest.mark.parametrize("style", FORMATS.values(), ids=FORMATS)
+def test_spans_hold_exactly_what_stands_between_the_tags(tokenizer, style):
+    reading = render_student_reading(tokenizer, style, "Q?", "42", "\n\nbecause", "System.")
+    (a, b), (c, d) = reading.spans["thought"], reading.spans["solution"]
+    assert reading.text[a:b] == "\n\nbecause"
+    assert reading.text[c:d] == "42"
+    assert reading.text[:a].endswith(style.thought_tags[0])
+    assert reading.text[b:c] == style.thought_tags[1] + "\n\n" + style.solution_tags[0]
+    assert reading.text[d:].startswith(style.solution_tags[1])
+
+
+def test_the_first_end_tag_ends_the_explanation_and_a_missing_one_is_put_in():
+    end = STYLE.explanation_tags[1]
+    two = render_teacher_reading(STYLE, "P\n\n", f"one{end}two{end}")
+    assert two.text[slice(*two.spans["explanation"])] == "\n\none"
+    none = render_teacher_reading(STYLE, "P\n\n", "cut off")
+    assert none.text == f"P\n\ncut off{end}"
+    assert none.text[slice(*none.spans["explanation"])] == "\n\ncut off"
+
+
+def test_a_template_without_a_system_role_gets_that_text_before_the_question(tokenizer):
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    silent = strict.replace("{{ raise_exception('no system role') }}", "{% continue %}")
+    kept = tokenizer.chat_template
+    try:
+        for template in (strict, silent):
+            tokenizer.chat_template = template
+            prompt = render_teacher_prompt(tokenizer, STYLE, "Q?", "42", "Teach.")
+            assert prompt.startswith("[user]Teach.\n\nQ?[assistant]<|begin_of_solution|>42")
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_a_token_counts_only_when_it_lies_wholly_inside():
+    offsets = [(0, 2), (2, 5), (5, 5), (5, 8), (8, 9)]
+    assert tokens_inside(offsets, 2, 8) == [1, 3]
+    assert tokens_inside(offsets, 3, 9) == [3, 4]
+
+
+def test_common_ends_leave_out_the_middle_that_differs():
+    assert common_ends([1, 2, 3], [1, 2, 3]) == [(0, 0), (1, 1), (2, 2)]
+    assert common_ends([1, 2, 9, 5], [1, 2, 7, 8, 5]) == [(0, 0), (1, 1), (3, 4)]
+    assert common_ends([], [1]) == []
+
+
+def test_newlines_that_are_cut_by_what_follows_are_dropped(tokenizer):
+    # Before a tag two newlines are two tokens; the piece alone ends in one token for both.
+    text = "so 12\n\n<end>"
+    (tokenized,) = tokenize_with_spans(tokenizer, [Rendered(text, {"x": (0, 7)})])
+    kept = tokenizer.decode([tokenized.ids[i] for i in tokenized.spans["x"]])
+    assert kept == "so 12"
+
+
+def test_teacher_and_student_keep_the_same_tokens(tokenizer):
+    completion = "Because 3 * 4 is 12.\n\n<|end_of_explanation|>"
+    prompt = render_teacher_prompt(tokenizer, STYLE, "What is 3 * 4?", "12")
+    teacher = render_teacher_reading(STYLE, prompt, completion)
+    student = render_student_reading(tokenizer, STYLE, "What is 3 * 4?", "12", "\n\nBecause 3 * 4 is 12.\n\n")
+    left, right = tokenize_with_spans(tokenizer, [teacher, student])
+    pairs = align_spans(left, "explanation", right, "thought")
+    assert [left.ids[i] for i, _ in pairs] == [right.ids[j] for _, j in pairs]
+    assert tokenizer.decode([left.ids[i] for i, _ in pairs]) == "\n\nBecause 3 * 4 is 12."
+
+
+def test_a_users_own_format_comes_from_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("thought_tags: ['<t>', '</t>']\nstudent_system_prompt: 'Think in {thought_start}.'\n")
+    style = load_format(str(path))
+    assert (style.name, style.thought_tags, style.student_system) == ("mine", ("<t>", "</t>"), "Think in <t>.")
+
+
+@pytest.mark.parametrize("text", ["thought_tag: x", "thought_tags: ['a']", "- a list"])
+def test_a_wrong_format_file_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError):
+        load_format(str(path))

@@ -1,0 +1,55 @@
+"""A run that is killed anywhere goes on as if nothing had happened, bit for bit."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import launch
+from safetensors.torch import load_file
+
+STEPS = ["save_steps=1", "eval_steps=3", "sync_ref_model=true", "ref_model_sync_steps=2"]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(left, right) -> None:
+    a, b = weights(left), weights(right)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    held_out = [(folder / "evaluations.jsonl").read_text() for folder in (left, right)]
+    assert json.loads(held_out[0].splitlines()[-1]) == json.loads(held_out[1].splitlines()[-1])
+
+
+def succeed(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run, tmp_path_factory):
+    """Six steps without a break; generations of two steps are made together, so that a buffer is cut in the middle."""
+    folder = tmp_path_factory.mktemp("straight")
+    succeed(launch("train.py", *tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={folder}"))
+    return folder
+
+
+def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path):
+    command = [*tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={tmp_path}"]
+    for point in ("generation:2", "scoring:2", "backward:4", "saving:2"):
+        killed = launch("train.py", *command, RLT_KILL_AT=point)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
+        assert not (tmp_path / "COMPLETE").exists()
+    succeed(launch("train.py", *command))
+    assert_same(straight, tmp_path)
+    again = launch("train.py", *command)
+    assert "is complete" in again.stdout
+
+
+def test_with_vllm_three_steps_and_three_more_equal_six(tiny_run, tmp_path):
+    run = [o for o in tiny_run if not o.startswith("use_vllm")]
+    for folder, lengths in (("straight", [6]), ("resumed", [3, 6])):
+        for steps in lengths:
+            succeed(launch("train.py", *run, *STEPS, f"max_steps={steps}", f"output_dir={tmp_path / folder}"))
+    assert_same(tmp_path / "straight", tmp_path / "resumed")

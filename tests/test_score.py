@@ -1,0 +1,66 @@
+"""score.py as a user runs it."""
+
+import json
+
+import pytest
+from conftest import launch
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    end = "<|end_of_explanation|>"
+    lines = [
+        {"id": "a", "question": "2+2?", "solution": "4", "completion": f"Count on.{end}"},
+        {"id": "b", "question": "3+3?", "solution": "6", "completions": [f"Double it.{end}", "no end"]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def score(rows, output, tiny_teacher, tiny_student, *overrides):
+    models = [f"teacher_model={tiny_teacher}", f"student_model={tiny_student}"]
+    return launch("score.py", f"input={rows}", f"output={output}", *models, *overrides)
+
+
+def test_lines_are_written_again_with_rewards_and_parts(rows, tmp_path, tiny_teacher, tiny_student):
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student, "reduction_kl_fn=[median,sum]")
+    assert done.returncode == 0, done.stderr
+    one, two = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert one["id"] == "a"
+    assert one["match_reward"] == 0
+    assert two["match_reward"] == [0, -1]
+    assert one["reward"] == pytest.approx(one["solution_log_prob_reward"] + one["kl_reward"] + one["match_reward"])
+    expected = -(3 * one["reasoning_kl_median"] + 0.03 * one["reasoning_kl_sum"])
+    assert one["kl_reward"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["reduction_kl_fn=[mean]"], "of one length"),
+        (["temperature=0"], "temperature=0 must be above 0"),
+        (["dtype=int8"], "float32 or bfloat16"),
+        (["student_model=./none"], "model path does not exist"),
+        (["clip_kll=1"], "did you mean clip_kl"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(rows, tmp_path, tiny_teacher, tiny_student, overrides, says):
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student, *overrides)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_existing_output_is_not_overwritten(rows, tmp_path, tiny_teacher, tiny_student):
+    (tmp_path / "out.jsonl").write_text("precious")
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
+    assert "would be overwritten" in done.stderr
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_a_line_that_is_not_json_is_named(rows, tmp_path, tiny_teacher, tiny_student):
+    rows.write_text(rows.read_text() + "{oops\n")
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
+    assert "line 3 is not JSON" in done.stderr

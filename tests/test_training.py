@@ -1,0 +1,203 @@
+"""Trainers on tiny random models: what moves, what does not, what is trained on, and what is left out."""
+
+import json
+import math
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT
+from test_plan import config_of
+
+from plan import make_plan
+from train import prepare_output, train
+from trainers.build import build_trainer
+from trainers.sft import teaching_example
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def build(tiny_run, folder, *overrides):
+    plan = make_plan(config_of(*tiny_run, f"output_dir={folder}", *overrides))
+    prepare_output(plan.config)
+    return build_trainer(plan)
+
+
+def parameters_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_every_parameter_of_the_policy_moves_and_frozen_models_do_not(tiny_run, tmp_path, in_root):
+    trainer, _ = build(tiny_run, tmp_path, "max_steps=2", "eval_size=0")
+    models = {"policy": trainer.model, "student": trainer.student, "reference": trainer.ref_model}
+    before = {name: parameters_of(model) for name, model in models.items()}
+    trainer.train()
+    after = {name: parameters_of(model) for name, model in models.items()}
+    assert all(not torch.equal(before["policy"][k], after["policy"][k]) for k in before["policy"])
+    for name in ("student", "reference"):
+        assert all(torch.equal(before[name][k], after[name][k]) for k in before[name])
+
+
+def test_a_synced_reference_moves_by_the_mixup_share(tiny_run, tmp_path, in_root):
+    sync = ["sync_ref_model=true", "ref_model_sync_steps=1", "ref_model_mixup_alpha=0.9", "max_steps=1", "eval_size=0"]
+    trainer, _ = build(tiny_run, tmp_path, *sync)
+    start = parameters_of(trainer.model)
+    trainer.train()
+    for name, reference in trainer.ref_model.named_parameters():
+        expected = 0.1 * start[name] + 0.9 * dict(trainer.model.named_parameters())[name]
+        torch.testing.assert_close(reference, expected)
+
+
+def test_twenty_updates_at_a_learning_rate_of_1e_6_arrive(tiny_run, tmp_path, in_root):
+    trainer, _ = build(
+        tiny_run, tmp_path, "learning_rate=1e-6", "max_steps=20", "bf16=true", "eval_size=0", "max_completion_length=4"
+    )
+    start = parameters_of(trainer.model)
+    trainer.train()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    for name, p in trainer.model.named_parameters():
+        moved = (p - start[name]).abs()
+        # Adam moves a parameter by at most about the learning rate per step; a bfloat16 near 0.2 has a spacing of 1e-3.
+        assert 1e-7 < moved.max() <= 20 * 1.01e-6 * 1.5, name
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_is_reached_by_its_key(tiny_run, tmp_path, in_root, loss_type):
+    trainer, _ = build(tiny_run, tmp_path, f"loss_type={loss_type}", "max_steps=1", "eval_size=0")
+    trainer.train()
+    assert trainer.loss_type == loss_type
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_an_unscored_completion_is_as_if_it_were_not_there(tiny_run, tmp_path, in_root, loss_type):
+    """Its gradients equal those of a batch in which that row was taken out and the others averaged without it."""
+    trainer, _ = build(tiny_run, tmp_path, f"loss_type={loss_type}", "eval_size=0", "per_device_train_batch_size=8")
+    score = trainer.reward.score
+
+    def spoiled(rows, completions):
+        scored = score(rows, completions)
+        return [type(s)(float("nan"), *list(vars(s).values())[1:]) if i == 2 else s for i, s in enumerate(scored)]
+
+    trainer.reward.score = spoiled
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_inputs(rows)
+    assert batch["scored"].tolist() == [True, True, False, True, True, True, True, True]
+    assert batch["advantages"][2] == 0
+    others = batch["advantages"][[0, 1, 3]]
+    assert others.sum().item() == pytest.approx(0, abs=1e-4)  # centred without the unscored sibling
+
+    def gradients(inputs):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in trainer.model.parameters()]
+
+    loss, ours = gradients(batch)
+    kept = batch["scored"]
+    alone = {k: v[kept] if v is not None and v.dim() and len(v) == 8 else v for k, v in batch.items()}
+    alone["scored_share"] = torch.tensor(1.0)
+    expected_loss, expected = gradients(alone)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_without_a_score_gives_a_zero_loss_that_reaches_every_parameter(tiny_run, tmp_path, in_root):
+    trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "per_device_train_batch_size=8")
+    score = trainer.reward.score
+    trainer.reward.score = lambda rows, texts: [
+        type(s)(float("inf"), *list(vars(s).values())[1:]) for s in score(rows, texts)
+    ]
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(rows))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_packed_log_probs_give_the_loss_and_gradients_of_stock_trl(tiny_run, tmp_path, in_root):
+    import trl
+
+    trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "per_device_train_batch_size=8")
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_inputs(rows)
+
+    def gradients(compute):
+        trainer.model.zero_grad()
+        loss = compute(trainer.model, batch)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    ours_loss, ours = gradients(trainer.compute_loss)
+    own = type(trainer)._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = trl.GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    stock_loss, stock = gradients(lambda model, inputs: trainer._compute_loss(model, inputs))
+    assert own is not trainer._get_per_token_logps_and_entropies
+    assert ours_loss == pytest.approx(stock_loss, rel=1e-5, abs=1e-7)
+    assert ((ours - stock).norm() / stock.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [[], ["load_in_4bit=true"]], ids=["lora", "lora-4bit"])
+def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in_root, bits):
+    overrides = ["use_peft=true", "lora_r=4", "max_steps=1", "eval_size=0", "student_model=null", *bits]
+    merged = [] if bits else ["save_merged_model=true"]
+    plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", *overrides, *merged))
+    train(plan)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(merged)
+
+
+def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
+    plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", "max_steps=3", "save_steps=1", "save_total_limit=2"))
+    train(plan)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert {"config.yaml", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png", "COMPLETE"} <= left
+    assert {name for name in left if name.startswith("checkpoint")} == {"checkpoint-2", "checkpoint-3"}
+    assert not {name for name in left if name.startswith(".saving")}
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in logged if line["step"] == 1 and "loss" in line)
+    assert {"reward", "kl", "reward_parts/kl_reward", "reward_parts/format_rate", "completions/mean_length"} <= set(step)
+    table = pandas.read_parquet(tmp_path / "completions" / "step-00003.parquet")
+    assert len(table) == 8
+    assert {"prompt", "completion", "reward", "solution_log_prob_reward", "advantage"} <= set(table.columns)
+    evaluated = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in evaluated] == [0, 3]
+    assert all(len(e["reward"]) == 2 for e in evaluated)
+    assert "paired difference" in capsys.readouterr().out
+
+
+def test_sft_trains_only_what_comes_after_the_explanation_tag(tokenizer):
+    prompt = "Q <|begin_of_explanation|>\n\n"
+    example = teaching_example(tokenizer, prompt, " two words ", "<|end_of_explanation|>")
+    trained = [i for i, m in zip(example["input_ids"], example["completion_mask"], strict=True) if m]
+    assert tokenizer.decode(trained) == "two words\n\n<|end_of_explanation|><|im_end|>"
+    assert len(trained) == sum(example["completion_mask"])
+    assert tokenizer.decode(example["input_ids"][: -len(trained)]) == prompt
+
+
+def test_the_sft_loss_is_the_mean_over_the_counted_tokens(tiny_teacher, tmp_path, in_root):
+    sft = ["run_cfg=teacher_sft_tiny", "report_to=null", "bf16=false", "dataset_size=4", "train_batch_size=4"]
+    more = ["per_device_train_batch_size=4", "max_steps=1", "lr_scheduler_type=constant", "warmup_steps=0", "logging_steps=1"]
+    config = config_of(*sft, *more, f"model_name_or_path={tiny_teacher}", f"output_dir={tmp_path}")
+    prepare_output(config)
+    trainer, _ = build_trainer(make_plan(config))
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    trained = int((batch["labels"] != -100).sum())
+    assert trained == sum(sum(row["completion_mask"]) for row in trainer.train_dataset) if "completion_mask" in trainer.train_dataset.column_names else trained > 0
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,71 @@
+"""The real engine in process: agreement of log-probs after a sync, and sampling from seeds alone."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from logprobs import token_log_probs
+from models.embedded import embedded_model_path
+from models.loading import load_policy, load_tokenizer
+
+MODEL = "embedded/smollm2-135m-instruct"
+PROMPTS = ["The capital of France is", "One, two, three,", "def add(a, b):"]
+
+
+@pytest.fixture(scope="module")
+def engine_and_model():
+    from generation.vllm_engine import VLLMEngine
+
+    path = str(embedded_model_path(MODEL))
+    model = load_policy(path, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # other weights than the engine could have read from the folder
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    engine = VLLMEngine(
+        model=model,
+        accelerator=Accelerator(cpu=True),
+        processing_class=load_tokenizer(path),
+        engine_dtype="float32",
+        max_model_length=256,
+        max_num_seqs=32,
+        temperature=0.7,
+        max_completion_length=24,
+    )
+    engine.sync_weights()
+    return engine, model
+
+
+def encode(engine):
+    return [engine.processing_class(p, add_special_tokens=False)["input_ids"] for p in PROMPTS]
+
+
+def disagreement(engine, model) -> float:
+    prompts = encode(engine) * 4
+    completions, sampled = engine.generate_seeded(prompts, list(range(len(prompts))))
+    sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
+    counted = [list(range(len(p), len(s))) for p, s in zip(prompts, sequences, strict=True)]
+    with torch.no_grad():
+        ours, _ = token_log_probs(
+            model, sequences, counted, [range(len(sequences))], temperature=0.7, token_budget=2048
+        )
+    return (torch.cat(ours) - torch.tensor([v for row in sampled for v in row])).abs().mean().item()
+
+
+def test_engine_and_trainer_agree_after_a_sync_and_after_an_update(engine_and_model):
+    engine, model = engine_and_model
+    assert disagreement(engine, model) < 2e-4
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)  # tied to the input: the copy that can go stale
+    assert disagreement(engine, model) > 1e-2
+    engine.sync_weights()
+    assert disagreement(engine, model) < 2e-4
+
+
+def test_completions_follow_from_their_seeds_alone(engine_and_model):
+    engine, _ = engine_and_model
+    prompts = encode(engine)
+    first = engine.generate_seeded(prompts, [1, 2, 3])
+    torch.manual_seed(123)
+    second = engine.generate_seeded(list(reversed(prompts)), [3, 2, 1])
+    assert first[0] == list(reversed(second[0]))
+    assert engine.generate_seeded(prompts, [4, 5, 6])[0] != first[0]
