@@ -18,8 +18,9 @@ from pathlib import Path
 import hydra
 from omegaconf import MissingMandatoryValue, OmegaConf
 
+from checks import check_reward, check_types
 from data.formats import load_format
-from plan import check_models_exist, check_reward, check_types
+from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
 from train import fail
 

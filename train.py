@@ -22,8 +22,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from checks import key_names
 from models.versions import check_versions, requirements_file
-from plan import Plan, key_names, make_plan
+from plan import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
@@ -140,9 +141,10 @@ def train(plan: Plan) -> None:
     config = plan.config
     prepare_output(config)
     prepare_wandb(config)
-    from trainers.build import build_trainer
+    from trainers.build import build_trainer, quiet_libraries
     from trainers.checkpoints import last_checkpoint
 
+    quiet_libraries()
     trainer, evaluation = build_trainer(plan)
     checkpoint = config["resume_from"] or last_checkpoint(config["output_dir"])
     if checkpoint:
@@ -154,6 +156,14 @@ def train(plan: Plan) -> None:
     sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
 
 
+def is_complete(config: dict) -> bool:
+    """Whether an earlier life of the run came to the end that is asked for now."""
+    marker = Path(config["output_dir"]) / MARKER
+    if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
+        return False
+    return json.loads(marker.read_text())["steps"] >= config["max_steps"] > 0
+
+
 def run(config: dict, given: list[str]) -> None:
     warmup = apply_warmup(config, given)
     plan = make_plan(config, pending_warmup=warmup)
@@ -161,15 +171,17 @@ def run(config: dict, given: list[str]) -> None:
         sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
         sys.stdout.writelines(f"warning, missing: {line}\n" for line in plan.missing)
         return
-    marker = Path(config["output_dir"]) / MARKER
-    if marker.is_file() and not config["overwrite_output_dir"] and not config["resume_from"]:
-        if json.loads(marker.read_text())["steps"] >= config["max_steps"] > 0:
-            sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
-            return
+    if is_complete(config):
+        sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
+        return
     if warmup is not None:
         logger.info("warm-up first: %s", warmup)
         subprocess.run([sys.executable, str(ROOT / "train.py"), f"run_cfg={warmup}"], check=True)
     train(plan)
+
+
+def _sweeps(override: str) -> bool:
+    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 @hydra.main(version_base="1.3", config_path="cfgs", config_name="train")
@@ -178,7 +190,8 @@ def job(cfg) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # Each job in a process of its own: an engine is not given back within one.
-        swept = ",".join(o.lstrip("+") for o in overrides if o not in sys.argv)
+        keys = {o.partition("=")[0] for o in sys.argv if "=" in o and _sweeps(o)}
+        swept = ",".join(o.lstrip("+") for o in overrides if o.partition("=")[0] in keys)
         own = [*overrides, f"output_dir='{config['output_dir']}/{swept}'"]
         subprocess.run([sys.executable, str(ROOT / "train.py"), *own], check=True)
         return

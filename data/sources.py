@@ -35,9 +35,7 @@ class Rows:
     dropped: dict[str, int]
 
 
-def load_rows(
-    source: str, *, split: str = "train", seed: int = 0, size: int | None = None, tags: Tags = TAGS
-) -> Rows:
+def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | None = None, tags: Tags = TAGS) -> Rows:
     """Read a source.
 
     Args:
@@ -179,8 +177,6 @@ def _read_file(path: Path) -> Iterable[dict]:
     if path.suffix == ".csv":
         return _csv_rows(path)
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
         batches = _parquet(path).iter_batches(batch_size=1024)
         return (row for batch in batches for row in batch.to_pylist())
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
@@ -254,8 +250,6 @@ def inspect_source(source: str) -> None:
 
 def _columns(path: Path) -> Iterable[str]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
         return _parquet(path).schema_arrow.names
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -58,7 +58,9 @@ def _head(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, with
     if len(chunks) == 1 or not torch.is_grad_enabled():
         parts = [_head_chunk(head, hidden, targets, *args) for hidden, targets in chunks]
     else:
-        parts = [checkpoint(_head_chunk, head, hidden, targets, *args, use_reentrant=False) for hidden, targets in chunks]
+        parts = [
+            checkpoint(_head_chunk, head, hidden, targets, *args, use_reentrant=False) for hidden, targets in chunks
+        ]
     log_probs, entropies = zip(*parts, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)
 
@@ -90,7 +92,9 @@ def token_log_probs(
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
         unless asked for). Gradients flow when enabled.
     """
-    assert all(0 < i < len(ids) for ids, where in zip(sequences, counted, strict=True) for i in where), "index out of text"
+    assert all(0 < i < len(ids) for ids, where in zip(sequences, counted, strict=True) for i in where), (
+        "index out of text"
+    )
     causal = _causal_model(model)
     device = causal.get_input_embeddings().weight.device
     packs = [pack for group in groups for pack in pack_group(sequences, list(group), token_budget)]

@@ -92,7 +92,6 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
@@ -103,16 +102,15 @@ def load_policy(
         dtype: of the weights; float32 for full fine-tuning (bfloat16 does not move at small learning rates).
         attn_implementation: sdpa, eager, flash_attention_2 …
         load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
-        load_in_8bit: the same with 8-bit integers.
         trust_remote_code: runs the repository's own Python.
         device: where it goes; None is left to transformers and the launcher.
 
     Raises:
-        ValueError: it cannot be loaded, both widths are asked for, or bitsandbytes is missing.
+        ValueError: it cannot be loaded, or bitsandbytes is missing.
     """
     options = {}
-    if load_in_4bit or load_in_8bit:
-        options["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, device)
+    if load_in_4bit:
+        options["quantization_config"] = _quantization(device)
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
     return _told(
@@ -126,11 +124,7 @@ def load_policy(
     )
 
 
-def _quantization(in_4bit: bool, in_8bit: bool, device: torch.device | str | None) -> BitsAndBytesConfig:
-    if in_4bit and in_8bit:
-        raise ValueError("load_in_4bit=true and load_in_8bit=true: set one of them")
-    if in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+def _quantization(device: torch.device | str | None) -> BitsAndBytesConfig:
     where = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     compute = torch.bfloat16 if supports_bfloat16(where) else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

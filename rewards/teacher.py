@@ -4,7 +4,9 @@ The reward of Reinforcement-Learned Teachers (arXiv 2506.08388, eq. 2 to 5):
 
     r_SS = sum_j a_j * reduce_j(log p_student(solution tokens))
     r_KL = sum_j b_j * reduce_j(log p_teacher(t) - log p_student(t)), t in the explanation
-    reward = r_SS - r_KL + match,  match = 0, or the penalty when the explanation's end tag is missing or nothing is in it
+    reward = r_SS - r_KL + match
+
+`match` is 0, or the penalty when the explanation's end tag is missing or nothing stands before it.
 
 Three steps that can be read alone: text to spans (`spans.py`), spans to log-probs (`logprobs/`), log-probs to reward
 (`reductions.py`). What it leaves out: which models are asked; they come in as functions.
@@ -43,7 +45,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Both texts of one completion, tokenised, and the token pairs of the explanation (teacher index, student index)."""
+    """Both texts of one completion, and the explanation's tokens as (teacher index, student index)."""
 
     teacher: TokenizedText
     student: TokenizedText

@@ -30,7 +30,10 @@ def test_questions_without_a_score_are_left_out():
 
 
 def test_seeds_depend_on_every_part_of_where():
-    seeds = {request_seed(*where) for where in [(1, "train", 0, 0), (2, "train", 0, 0), (1, "eval", 0, 0), (1, "train", 1, 0)]}
+    seeds = {
+        request_seed(*where)
+        for where in [(1, "train", 0, 0), (2, "train", 0, 0), (1, "eval", 0, 0), (1, "train", 1, 0)]
+    }
     assert len(seeds) == 4
     assert request_seed(1, "train", 0, 0) == request_seed(1, "train", 0, 0)
 

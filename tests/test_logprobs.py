@@ -37,7 +37,9 @@ def one_row_at_a_time(model, sequences, counted, temperature):
 
 TOKENS = st.integers(0, VOCABULARY - 1)
 GROUPS = st.lists(
-    st.tuples(st.lists(TOKENS, min_size=1, max_size=12), st.lists(st.lists(TOKENS, max_size=8), min_size=1, max_size=5)),
+    st.tuples(
+        st.lists(TOKENS, min_size=1, max_size=12), st.lists(st.lists(TOKENS, max_size=8), min_size=1, max_size=5)
+    ),
     min_size=1,
     max_size=4,
 )

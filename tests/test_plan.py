@@ -32,7 +32,9 @@ def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     assert "rows per step" in plan.report()
 
 
-OPTIONS = [(g, o) for g in GROUPS for o in options(g) if g != "run_cfg" and not (g == "trainer_cfg" and "teacher" not in o)]
+OPTIONS = [
+    (g, o) for g in GROUPS for o in options(g) if g != "run_cfg" and not (g == "trainer_cfg" and "teacher" not in o)
+]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -54,14 +56,20 @@ def test_the_table_of_trainer_fields_is_that_of_the_installed_trl():
 
 def test_the_paper_run_has_the_papers_values():
     config = config_of("teacher_rlt")
-    assert {k: config[k] for k in ("train_batch_size", "num_generations", "max_steps", "learning_rate", "temperature")} == {
+    assert {
+        k: config[k] for k in ("train_batch_size", "num_generations", "max_steps", "learning_rate", "temperature")
+    } == {
         "train_batch_size": 1024,
         "num_generations": 64,
         "max_steps": 125,
         "learning_rate": 1e-6,
         "temperature": 0.7,
     }
-    assert (config["ref_model_sync_steps"], config["ref_model_mixup_alpha"], config["sync_ref_model"]) == (32, 0.9, True)
+    assert (config["ref_model_sync_steps"], config["ref_model_mixup_alpha"], config["sync_ref_model"]) == (
+        32,
+        0.9,
+        True,
+    )
     assert config["max_prompt_length"] + config["max_completion_length"] == 16384
     assert (config["answer_log_prob_coeff"], config["kl_penalty_reward_coeff"]) == ([1, 0.01], [3, 0.03])
 
@@ -106,7 +114,11 @@ def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["no_such_run"], "teacher_rlt_tiny"), (["num_generation=4"], "did you mean num_generations"), (["seed=[1"], "cannot be read")],
+    [
+        (["no_such_run"], "teacher_rlt_tiny"),
+        (["num_generation=4"], "did you mean num_generations"),
+        (["seed=[1"], "cannot be read"),
+    ],
 )
 def test_the_command_line_is_read_before_hydra_is(arguments, says):
     with pytest.raises(ValueError, match=says):
@@ -139,7 +151,13 @@ def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tmp_
 def test_a_folder_that_no_run_wrote_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files that no run here wrote"):
-        make_plan(config_of(f"output_dir={tmp_path}", "overwrite_output_dir=true", "model_name_or_path=embedded/smollm2-135m-instruct"))
+        make_plan(
+            config_of(
+                f"output_dir={tmp_path}",
+                "overwrite_output_dir=true",
+                "model_name_or_path=embedded/smollm2-135m-instruct",
+            )
+        )
 
 
 def test_not_enough_disk_is_said_before_the_run(tmp_path, monkeypatch):
@@ -163,7 +181,9 @@ def test_a_dry_run_imports_no_model_or_engine():
         "runpy.run_path('train.py', run_name='__main__')\n"
         "assert not {'torch', 'vllm', 'transformers', 'trl'} & set(sys.modules), 'heavy import'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "warning, missing: run teacher_rlt needs a GPU" in done.stdout
     assert "warm-up teacher_sft would run first" in done.stdout

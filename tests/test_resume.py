@@ -31,7 +31,9 @@ def succeed(done):
 def straight(tiny_run, tmp_path_factory):
     """Six steps without a break; generations of two steps are made together, so that a buffer is cut in the middle."""
     folder = tmp_path_factory.mktemp("straight")
-    succeed(launch("train.py", *tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={folder}"))
+    succeed(
+        launch("train.py", *tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={folder}")
+    )
     return folder
 
 

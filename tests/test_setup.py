@@ -46,7 +46,12 @@ def test_set_up_does_nothing_when_nothing_changed():
 
 def test_an_unusable_python_is_said_in_one_line():
     done = subprocess.run(
-        [ROOT / "setup.sh"], env={"PATH": "/usr/bin:/bin", "PYTHON": "no-python"}, capture_output=True, text=True, timeout=60, check=False
+        [ROOT / "setup.sh"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "no-python"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr == "setup: no-python is missing or older than Python 3.11: set PYTHON to a newer one\n"

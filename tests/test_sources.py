@@ -16,8 +16,7 @@ from data.splits import check_disjoint, hold_out
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"question": "2 + 2?", "solution": "4", "reasoning_trace": "Two and two."}
 STRATOS = (
-    "<|begin_of_thought|>\n\nTwo and\ntwo.\n\n<|end_of_thought|>\n\n"
-    "<|begin_of_solution|>\n\n4\n\n<|end_of_solution|>"
+    "<|begin_of_thought|>\n\nTwo and\ntwo.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n4\n\n<|end_of_solution|>"
 )
 
 
@@ -41,7 +40,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
-    second = {"question": "Größe?", "solution": "a,\n\"b\"", "reasoning_trace": None}
+    second = {"question": "Größe?", "solution": 'a,\n"b"', "reasoning_trace": None}
     source = write(tmp_path / f"rows{suffix}", [ROW, second])
     inspect_source(source)
     assert load_rows(source).rows == [ROW, second]

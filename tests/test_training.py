@@ -160,7 +160,9 @@ def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in
 
 
 def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
-    plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", "max_steps=3", "save_steps=1", "save_total_limit=2"))
+    plan = make_plan(
+        config_of(*tiny_run, f"output_dir={tmp_path}", "max_steps=3", "save_steps=1", "save_total_limit=2")
+    )
     train(plan)
     left = {p.name for p in tmp_path.iterdir()}
     assert {"config.yaml", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png", "COMPLETE"} <= left
@@ -168,7 +170,9 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     assert not {name for name in left if name.startswith(".saving")}
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     step = next(line for line in logged if line["step"] == 1 and "loss" in line)
-    assert {"reward", "kl", "reward_parts/kl_reward", "reward_parts/format_rate", "completions/mean_length"} <= set(step)
+    assert {"reward", "kl", "reward_parts/kl_reward", "reward_parts/format_rate", "completions/mean_length"} <= set(
+        step
+    )
     table = pandas.read_parquet(tmp_path / "completions" / "step-00003.parquet")
     assert len(table) == 8
     assert {"prompt", "completion", "reward", "solution_log_prob_reward", "advantage"} <= set(table.columns)
@@ -189,7 +193,13 @@ def test_sft_trains_only_what_comes_after_the_explanation_tag(tokenizer):
 
 def test_the_sft_loss_is_the_mean_over_the_counted_tokens(tiny_teacher, tmp_path, in_root):
     sft = ["run_cfg=teacher_sft_tiny", "report_to=null", "bf16=false", "dataset_size=4", "train_batch_size=4"]
-    more = ["per_device_train_batch_size=4", "max_steps=1", "lr_scheduler_type=constant", "warmup_steps=0", "logging_steps=1"]
+    more = [
+        "per_device_train_batch_size=4",
+        "max_steps=1",
+        "lr_scheduler_type=constant",
+        "warmup_steps=0",
+        "logging_steps=1",
+    ]
     config = config_of(*sft, *more, f"model_name_or_path={tiny_teacher}", f"output_dir={tmp_path}")
     prepare_output(config)
     trainer, _ = build_trainer(make_plan(config))
@@ -198,6 +208,10 @@ def test_the_sft_loss_is_the_mean_over_the_counted_tokens(tiny_teacher, tmp_path
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     trained = int((batch["labels"] != -100).sum())
-    assert trained == sum(sum(row["completion_mask"]) for row in trainer.train_dataset) if "completion_mask" in trainer.train_dataset.column_names else trained > 0
+    assert (
+        trained == sum(sum(row["completion_mask"]) for row in trainer.train_dataset)
+        if "completion_mask" in trainer.train_dataset.column_names
+        else trained > 0
+    )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)

@@ -1,9 +1,12 @@
 """From a plan to a trainer: models, tokenizer, rows, callbacks. Everything heavy is imported from here on."""
 
 import importlib
+import warnings
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
@@ -19,6 +22,14 @@ from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.rows import load_split_rows, question_rows, teaching_rows
 from trainers.sft import SFTConfig, SFTTrainer, teaching_example
 from trainers.teacher_grpo import TeacherGRPOTrainer
+
+
+def quiet_libraries() -> None:
+    """One progress bar is enough, and what the libraries note about themselves is not about the run."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\.")
 
 
 def device_type() -> str:

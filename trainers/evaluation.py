@@ -1,4 +1,4 @@
-"""Held-out questions, answered with fresh seeds at each evaluation and compared with the start, question by question."""
+"""Held-out questions, answered with seeds of their own at each evaluation and compared with the start by question."""
 
 import json
 import os
@@ -60,7 +60,6 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     inputs = [row for row in rows for _ in range(repeats)]
     prompts = [row["prompt"] for row in inputs]
     _, completion_ids, _, completions, *_ = trainer._generate(prompts)
-    trainer._evaluations += 1
     rewards = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)
     columns = {"reward": (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()}
     columns.update(trainer._pending_extra_logs)
@@ -90,7 +89,8 @@ class HeldOutEvaluation(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.records = [r for r in self.records if r["step"] <= state.global_step]
         self._write()
-        self._evaluate_once(state.global_step)
+        if state.global_step == 0:  # a resumed run has its start behind it
+            self._evaluate_once(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
@@ -100,13 +100,11 @@ class HeldOutEvaluation(TrainerCallback):
     def _evaluate_once(self, step: int) -> None:
         if not self.rows or any(r["step"] == step for r in self.records):
             return
-        # Numbered by the records, so that a resumed run draws the seeds that the unbroken one would.
-        self.trainer._evaluations = len(self.records)
         self.records.append(evaluate_held_out(self.trainer, self.rows))
         self._write()
         means = {f"eval/{k}": _nanmean(v) for k, v in self.records[-1].items() if k != "step"}
-        for callback in (self.trainer.callback_handler,):
-            callback.on_log(self.trainer.args, self.trainer.state, self.trainer.control, {**means, "step": step})
+        trainer = self.trainer
+        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, means)
 
     def _write(self) -> None:
         if not self.trainer.is_world_process_zero():

@@ -61,7 +61,6 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         config.use_vllm = config.use_vllm and not in_process
         self._policy_pass: dict[int, tuple[list[int], int, torch.Tensor]] = {}
-        self._evaluations = 0
         super().__init__(*args, **kwargs)
         if in_process:
             config.use_vllm = self.use_vllm = True
@@ -117,7 +116,7 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
         kill_point("generation")
-        phase = ("train", self._step) if self.model.training else ("eval", self.state.global_step, self._evaluations)
+        phase = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
         where = (self.args.seed, *phase, self.accelerator.process_index)
         if not self.use_vllm:
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
@@ -143,7 +142,9 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         keeps = not torch.is_grad_enabled() and self._awaits_policy_pass
-        sequences, counted, groups = self._as_groups(input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if keeps else 0)
+        sequences, counted, groups = self._as_groups(
+            input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if keeps else 0
+        )
         with_grad = torch.is_grad_enabled() and self._entropy_bonus_enabled
         log_probs, entropies = token_log_probs(
             self.accelerator.unwrap_model(model),
@@ -173,7 +174,10 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         """Unpadded sequences, the indices of their completion tokens (and of `tail` prompt tokens), rows by prompt."""
         sequences, counted, groups = [], [], defaultdict(list)
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-            prompt, completion = ids[:-logits_to_keep][mask[:-logits_to_keep]], ids[-logits_to_keep:][mask[-logits_to_keep:]]
+            prompt, completion = (
+                ids[:-logits_to_keep][mask[:-logits_to_keep]],
+                ids[-logits_to_keep:][mask[-logits_to_keep:]],
+            )
             groups[tuple(prompt.tolist())].append(row)
             sequences.append(prompt.tolist() + completion.tolist())
             first = max(1, len(prompt) - tail)
@@ -259,7 +263,9 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             return
         # A buffer that the next micro-step replaces anyway need not be kept.
         unfinished = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        torch.save({"step": self._step, "buffer": self._buffered_inputs if unfinished else None}, folder / "rollouts.pt")
+        torch.save(
+            {"step": self._step, "buffer": self._buffered_inputs if unfinished else None}, folder / "rollouts.pt"
+        )
         if self.args.sync_ref_model:
             save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
 

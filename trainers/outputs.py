@@ -28,7 +28,9 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            kept = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
             self.path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -126,7 +128,9 @@ def plot_curves(output_dir: Path) -> Path | None:
         axis.plot(*zip(*steps, strict=True), color="#888888", label="training batch") if steps else None
         held_out = [(r["step"], r[evaluated[name]]) for r in records if name in evaluated and evaluated[name] in r]
         if held_out:
-            axis.plot(*zip(*held_out, strict=True), color="#1f6f8b", marker="o", linewidth=2, label="held-out questions")
+            axis.plot(
+                *zip(*held_out, strict=True), color="#1f6f8b", marker="o", linewidth=2, label="held-out questions"
+            )
             axis.legend(frameon=False, fontsize=8)
         axis.set(xlabel="step", title=label)
         axis.spines[["top", "right"]].set_visible(False)

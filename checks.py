@@ -1,0 +1,191 @@
+"""What a configuration alone can tell: keys, types, batch arithmetic, lengths, combinations, the reward's lists.
+
+plan.py calls these before it looks at the machine. Each raises a `ValueError` of one line.
+"""
+
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from schema import DataConfig, GRPOKeys, ModelConfig, RunConfig, StudentConfig, TeacherRewardConfig
+from trainers.config_fields import fields_of, read_table
+
+TRAINER_KEYS: dict[str, tuple[type, ...]] = {
+    "sft": (RunConfig, ModelConfig, DataConfig),
+    "grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys),
+    "teacher_grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys, TeacherRewardConfig, StudentConfig),
+}
+REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
+NORMALIZERS = ("none", "exp", "exp_norm")
+# Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
+DERIVED = {
+    "gradient_accumulation_steps": "train_batch_size",
+    "steps_per_generation": "generation_aggregation_steps",
+    "generation_batch_size": "generation_aggregation_steps",
+    "eval_strategy": "eval_steps",
+    "vllm_mode": "use_vllm_server",
+}
+
+
+def known_keys(trainer: str) -> dict[str, list[str]]:
+    """Every key of a trainer profile with the types that it admits."""
+    own = {key: kinds for cls in TRAINER_KEYS[trainer] for key, kinds in fields_of(cls).items()}
+    return {**read_table()[trainer], **own}
+
+
+def key_names() -> set[str]:
+    """Every key that some profile knows; train.py lets these be set without a plus sign."""
+    return {key for trainer in TRAINER_KEYS for key in known_keys(trainer)}
+
+
+def check_keys(config: dict[str, Any]) -> None:
+    """Unknown keys and wrong types are refused."""
+    trainer = config.get("trainer")
+    if trainer not in TRAINER_KEYS:
+        raise ValueError(f"trainer={trainer}: use one of {', '.join(TRAINER_KEYS)}")
+    known = known_keys(trainer)
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
+        if key in DERIVED:
+            raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
+    _check_values(config, known)
+
+
+def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
+    """Wrong types of the keys of schema classes are refused."""
+    _check_values(config, {key: kinds for cls in classes for key, kinds in fields_of(cls).items()})
+
+
+def _check_values(config: dict[str, Any], known: dict[str, list[str]]) -> None:
+    for key, value in config.items():
+        if not _admits(value, known[key]):
+            kinds = " or ".join("null" if k == "NoneType" else k for k in known[key])
+            raise ValueError(f"{key}={value!r} is a {type(value).__name__}, it must be {kinds}")
+
+
+def _admits(value: Any, kinds: list[str]) -> bool:
+    name = type(value).__name__
+    return name in kinds or (name == "int" and "float" in kinds)
+
+
+def check_common(config: dict[str, Any]) -> None:
+    for key in ("learning_rate", "eval_size", "seed", "max_grad_norm"):
+        if config[key] < 0:
+            raise ValueError(f"{key}={config[key]} must not be negative")
+    for key in ("max_prompt_length", "logprob_token_budget"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} must be positive")
+    if config["max_steps"] <= 0 and config["num_train_epochs"] <= 0:
+        raise ValueError(f"max_steps={config['max_steps']}: set it, or num_train_epochs, above 0")
+    if config["load_in_4bit"] and not config["use_peft"]:
+        raise ValueError("load_in_4bit=true: 4-bit weights cannot be trained, set use_peft=true as well")
+    if config["save_steps"] <= 0:
+        raise ValueError(f"save_steps={config['save_steps']} must be positive")
+
+
+def check_batch(config: dict[str, Any], devices: int) -> int:
+    """Micro-batches per optimizer step."""
+    total, each = config["train_batch_size"], config["per_device_train_batch_size"]
+    for key in ("train_batch_size", "per_device_train_batch_size"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} must be positive")
+    if total % (each * devices):
+        fits = [d for d in range(1, total + 1) if total % (d * devices) == 0]
+        remedy = f"use one of {fits}" if fits else f"train_batch_size must be a multiple of {devices} devices"
+        raise ValueError(
+            f"per_device_train_batch_size={each} x {devices} devices does not divide train_batch_size={total}: {remedy}"
+        )
+    return total // (each * devices)
+
+
+def check_groups(config: dict[str, Any], devices: int, generation_steps: int) -> None:
+    size = config["num_generations"]
+    total, batch = config["train_batch_size"], config["per_device_train_batch_size"] * devices * generation_steps
+    fits = [n for n in range(2, batch + 1) if batch % n == 0 and total % n == 0]
+    if size not in fits:
+        raise ValueError(
+            f"num_generations={size} does not divide the batch of {batch} completions generated at once "
+            f"(train_batch_size={total}): use one of {fits}"
+        )
+    accumulation = total // (config["per_device_train_batch_size"] * devices)
+    if generation_steps < 1 or (accumulation % generation_steps and generation_steps % accumulation):
+        raise ValueError(
+            f"generation_aggregation_steps={generation_steps} must divide, or be a multiple of, the {accumulation} "
+            "micro-batches of a step"
+        )
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """The model's longest text, from a local folder's config.json where there is one."""
+    path = Path(config["model_name_or_path"]).expanduser() / "config.json"
+    if path.is_file():
+        return json.loads(path.read_text()).get("max_position_embeddings", config["model_max_length"])
+    return config["model_max_length"]
+
+
+def check_lengths(config: dict[str, Any]) -> None:
+    prompt, completion, context = config["max_prompt_length"], config["max_completion_length"], context_length(config)
+    if completion is None or completion < 1:
+        raise ValueError(f"max_completion_length={completion} must be positive")
+    if prompt + completion > context:
+        raise ValueError(
+            f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the model's context of "
+            f"{context} tokens: max_completion_length may be up to {context - prompt}"
+        )
+
+
+def check_combinations(config: dict[str, Any]) -> None:
+    if config["temperature"] <= 0:
+        raise ValueError(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
+    if config["use_peft"] and config["sync_ref_model"]:
+        raise ValueError("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
+    if config["sync_ref_model"] and not config["beta"]:
+        raise ValueError("sync_ref_model=true with beta=0: there is no reference model to move; set beta above 0")
+    if config["trainer"] == "teacher_grpo" and not config["beta"] and config["student_model"] is None:
+        raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
+    if not 0 <= config["save_completions_probability"] <= 1:
+        raise ValueError(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
+    if config["trainer"] == "grpo":
+        check_functions(config["reward_functions"])
+
+
+def check_functions(paths: list[str] | None) -> None:
+    """Dotted paths must name a module that exists; the function itself is looked up when the run is built."""
+    if not paths:
+        raise ValueError("reward_functions is empty: name at least one function, such as rewards.exact.exact_answer")
+    for path in paths:
+        module, _, function = str(path).rpartition(".")
+        try:
+            found = bool(module and function) and importlib.util.find_spec(module.split(".")[0]) is not None
+        except ValueError:
+            found = False
+        if not found:
+            raise ValueError(f"reward_functions: {path!r} is not a dotted path to a function that can be imported")
+
+
+def check_reward(config: dict[str, Any]) -> None:
+    """Reductions, coefficients and normalisers of the teacher reward; used by score.py as well."""
+    for names_key, coefficients_key in (
+        ("reduction_log_prob_fn", "answer_log_prob_coeff"),
+        ("reduction_kl_fn", "kl_penalty_reward_coeff"),
+    ):
+        names, coefficients = config[names_key], config[coefficients_key]
+        for name in names:
+            if name not in REDUCTIONS:
+                raise ValueError(f"{names_key}: {name!r} is not a reduction; use {', '.join(REDUCTIONS)}")
+        if len(names) != len(coefficients) or not names:
+            raise ValueError(
+                f"{coefficients_key}={coefficients} and {names_key}={names} must be of one length, at least 1"
+            )
+        if not all(_admits(value, ["float"]) for value in coefficients):
+            raise ValueError(f"{coefficients_key}={coefficients} must hold numbers only")
+    for key in ("normalize_log_prob_fn", "normalize_kl_fn"):
+        if config[key] is not None and config[key] not in NORMALIZERS:
+            raise ValueError(f"{key}={config[key]!r}: use null or one of {', '.join(NORMALIZERS)}")
+    if config["unbias_student_log_probs_temp"] <= 0:
+        raise ValueError(f"unbias_student_log_probs_temp={config['unbias_student_log_probs_temp']} must be above 0")
