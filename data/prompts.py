@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from data.formats import ReasoningFormat
 
+PROBE = "A"  # a word that could follow a prompt
 MARK = "\x02content\x03"  # stands for a text while the chat template is rendered around it
 
 
@@ -47,6 +48,22 @@ def render_teacher_prompt(
     start, end = style.solution_tags
     begun = f"{start}{solution}{end}{style.delimiter}{style.explanation_tags[0]}\n\n"
     return _chat(tokenizer, messages, add_generation_prompt=True) + begun
+
+
+def prompt_token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, cut as they are when a text follows.
+
+    A tokenizer may merge the newlines at a prompt's end that it cuts apart before a word. What is sampled after such
+    a prompt would not be what the whole text reads as, and the reward's reading could not share its log-probs.
+    """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer([prompt + PROBE for prompt in prompts], return_offsets_mapping=True, **options)
+    ids = []
+    for prompt, tokens, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        inside = [token for token, (_, end) in zip(tokens, offsets, strict=True) if end <= len(prompt)]
+        whole = len(inside) == len(tokens) - 1
+        ids.append(inside if whole else tokenizer(prompt, **options)["input_ids"])
+    return ids
 
 
 def split_completion(style: ReasoningFormat, completion: str) -> tuple[str, bool]:

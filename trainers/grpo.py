@@ -16,6 +16,7 @@ from safetensors.torch import load_model, save_model
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from data.prompts import prompt_token_ids
 from generation import request_seed
 from logprobs import token_log_probs
 from trainers.checkpoints import AtomicCheckpoints, kill_point
@@ -107,11 +108,10 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         )
 
     def _tokenize_prompts(self, prompts: list):
-        # Overridden because a rendered prompt already has its special tokens; TRL would add a second start token.
+        # Overridden because a rendered prompt has its special tokens, and is cut as the whole text will be.
         if not isinstance(prompts[0], str):
             return super()._tokenize_prompts(prompts)
-        ids = self.processing_class(text=prompts, add_special_tokens=False)["input_ids"]
-        return ids, None, {}
+        return prompt_token_ids(self.processing_class, prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.

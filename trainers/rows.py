@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 
 from data.formats import ReasoningFormat
-from data.prompts import render_student_reading, render_teacher_prompt
+from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
 from data.sources import load_rows
 from data.splits import check_disjoint, hold_out
 from rewards.spans import tokenize_with_spans
@@ -55,7 +55,7 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
         row["prompt"] = render_teacher_prompt(
             tokenizer, style, row["question"], row["solution"], row.get("teacher_system_prompt")
         )
-        if len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) > data.max_prompt_length:
+        if len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) > data.max_prompt_length:
             dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
             continue
         reading = render_student_reading(tokenizer, style, row["question"], row["solution"], "\n\n")
@@ -77,7 +77,7 @@ def question_rows(rows: list[dict], tokenizer, data: DataConfig) -> list[dict]:
         if data.use_dataset_system_prompt and row.get("system"):
             messages.insert(0, {"role": "system", "content": row["system"]})
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) > data.max_prompt_length:
+        if len(prompt_token_ids(tokenizer, [prompt])[0]) > data.max_prompt_length:
             dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
             continue
         kept.append({**row, "prompt": prompt})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import trl
 
+from data.prompts import prompt_token_ids
 from logprobs import token_log_probs
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 
@@ -47,7 +48,7 @@ def teaching_example(tokenizer, prompt: str, reasoning_trace: str, end_tag: str)
 
     Prompt and completion are tokenised apart, as at sampling time.
     """
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    (prompt_ids,) = prompt_token_ids(tokenizer, [prompt])
     completion = f"{reasoning_trace.strip()}\n\n{end_tag}{tokenizer.eos_token}"
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return {
