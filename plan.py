@@ -205,12 +205,12 @@ def check_output(plan: Plan) -> None:
     saved = Path(config["output_dir"]) / "config.yaml"
     if config["resume_from"] is not None and not Path(config["resume_from"]).is_dir():
         raise ValueError(f"resume_from={config['resume_from']} is not a checkpoint folder")
-    if config["overwrite_output_dir"] or config["resume_from"] is not None:
-        return
     if not saved.is_file():
         folder = Path(config["output_dir"])
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != "config.yaml.tmp" for path in folder.iterdir()):
             raise ValueError(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
+        return
+    if config["overwrite_output_dir"] or config["resume_from"] is not None:
         return
     before = yaml.safe_load(saved.read_text()) or {}
     changed = [k for k in sorted({*before, *config} - CONTINUABLE) if before.get(k) != config.get(k)]
