@@ -4,10 +4,12 @@ A run that cannot work is refused here with a `ValueError` of one line that name
 that would do. Imports neither torch nor an engine.
 """
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from checks import (
     check_reward,
 )
 from data.formats import load_format
-from data.sources import inspect_source
+from data.sources import inspect_source, load_rows
+from data.splits import check_disjoint
 from memory import GIB, estimate_memory, parameters
 from models.embedded import GGUF_FILES, is_embedded
 
@@ -156,6 +159,11 @@ def check_data(plan: Plan) -> None:
             f"eval_dataset_id_or_path={config['eval_dataset_id_or_path']}: the evaluation rows are among the training "
             "rows; name another source, or set eval_size to hold some out"
         )
+    sources = [config[key] for key in ("dataset_id_or_path", "eval_dataset_id_or_path")]
+    if all(source and Path(source).expanduser().is_file() for source in sources):
+        style = load_format(config["reasoning_format"])
+        tags = (style.thought_tags, style.solution_tags)
+        check_disjoint(*(load_rows(source, tags=tags).rows for source in sources))
 
 
 def check_models(plan: Plan) -> None:
@@ -191,12 +199,24 @@ def _check_hub(key: str, name: str, kind: str) -> None:
     address = urlsplit(constants.ENDPOINT)
     reason = "is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
     if not constants.HF_HUB_OFFLINE:
-        try:
-            socket.create_connection((address.hostname, address.port or 443), timeout=NETWORK_TIMEOUT_S).close()
+        if _answers(address.hostname, address.port or 443):
             return
-        except OSError:
-            reason = "is no local path, is not in the local cache, and the hub does not answer"
+        reason = "is no local path, is not in the local cache, and the hub does not answer"
     raise ValueError(f"{key}={name} {reason}")
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a connection opens in time; in a thread, because looking up a name has no time limit of its own."""
+    opened = []
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=NETWORK_TIMEOUT_S):
+            opened.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(NETWORK_TIMEOUT_S)
+    return bool(opened)
 
 
 def check_output(plan: Plan) -> None:

@@ -213,6 +213,8 @@ def fail(error: ValueError) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO)
+    for library in ("bitsandbytes", "trl", "torchao", "vllm"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.chdir(ROOT)
     for line in check_versions(requirements_file()):
         logger.warning("%s", line)

@@ -137,6 +137,15 @@ def test_a_missing_column_is_named_with_those_found(tmp_path):
         make_plan(config_of(f"dataset_id_or_path={path}", "model_name_or_path=embedded/smollm2-135m-instruct"))
 
 
+def test_evaluation_rows_among_the_training_rows_are_refused(tmp_path):
+    for name, questions in (("train", ["1+1?", "2+2?"]), ("eval", ["3+3?", "2+2? "])):
+        lines = [f'{{"question": "{q}", "solution": "4"}}\n' for q in questions]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = [f"dataset_id_or_path={tmp_path}/train.jsonl", f"eval_dataset_id_or_path={tmp_path}/eval.jsonl"]
+    with pytest.raises(ValueError, match="1 "):
+        make_plan(config_of(*sources, "model_name_or_path=embedded/smollm2-135m-instruct"))
+
+
 def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tmp_path):
     out = f"output_dir={tmp_path}"
     named = "model_name_or_path=embedded/smollm2-135m-instruct"
@@ -187,6 +196,12 @@ def test_a_dry_run_imports_no_model_or_engine():
     assert done.returncode == 0, done.stderr
     assert "warning, missing: run teacher_rlt needs a GPU" in done.stdout
     assert "warm-up teacher_sft would run first" in done.stdout
+
+
+def test_a_sweep_gives_each_job_a_folder_of_its_own(tmp_path):
+    done = launch("train.py", "-m", "seed=1,2", "dry_run=true", f"output_dir={tmp_path}")
+    folders = [line for line in done.stdout.splitlines() if line.startswith("output_dir")]
+    assert folders == [f"output_dir: {tmp_path}/seed={seed}" for seed in (1, 2)], done.stderr
 
 
 def test_every_folder_of_the_tree_has_its_file():
