@@ -7,6 +7,7 @@ N positions that count, H hidden size, V vocabulary.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -31,8 +32,8 @@ def _logit_transform(config) -> tuple[float, float | None]:
     return (1.0 if scale is None else scale), getattr(config, "final_logit_softcapping", None)
 
 
-def _head_chunk(head, hidden_NH, targets_N, scale: float, cap: float | None, with_entropy: bool):
-    """(N,) log-probs of the targets and (N,) entropies (zeros unless asked for), float32."""
+def _head_chunk(head, hidden_NH, targets_N, scale: float, cap: float | None, entropy: str):
+    """(N,) log-probs of the targets and (N,) entropies (zeros unless asked for), in float32 or finer."""
     logits_NV = head(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if cap is not None:
@@ -41,18 +42,19 @@ def _head_chunk(head, hidden_NH, targets_N, scale: float, cap: float | None, wit
         logits_NV = logits_NV * scale
     normaliser_N = logits_NV.logsumexp(dim=-1)
     log_probs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
-    if not with_entropy:
+    if entropy == "none":
         return log_probs_N, torch.zeros_like(log_probs_N)
-    probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
-    return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "with_grad"):
+        probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
+        return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
 
 
-def _head(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, with_entropy: bool):
+def _head(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, entropy: str):
     head = model.get_output_embeddings()
     factor, cap = _logit_transform(model.config)
     # A soft cap comes after the architecture's factor and before the temperature.
     hidden_NH = hidden_NH * factor if factor != 1.0 else hidden_NH
-    args = (1.0 / temperature, cap, with_entropy)
+    args = (1.0 / temperature, cap, entropy)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -74,7 +76,7 @@ def token_log_probs(
     temperature: float = 1.0,
     token_budget: int,
     autocast: AbstractContextManager | None = None,
-    with_entropy: bool = False,
+    entropy: Literal["none", "value", "with_grad"] = "none",
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probs of the counted tokens of each sequence, each prefix of a group computed once.
 
@@ -86,7 +88,7 @@ def token_log_probs(
         temperature: the logits are divided by it.
         token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone.
         autocast: context of the forward pass.
-        with_entropy: whether to compute entropies, with gradient.
+        entropy: whether to compute entropies, and whether gradients flow through them.
 
     Returns:
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
@@ -111,7 +113,7 @@ def token_log_probs(
             inputs = lay_out(batch, sequences, device)
             hidden_RTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
             rows, positions, targets = torch.tensor(wanted, device=device, dtype=torch.long).view(-1, 3).unbind(1)
-            flat = _head(causal, hidden_RTH[rows, positions], targets, temperature, with_entropy)
+            flat = _head(causal, hidden_RTH[rows, positions], targets, temperature, entropy)
             members = [member for pack in batch for member in pack.members]
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):

@@ -85,7 +85,7 @@ def test_entropies_are_those_of_the_softmax(model):
     sequences = group_of_three()
     counted = [[8], [9], [8]]
     _, entropies = token_log_probs(
-        model, sequences, counted, [range(3)], temperature=0.5, token_budget=64, with_entropy=True
+        model, sequences, counted, [range(3)], temperature=0.5, token_budget=64, entropy="value"
     )
     for ids, where, ours in zip(sequences, counted, entropies, strict=True):
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, where[0] - 1] / 0.5, dim=-1)

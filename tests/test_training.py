@@ -182,6 +182,14 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     assert "paired difference" in capsys.readouterr().out
 
 
+def test_the_reference_can_be_the_student_and_waits_with_the_frozen_models(tiny_run, tmp_path, in_root):
+    trainer, _ = build(
+        tiny_run, tmp_path, "student_model=null", "offload_untrained_models=true", "max_steps=1", "eval_size=0"
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["reward"])
+
+
 def test_plain_grpo_takes_a_users_reward_function(tiny_run, tmp_path, in_root):
     plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
     data = "dataset_id_or_path=reasoning_gym/gcd"

@@ -7,6 +7,7 @@ B completions of a batch, P prompt tokens, C completion tokens.
 
 import logging
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from data.prompts import prompt_token_ids
 from generation import request_seed
 from logprobs import token_log_probs
+from models.residence import resident
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 
 logger = logging.getLogger(__name__)
 
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
+MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
 MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, above which something is broken
 MEAN_OF_SEQUENCES = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")  # losses that TRL divides by what is in a micro-batch
 
@@ -63,6 +66,11 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         config.use_vllm = config.use_vllm and not in_process
         self._policy_pass: dict[int, tuple[list[int], int, torch.Tensor]] = {}
         super().__init__(*args, **kwargs)
+        # A reference that moves, or that is sharded, stays where the policy is.
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self._reference_waits = config.offload_untrained_models and not config.sync_ref_model and not sharded
+        if self._reference_waits and self.ref_model is not None:
+            self.ref_model.to("cpu")
         if in_process:
             config.use_vllm = self.use_vllm = True
             self._last_loaded_step = -1
@@ -80,7 +88,7 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             max_model_length=config.vllm_max_model_length,
-            max_num_seqs=max(32, config.generation_batch_size // self.accelerator.num_processes),
+            max_num_seqs=max(MIN_SEQUENCES, config.generation_batch_size // self.accelerator.num_processes),
             enable_sleep_mode=config.vllm_enable_sleep_mode,
             model_impl=config.vllm_model_impl,
             trust_remote_code=config.trust_remote_code,
@@ -145,17 +153,19 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         sequences, counted, groups = self._as_groups(
             input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if keeps else 0
         )
-        with_grad = torch.is_grad_enabled() and self._entropy_bonus_enabled
-        log_probs, entropies = token_log_probs(
-            self.accelerator.unwrap_model(model),
-            sequences,
-            counted,
-            groups,
-            temperature=self.temperature,
-            token_budget=self.args.logprob_token_budget,
-            autocast=self.accelerator.autocast(),
-            with_entropy=compute_entropy,
-        )
+        entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
+        offload = self._reference_waits and model is self.ref_model
+        with resident(model, self.accelerator.device, offload) if offload else nullcontext():
+            log_probs, entropies = token_log_probs(
+                self.accelerator.unwrap_model(model),
+                sequences,
+                counted,
+                groups,
+                temperature=self.temperature,
+                token_budget=self.args.logprob_token_budget,
+                autocast=self.accelerator.autocast(),
+                entropy=entropy,
+            )
         if keeps:
             self._awaits_policy_pass = False
             self._policy_pass = {
@@ -165,8 +175,6 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             }
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
         padded = [_pad_rows(values, widths, logits_to_keep) for values in (log_probs, entropies)]
-        if compute_entropy and not with_grad:
-            padded[1] = padded[1].detach()
         return padded[0], padded[1] if compute_entropy else None, None
 
     @staticmethod

@@ -69,9 +69,9 @@ class TeacherGRPOTrainer(GRPOTrainer):
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
                 return self._frozen_log_probs(self.student, sequences, counted, temperature)
         if self.ref_model is not None:
-            return self._frozen_log_probs(
-                self.accelerator.unwrap_model(self.ref_model), sequences, counted, temperature
-            )
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            with resident(reference, self.accelerator.device, self._reference_waits):
+                return self._frozen_log_probs(reference, sequences, counted, temperature)
         policy = self.accelerator.unwrap_model(self.model)
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._frozen_log_probs(policy, sequences, counted, temperature)
