@@ -87,7 +87,8 @@ def apply_warmup(config: dict, given: list[str]) -> str | None:
     named = {override.lstrip("+").partition("=")[0] for override in given}
     if config["warmup_run"] is None or named & {"model_name_or_path", "model_cfg"}:
         return None
-    folder = Path(config["results_dir"]) / config["warmup_run"]
+    # A warm-up takes none of the run's overrides, so it stands in the default results folder.
+    folder = Path(yaml.safe_load((CFGS / "train.yaml").read_text())["results_dir"]) / config["warmup_run"]
     config["model_name_or_path"] = str(folder)
     return None if (folder / MARKER).is_file() else config["warmup_run"]
 

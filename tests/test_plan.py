@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from plan import make_plan
-from train import GROUPS, options, rewrite_arguments
+from train import GROUPS, apply_warmup, options, rewrite_arguments
 from trainers.config_fields import TABLE, build_table, read_table
 
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
@@ -196,6 +196,21 @@ def test_a_dry_run_imports_no_model_or_engine():
     assert done.returncode == 0, done.stderr
     assert "warning, missing: run teacher_rlt needs a GPU" in done.stdout
     assert "warm-up teacher_sft would run first" in done.stdout
+
+
+def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"warmup_run": "teacher_sft_tiny", "model_name_or_path": "embedded/x"}
+    assert apply_warmup(config, ["seed=2"]) == "teacher_sft_tiny"
+    assert config["model_name_or_path"] == "results/teacher_sft_tiny"
+    for named in ("++model_name_or_path=mine", "model_cfg=qwen05bi"):
+        own = {"warmup_run": "teacher_sft_tiny", "model_name_or_path": "mine"}
+        assert apply_warmup(own, [named]) is None
+        assert own["model_name_or_path"] == "mine"
+    (tmp_path / "results" / "teacher_sft_tiny").mkdir(parents=True)
+    (tmp_path / "results" / "teacher_sft_tiny" / "COMPLETE").touch()
+    assert apply_warmup(config, []) is None
+    assert config["model_name_or_path"] == "results/teacher_sft_tiny"
 
 
 def test_a_sweep_gives_each_job_a_folder_of_its_own(tmp_path):
