@@ -29,7 +29,7 @@ from plan import Plan, make_plan
 ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg")
-MARKER = "COMPLETE"  # written last, with the number of steps
+MARKER = "COMPLETE"  # written last, with the steps and epochs that were trained
 SECRET = ("token", "password", "secret", "api_key")
 
 logger = logging.getLogger("train")
@@ -134,7 +134,7 @@ def finish(trainer, config: dict) -> None:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(str(folder / "merged"))
         trainer.processing_class.save_pretrained(str(folder / "merged"))
-    (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step}))
+    (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))
 
 
 def train(plan: Plan) -> None:
@@ -162,7 +162,10 @@ def is_complete(config: dict) -> bool:
     marker = Path(config["output_dir"]) / MARKER
     if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
         return False
-    return json.loads(marker.read_text())["steps"] >= config["max_steps"] > 0
+    done = json.loads(marker.read_text())
+    if config["max_steps"] > 0:
+        return done["steps"] >= config["max_steps"]
+    return done["epochs"] >= config["num_train_epochs"]
 
 
 def run(config: dict, given: list[str]) -> None:
