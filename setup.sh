@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv from requirements.txt (a GPU is visible) or requirements-cpu.txt; does nothing when it is up to date.
-#   PYTHON=python3.12 ./setup.sh      another interpreter (3.11 or newer)
+#   PYTHON=python3.12 ./setup.sh      another interpreter (3.11 or newer), kept until another is named
 #   SETUP_DEVICE=cpu|gpu ./setup.sh   another list than the machine suggests
 #   TORCH_INDEX_URL=... ./setup.sh    where pip finds PyTorch builds
 set -euo pipefail
@@ -9,7 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
-python="${PYTHON:-python3}"
+stamp=.venv/.setup-complete  # written last: without it a set-up was cut off, and .venv cannot be trusted
+earlier="$([ -f "$stamp" ] && sed -n 's/^executable = //p' .venv/pyvenv.cfg || true)"
+python="${PYTHON:-${earlier:-python3}}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
   fail "$python is missing or older than Python 3.11: set PYTHON to a newer one"
 device="${SETUP_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}"
@@ -18,16 +20,20 @@ case "$device" in
   gpu) list=requirements.txt ;;
   *) fail "SETUP_DEVICE=$device: use cpu or gpu" ;;
 esac
-wanted="$(cat "$list" setup.sh | sha256sum | cut -d' ' -f1) $("$python" -V)"
-stamp=.venv/.setup-complete  # written last, so that a set-up that was cut off is done again
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+kind="$device $("$python" -V)"
+wanted="$(cat "$list" setup.sh | sha256sum | cut -d' ' -f1) $kind"
+up_to_date() { [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
+up_to_date && exit 0
 
 exec 9>.venv.lock
 flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+up_to_date && exit 0
 
-rm -f "$stamp"
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+# An older list of the same kind is brought up to date in place. Anything else is made anew: pip believes the metadata
+# of a package whose files were only half written.
+if [[ "$(cat "$stamp" 2>/dev/null)" == *" $kind" ]] && .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  rm -f "$stamp"
+else
   say "making .venv"
   rm -rf .venv
   "$python" -m venv .venv || fail "$python cannot make a virtual environment (is its venv module installed?)"
@@ -40,7 +46,7 @@ pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(pinned torch)"
   fail "PyTorch could not be installed: check the network, or set TORCH_INDEX_URL to an index that has it"
 built_for="$(.venv/bin/python -c 'import torch; print("gpu" if torch.version.cuda else "cpu")')"
 [ "$built_for" = "$device" ] || fail "a $built_for build of PyTorch came where a $device build is needed: set" \
-  "TORCH_INDEX_URL to PyTorch's $device wheel index (pytorch.org, 'Get Started', names it), remove .venv, run again"
+  "TORCH_INDEX_URL to PyTorch's $device wheel index (pytorch.org, 'Get Started', names it) and run again"
 
 say "installing the packages of $list (a few minutes)"
 if [ "$device" = cpu ]; then

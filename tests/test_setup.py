@@ -1,7 +1,9 @@
 """The scripts and the pinned lists."""
 
 import re
+import shutil
 import subprocess
+import sys
 
 from conftest import ROOT
 
@@ -55,3 +57,24 @@ def test_an_unusable_python_is_said_in_one_line():
     )
     assert done.returncode == 1
     assert done.stderr == "setup: no-python is missing or older than Python 3.11: set PYTHON to a newer one\n"
+
+
+def test_what_a_killed_set_up_left_is_made_anew(tmp_path):
+    for name in ("setup.sh", "requirements-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    half_written = tmp_path / ".venv" / "lib" / "half-written"
+    half_written.parent.mkdir(parents=True)
+    half_written.touch()
+    done = subprocess.run(
+        [tmp_path / "setup.sh"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "SETUP_DEVICE": "cpu", "PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "PyTorch could not be installed" in done.stderr
+    assert (tmp_path / ".venv" / "bin" / "python").exists()
+    assert not half_written.exists()
+    assert not (tmp_path / ".venv" / ".setup-complete").exists()
