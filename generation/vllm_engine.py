@@ -47,9 +47,11 @@ class VLLMEngine(VLLMGeneration):
             max_model_len=self.max_model_length,
             max_num_seqs=self.max_num_seqs,
             block_size=CPU_BLOCK_SIZE,
+            # A prompt cut in two steps rewinds its request's generator, which only CUDA's can do.
+            enable_chunked_prefill=False,
             enforce_eager=True,
             load_format="dummy",  # the trainer's weights arrive before the first request
-            # A tied output head would keep its packed copy of the old weights (see FACTS in the README).
+            # A tied output head would keep its packed copy of the old weights.
             hf_overrides={"tie_word_embeddings": False},
             logprobs_mode="processed_logprobs",
             model_impl=self.model_impl,

@@ -69,3 +69,11 @@ def test_completions_follow_from_their_seeds_alone(engine_and_model):
     second = engine.generate_seeded(list(reversed(prompts)), [3, 2, 1])
     assert first[0] == list(reversed(second[0]))
     assert engine.generate_seeded(prompts, [4, 5, 6])[0] != first[0]
+
+
+def test_prompts_of_more_tokens_than_one_engine_step_takes(engine_and_model):
+    engine, _ = engine_and_model
+    step = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = [list(range(i + 1, i + 231)) for i in range(0, 250 * (step // 230 + 2), 250)]
+    completions, _ = engine.generate_seeded(prompts, list(range(len(prompts))), max_tokens=2)
+    assert [0 < len(ids) <= 2 for ids in completions] == [True] * len(prompts)
