@@ -137,6 +137,11 @@ def check_lengths(config: dict[str, Any]) -> None:
             f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the model's context of "
             f"{context} tokens: max_completion_length may be up to {context - prompt}"
         )
+    if config["logprob_token_budget"] < prompt + completion:
+        raise ValueError(
+            f"logprob_token_budget={config['logprob_token_budget']} is smaller than the longest row, max_prompt_length="
+            f"{prompt} + max_completion_length={completion}: the smallest that works is {prompt + completion}"
+        )
 
 
 def check_combinations(config: dict[str, Any]) -> None:

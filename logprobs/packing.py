@@ -1,27 +1,32 @@
 """Token sequences that share a prefix, laid out so that the prefix is computed once.
 
-A packed row is `prefix + rest_1 + … + rest_G`: positions restart after the prefix, and each rest sees the prefix and
-itself. Padding and packing by block masks are described in arXiv 2107.02027; sharing a prompt between its
-completions is the same idea with a tree instead of a list.
-R rows of a batch, T tokens of a packed row.
+A packed row is `prefix + rest_1 + … + rest_G`, group after group: positions restart after the prefix, and each rest
+sees the prefix and itself (models/attention.py). Packing without cross-talk is described in arXiv 2107.02027; sharing
+a prompt between its completions is the same idea with a tree instead of a list.
+T tokens of a packed row.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+
+from models.attention import SharedPrefixLayout, Span
+
+BLOCK = 128  # FlexAttention's block: rows of a multiple of it are compiled for once
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One packed row: which sequences it holds, where each rest begins, and the length of the shared prefix."""
+    """One group of a packed row: which sequences it holds, where each rest begins, and the length of the prefix."""
 
     members: list[int]  # indices into the caller's sequences
-    starts: list[int]  # position in the row of each member's first own token
+    starts: list[int]  # counted from the pack's first token: where each member's first own token stands
     prefix_length: int
     length: int
 
     def position(self, member: int, index: int) -> int:
-        """Where token `index` of the pack's `member`-th sequence stands in the row."""
+        """Where token `index` of the pack's `member`-th sequence stands, counted from the pack's first token."""
         return index if index < self.prefix_length else self.starts[member] + index - self.prefix_length
 
 
@@ -52,40 +57,67 @@ def pack_group(sequences: list[list[int]], members: list[int], token_budget: int
     return [*packs, Pack(inside, starts, prefix_length, length)]
 
 
-def batch_packs(packs: list[Pack], token_budget: int) -> list[list[Pack]]:
-    """Neighbours in length share a batch, of at most `token_budget` tokens with its padding."""
-    batches: list[list[Pack]] = []
-    for pack in sorted(packs, key=lambda p: p.length):
-        if batches and pack.length * (len(batches[-1]) + 1) <= token_budget:
-            batches[-1].append(pack)
+def fill_rows(packs: list[Pack], token_budget: int) -> list[list[Pack]]:
+    """Rows of at most `token_budget` tokens (first fit, longest first); a longer pack is a row of its own."""
+    rows: list[list[Pack]] = []
+    for pack in sorted(packs, key=lambda p: p.length, reverse=True):
+        fits = (row for row in rows if sum(p.length for p in row) + pack.length <= token_budget)
+        row = next(fits, None)
+        if row is None:
+            rows.append([pack])
         else:
-            batches.append([pack])
+            row.append(pack)
+    return rows
+
+
+def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device) -> dict:
+    """Model inputs of a row: `input_ids` and `position_ids` (1, T), `layout`, and a placeholder for the mask.
+
+    On a GPU the row is padded to a multiple of `BLOCK`.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    spans = []
+    for pack in row:
+        first = sequences[pack.members[0]]
+        rests = [sequences[member][pack.prefix_length :] for member in pack.members]
+        spans.append(Span(len(ids), pack.prefix_length, tuple(map(len, rests))))
+        ids += first[: pack.prefix_length]
+        positions += range(pack.prefix_length)
+        for rest in rests:
+            ids += rest
+            positions += range(pack.prefix_length, pack.prefix_length + len(rest))
+    padding = -len(ids) % BLOCK if device.type == "cuda" else 0
+    return {
+        "input_ids": torch.tensor([ids + [0] * padding], device=device),
+        "position_ids": torch.tensor([positions + [0] * padding], device=device),
+        # Four dimensions tell transformers that the mask is ready; the attention reads the layout instead.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "layout": SharedPrefixLayout(tuple(spans), len(ids) + padding),
+    }
+
+
+def offsets(row: list[Pack]) -> list[int]:
+    """Where each pack of a row begins."""
+    return [0, *accumulate(pack.length for pack in row)][:-1]
+
+
+def batch_sequences(sequences: list[list[int]], members: list[int], token_budget: int) -> list[list[int]]:
+    """Without sharing: neighbours in length share a batch, of at most `token_budget` tokens with its padding."""
+    batches: list[list[int]] = []
+    for member in sorted(members, key=lambda m: len(sequences[m])):
+        if batches and len(sequences[member]) * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(member)
+        else:
+            batches.append([member])
     return batches
 
 
-def lay_out(batch: list[Pack], sequences: list[list[int]], device: torch.device) -> dict[str, torch.Tensor | None]:
-    """Model inputs of a batch of packs.
-
-    Returns:
-        `input_ids` and `position_ids` (R, T), and `attention_mask`: boolean (R, 1, T, T), true where a token may
-        look; None when plain causal attention says the same (no pack holds more than one sequence).
-    """
-    width = max(pack.length for pack in batch)
-    ids_RT = torch.zeros(len(batch), width, dtype=torch.long)
-    positions_RT = torch.arange(width).repeat(len(batch), 1)
-    segments_RT = torch.zeros(len(batch), width, dtype=torch.long)  # 0 is the prefix
-    for row, pack in enumerate(batch):
-        ids_RT[row, : pack.prefix_length] = torch.tensor(sequences[pack.members[0]][: pack.prefix_length])
-        for order, (member, start) in enumerate(zip(pack.members, pack.starts, strict=True), start=1):
-            rest = sequences[member][pack.prefix_length :]
-            span = slice(start, start + len(rest))
-            ids_RT[row, span] = torch.tensor(rest, dtype=torch.long)
-            positions_RT[row, span] = torch.arange(pack.prefix_length, pack.prefix_length + len(rest))
-            segments_RT[row, span] = order
-    if all(len(pack.members) == 1 for pack in batch):
-        mask = None  # padding stands on the right, where causal attention does not look
-    else:
-        key_RT, query_RT = segments_RT[:, None, :], segments_RT[:, :, None]
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
-        mask = (((key_RT == 0) | (key_RT == query_RT)) & causal)[:, None].to(device)
-    return {"input_ids": ids_RT.to(device), "position_ids": positions_RT.to(device), "attention_mask": mask}
+def pad_batch(batch: list[int], sequences: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T) of sequences padded on the right, where causal models do not look."""
+    width = max(len(sequences[member]) for member in batch)
+    rows = [sequences[member] for member in batch]
+    return {
+        "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=device),
+    }

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from models.attention import NAME
 from models.embedded import embedded_model_path, is_embedded
 
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
@@ -90,7 +91,7 @@ def load_policy(
     name_or_path: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = NAME,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
@@ -100,7 +101,7 @@ def load_policy(
     Args:
         name_or_path: a folder or a hub name, as `resolve_model_path` gives it.
         dtype: of the weights; float32 for full fine-tuning (bfloat16 does not move at small learning rates).
-        attn_implementation: sdpa, eager, flash_attention_2 …
+        attn_implementation: `shared_prefix`, or one of transformers' own, with which no prompt is shared.
         load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
         trust_remote_code: runs the repository's own Python.
         device: where it goes; None is left to transformers and the launcher.
@@ -134,7 +135,7 @@ def load_frozen(
     name_or_path: str,
     dtype: torch.dtype,
     *,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = NAME,
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
+from plan import make_plan
+from train import prepare_output, rewrite_arguments
+from trainers.build import build_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded/smollm2-135m-instruct"
@@ -85,3 +91,24 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
         check=False,
         env={**os.environ, **environment},
     )
+
+
+def config_of(*overrides: str) -> dict:
+    """The resolved, flat configuration of a command line."""
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        cfg = compose("train", rewrite_arguments(list(overrides)), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        full = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in full.items() if key != "hydra"}
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def build(tiny_run, folder, *overrides):
+    """The trainer of a tiny run in an output folder, and its held-out evaluation."""
+    plan = make_plan(config_of(*tiny_run, f"output_dir={folder}", *overrides))
+    prepare_output(plan.config)
+    return build_trainer(plan)

@@ -1,29 +1,53 @@
 """Packed log-probs against one row at a time, the oracle."""
 
+from datetime import timedelta
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from trl.models.utils import _ForwardRedirection
 
 from logprobs import token_log_probs
-from logprobs.packing import batch_packs, common_prefix, lay_out, pack_group
+from logprobs.packing import common_prefix, fill_rows, lay_out, pack_group
+from models.attention import NAME, takes_layout
 
 VOCABULARY = 53
 
 
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **{"attn_implementation": NAME, **options})).double().eval()
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return llama()
 
 
 def one_row_at_a_time(model, sequences, counted, temperature):
@@ -48,14 +72,19 @@ GROUPS = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(groups=GROUPS, budget=st.integers(1, 80), data=st.data())
 def test_random_ragged_groups_equal_one_row_at_a_time(model, groups, budget, data):
-    sequences, members = [], []
-    for prefix, suffixes in groups:
-        members.append(range(len(sequences), len(sequences) + len(suffixes)))
-        sequences += [prefix + suffix for suffix in suffixes]
+    sequences, members = flatten(groups)
     counted = [data.draw(st.sets(st.integers(1, len(s) - 1)).map(sorted)) if len(s) > 1 else [] for s in sequences]
     ours, _ = token_log_probs(model, sequences, counted, members, temperature=0.7, token_budget=budget)
     for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 0.7), strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-9, rtol=0)
+
+
+def flatten(groups):
+    sequences, members = [], []
+    for prefix, suffixes in groups:
+        members.append(range(len(sequences), len(sequences) + len(suffixes)))
+        sequences += [prefix + suffix for suffix in suffixes]
+    return sequences, members
 
 
 def group_of_three(offset=0):
@@ -63,22 +92,69 @@ def group_of_three(offset=0):
     return [prompt + [(5 + offset + i) % VOCABULARY for i in range(n)] for n in (6, 3, 1)]
 
 
-def test_gradients_equal_one_row_at_a_time_with_and_without_checkpointing(model, monkeypatch):
+def gradients(model, log_probs):
+    model.zero_grad()
+    torch.cat(log_probs).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def variants():
+    yield "plain", llama()
+    yield "tied embeddings", llama(tie_word_embeddings=True)
+    checkpointed = llama().train()
+    checkpointed.gradient_checkpointing_enable()
+    yield "gradient checkpointing", checkpointed
+    adapter = get_peft_model(llama(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).double()
+    yield "LoRA", adapter
+    yield "no sharing", llama(attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize(("name", "variant"), variants(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("chunk", [2**26, 2 * VOCABULARY], ids=["one chunk", "chunks of two positions"])
+def test_gradients_equal_one_row_at_a_time(name, variant, chunk, monkeypatch):
+    sequences = group_of_three() + group_of_three(offset=7) + [[5, 6, 7]]
+    counted = [list(range(8, len(s))) for s in sequences[:-1]] + [[2]]
+    expected = gradients(variant, one_row_at_a_time(variant, sequences, counted, 1.0))
+    monkeypatch.setattr("logprobs.head.HEAD_CHUNK_ELEMENTS", chunk)
+    groups = [range(3), range(3, 6), [6]]
+    ours = gradients(variant, token_log_probs(variant, sequences, counted, groups, token_budget=40)[0])
+    for a, b in zip(ours, expected, strict=True):
+        # RMSNorm computes in float32 in transformers, which bounds what float64 can show.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_passes_that_other_ranks_make_alone_change_nothing(model):
     sequences = group_of_three()
     counted = [list(range(8, len(s))) for s in sequences]
+    alone = token_log_probs(model, sequences, counted, [range(3)], token_budget=64)[0]
+    expected = gradients(model, alone)
+    asked = []
+    together = token_log_probs(
+        model, sequences, counted, [range(3)], token_budget=64, agree_on_forwards=lambda n: asked.append(n) or n + 2
+    )[0]
+    assert asked == [1]
+    assert torch.equal(torch.cat(together), torch.cat(alone))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, together), expected, strict=True))
 
-    def gradients(log_probs):
-        model.zero_grad()
-        torch.cat(log_probs).square().sum().backward()
-        return [p.grad.clone() for p in model.parameters()]
 
-    expected = gradients(one_row_at_a_time(model, sequences, counted, 1.0))
-    for chunk in (2**26, 2 * VOCABULARY):  # one chunk, and chunks of two positions computed again on the way back
-        monkeypatch.setattr("logprobs.engine.HEAD_CHUNK_ELEMENTS", chunk)
-        ours = gradients(token_log_probs(model, sequences, counted, [range(3)], token_budget=64)[0])
-        for a, b in zip(ours, expected, strict=True):
-            # RMSNorm computes in float32 in transformers, which bounds what float64 can show.
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def other_architectures():
+    mistral = {**SHAPE, "sliding_window": 4, "attn_implementation": NAME}
+    yield MistralForCausalLM(MistralConfig(**mistral))
+    yield MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("other", other_architectures(), ids=["sliding window", "state space"])
+def test_models_that_look_elsewhere_share_nothing_and_say_so_once(other, caplog):
+    other = other.double().eval()
+    assert not takes_layout(other)
+    sequences = group_of_three()
+    counted = [list(range(8, len(s))) for s in sequences]
+    for _ in range(2):
+        ours, _ = token_log_probs(other, sequences, counted, [range(3)], token_budget=64)
+    for a, b in zip(ours, one_row_at_a_time(other, sequences, counted, 1.0), strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), atol=1e-6, rtol=0)
+    said = [record.getMessage() for record in caplog.records if record.name == "logprobs.engine"]
+    assert [line.split()[0] for line in said] == [type(other).__name__]
 
 
 def test_entropies_are_those_of_the_softmax(model):
@@ -116,15 +192,47 @@ def test_a_shared_prompt_is_laid_out_once_and_siblings_do_not_see_each_other():
     assert common_prefix(sequences) == 9  # the prompt of 8, and the first token that all three wrote
     (pack,) = pack_group(sequences, [0, 1, 2], token_budget=64)
     assert pack.length == 9 + 5 + 2 + 0
-    mask = lay_out([pack], sequences, torch.device("cpu"))["attention_mask"][0, 0]
+    layout = lay_out([pack, pack], sequences, torch.device("cpu"))["layout"]
+    rule = layout.may_look(torch.device("cpu"))
+    index = torch.arange(layout.length)
+    looks = rule(0, 0, index[:, None], index[None, :])
     last_of_second, last_of_third = 10, 15
-    assert mask[last_of_third].nonzero().flatten().tolist() == [*range(9), 11, 12, 13, 14, 15]
-    assert mask[last_of_second].nonzero().flatten().tolist() == list(range(11))
+    assert looks[last_of_third].nonzero().flatten().tolist() == [*range(9), 11, 12, 13, 14, 15]
+    assert looks[last_of_second].nonzero().flatten().tolist() == list(range(11))
+    assert looks[16 + last_of_second].nonzero().flatten().tolist() == list(range(16, 16 + 11))
 
 
-def test_packs_and_batches_stay_within_the_budget():
+def test_packs_and_rows_stay_within_the_budget():
     sequences = group_of_three()
     packs = pack_group(sequences, [0, 1, 2], token_budget=14)
     assert [pack.length for pack in packs] == [11, 14]
-    assert [len(batch) for batch in batch_packs(packs, token_budget=28)] == [2]
-    assert [len(batch) for batch in batch_packs(packs, token_budget=27)] == [1, 1]
+    assert [[pack.length for pack in row] for row in fill_rows(packs, token_budget=25)] == [[14, 11]]
+    assert [[pack.length for pack in row] for row in fill_rows(packs, token_budget=24)] == [[14], [11]]
+
+
+def gradients_of_rank(rank: int, folder: str) -> None:
+    """One of two processes, each with groups of its own; budget 14 makes two forward passes of one backward."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = llama()
+    wrapped = DistributedDataParallel(model)
+    sequences = group_of_three(offset=7 * rank)
+    counted = [list(range(8, len(s))) for s in sequences]
+    compute = partial(token_log_probs, model, sequences, counted, [range(3)], token_budget=14)
+    log_probs, _ = _ForwardRedirection()(wrapped, model, compute)
+    torch.save(gradients(model, log_probs), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged_over_processes(model, tmp_path):
+    multiprocessing.spawn(gradients_of_rank, args=(str(tmp_path),), nprocs=2)
+    expected = []
+    for rank in range(2):
+        sequences = group_of_three(offset=7 * rank)
+        counted = [list(range(8, len(s))) for s in sequences]
+        expected.append(gradients(model, one_row_at_a_time(model, sequences, counted, 1.0)))
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"{rank}.pt")
+        for a, b, c in zip(ours, *expected, strict=True):
+            torch.testing.assert_close(a, (b + c) / 2, rtol=1e-5, atol=1e-5)

@@ -203,7 +203,7 @@ def test_a_policy_has_float32_weights_that_train(tiny):
     policy = load_policy(tiny)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in policy.parameters())
-    assert policy.config._attn_implementation == "sdpa"
+    assert policy.config._attn_implementation == "shared_prefix"
 
 
 def test_a_frozen_model_neither_trains_nor_drops_out(tiny):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, config_of, launch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -15,14 +15,6 @@ from train import GROUPS, apply_warmup, options, rewrite_arguments
 from trainers.config_fields import TABLE, build_table, read_table
 
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
-
-
-def config_of(*overrides: str) -> dict:
-    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        cfg = compose("train", rewrite_arguments(list(overrides)), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        full = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in full.items() if key != "hydra"}
 
 
 @pytest.mark.parametrize("run", options("run_cfg"))
@@ -84,6 +76,7 @@ BAD = [
     (["max_length=10"], "not a key of a teacher_grpo run"),
     (["temperature=0"], "temperature above 0"),
     (["max_completion_length=8000"], "may be up to 7680"),
+    (["logprob_token_budget=703"], "the smallest that works is 704"),
     (["use_peft=true", "sync_ref_model=true"], "sync_ref_model=true with use_peft=true"),
     (["load_in_4bit=true"], "set use_peft=true"),
     (["beta=0", "student_model=null"], "name a student"),

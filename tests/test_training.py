@@ -6,8 +6,7 @@ import math
 import pandas
 import pytest
 import torch
-from conftest import ROOT
-from test_plan import config_of
+from conftest import build, config_of
 
 from plan import make_plan
 from train import prepare_output, train
@@ -15,17 +14,6 @@ from trainers.build import build_trainer
 from trainers.sft import teaching_example
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-
-
-@pytest.fixture
-def in_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def build(tiny_run, folder, *overrides):
-    plan = make_plan(config_of(*tiny_run, f"output_dir={folder}", *overrides))
-    prepare_output(plan.config)
-    return build_trainer(plan)
 
 
 def parameters_of(model) -> dict[str, torch.Tensor]:

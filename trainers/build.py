@@ -18,6 +18,7 @@ from schema import DataConfig, ModelConfig, TeacherRewardConfig, pick
 from trainers.config_fields import read_table
 from trainers.evaluation import HeldOutEvaluation
 from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.host_memory import ReturnFreedMemory
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.rows import load_split_rows, question_rows, teaching_rows
 from trainers.sft import SFTConfig, SFTTrainer, teaching_example
@@ -99,7 +100,8 @@ def build_trainer(plan: Plan):
     trainer, evaluation = build(plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    for callback in (MetricsFile(config["output_dir"]), ProgressBar(), Plot(config["output_dir"])):
+    folder = config["output_dir"]
+    for callback in (MetricsFile(folder), ProgressBar(), Plot(folder), ReturnFreedMemory()):
         trainer.add_callback(callback)
     return trainer, evaluation
 

@@ -6,15 +6,18 @@ B completions of a batch, P prompt tokens, C completion tokens.
 """
 
 import logging
+import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import trl
 from safetensors.torch import load_model, save_model
 from torch.utils.data import Sampler
+from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from data.prompts import prompt_token_ids
@@ -67,8 +70,8 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         self._policy_pass: dict[int, tuple[list[int], int, torch.Tensor]] = {}
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self._reference_waits = config.offload_untrained_models and not config.sync_ref_model and not sharded
+        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self._reference_waits = config.offload_untrained_models and not config.sync_ref_model and not self._sharded
         if self._reference_waits and self.ref_model is not None:
             self.ref_model.to("cpu")
         if in_process:
@@ -124,20 +127,35 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
         kill_point("generation")
-        phase = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
-        where = (self.args.seed, *phase, self.accelerator.process_index)
+        start = time.perf_counter()
+        where = (self.args.seed, *self._phase(), self.accelerator.process_index)
         if not self.use_vllm:
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(request_seed(*where))
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
-        if self.vllm_mode == "server" or self.vllm_generation.tensor_parallel_size > 1:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
-        if self.state.global_step != self._last_loaded_step:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-        seeds = [request_seed(*where, i) for i in range(len(prompt_ids))]
-        return self.vllm_generation.generate_seeded(prompt_ids, seeds)
+                written = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, **kwargs
+                )
+        elif self.vllm_mode == "server" or self.vllm_generation.tensor_parallel_size > 1:
+            written = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        else:
+            if self.state.global_step != self._last_loaded_step:
+                self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            seeds = [request_seed(*where, i) for i in range(len(prompt_ids))]
+            written = self.vllm_generation.generate_seeded(prompt_ids, seeds)
+        self._log_generation(time.perf_counter() - start, [len(ids) for ids in written[0]])
+        return written
+
+    def _phase(self) -> tuple[str, int]:
+        return ("train", self._step) if self.model.training else ("eval", self.state.global_step)
+
+    def _log_generation(self, seconds: float, lengths: list[int]) -> None:
+        """Seconds to the last token, weights' sync included, and the share of slots that waited for the longest."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["generation/seconds"].append(seconds)
+        metrics["generation/tokens_per_second"].append(sum(lengths) / seconds)
+        metrics["generation/idle_share"].append(1 - sum(lengths) / (len(lengths) * max(max(lengths), 1)))
 
     # Log-probs
 
@@ -155,17 +173,22 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         )
         entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
         offload = self._reference_waits and model is self.ref_model
+        inner = self.accelerator.unwrap_model(model)
+        compute = partial(
+            token_log_probs,
+            inner,
+            sequences,
+            counted,
+            groups,
+            temperature=self.temperature,
+            token_budget=self.args.logprob_token_budget,
+            autocast=self.accelerator.autocast(),
+            entropy=entropy,
+            agree_on_forwards=self._agree_on_forwards if self._sharded else None,
+        )
         with resident(model, self.accelerator.device, offload) if offload else nullcontext():
-            log_probs, entropies = token_log_probs(
-                self.accelerator.unwrap_model(model),
-                sequences,
-                counted,
-                groups,
-                temperature=self.temperature,
-                token_budget=self.args.logprob_token_budget,
-                autocast=self.accelerator.autocast(),
-                entropy=entropy,
-            )
+            # A wrapper (DDP, ZeRO, FSDP) gathers and reduces only for what runs inside its own forward.
+            log_probs, entropies = compute() if inner is model else _ForwardRedirection()(model, inner, compute)
         if keeps:
             self._awaits_policy_pass = False
             self._policy_pass = {
@@ -176,6 +199,9 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
         padded = [_pad_rows(values, widths, logits_to_keep) for values in (log_probs, entropies)]
         return padded[0], padded[1] if compute_entropy else None, None
+
+    def _agree_on_forwards(self, count: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     @staticmethod
     def _as_groups(input_ids, attention_mask, logits_to_keep: int, tail: int):

@@ -1,0 +1,35 @@
+"""Completions of a step: vLLM in process against Hugging Face's generate, on the same prompts and lengths."""
+
+from pathlib import Path
+
+from harness import Setting, alternate, figure, main, write_report
+
+
+def worker(variant: str, setting: Setting) -> dict:
+    import time
+
+    from trainers_under_test import build
+
+    trainer = build(variant, setting, steps=1)
+    prompts = [row["prompt"] for row in trainer.train_dataset for _ in range(setting.generations)]
+    ids, _, fields = trainer._tokenize_prompts(prompts)
+    seconds = []
+    for _ in range(2):  # the first call starts up
+        start = time.perf_counter()
+        completions, *_ = trainer._generate_single_turn(ids, None, fields, setting.generations)
+        seconds.append(time.perf_counter() - start)
+    assert all(len(tokens) == setting.completion_tokens for tokens in completions)
+    return {"seconds": seconds[-1]}
+
+
+def report(out: Path, command: str) -> str:
+    results = alternate(Path(__file__), ["ours", "stock"], ["g8", "g16"], 2, out)
+    figures = []
+    for setting in ("g8", "g16"):
+        ours, theirs = ([run["seconds"] for run in results[name, setting]] for name in ("ours", "stock"))
+        figures.append(figure(f"generation_{setting}", ours, theirs, "s", command))
+    return write_report(out, figures, {})
+
+
+if __name__ == "__main__":
+    main(__file__, worker, report)

@@ -1,0 +1,104 @@
+"""Log-prob passes that are compared: ours, one sample at a time, and rows padded to the longest as stock TRL has them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from harness import MODEL, Setting, peak_memory_gib, rows_of
+
+from data.prompts import prompt_token_ids
+from logprobs import token_log_probs
+from models.embedded import embedded_model_path
+from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of each completion with its prompt, the indices that count, and the rows of each prompt."""
+
+    sequences: list[list[int]]
+    counted: list[list[int]]
+    groups: list[range]
+
+
+def random_batch(setting: Setting) -> Batch:
+    """Real prompts, random completions of exactly the setting's length."""
+    tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
+    rows = rows_of(setting, tokenizer)
+    prompts = prompt_token_ids(tokenizer, [row["prompt"] for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    size, length = setting.generations, setting.completion_tokens
+    sequences = [
+        ids + torch.randint(100, 40_000, (length,), generator=generator).tolist() for ids in prompts for _ in range(size)
+    ]
+    counted = [list(range(len(ids) - length, len(ids))) for ids in sequences]
+    return Batch(sequences, counted, [range(start, start + size) for start in range(0, len(sequences), size)])
+
+
+def ours(model, batch: Batch) -> torch.Tensor:
+    autocast = torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32)
+    log_probs, _ = token_log_probs(
+        model, batch.sequences, batch.counted, batch.groups, token_budget=8192, autocast=autocast, temperature=0.7
+    )
+    return torch.cat(log_probs)
+
+
+def per_sample(model, batch: Batch) -> torch.Tensor:
+    found = []
+    for ids, where in zip(batch.sequences, batch.counted, strict=True):
+        with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
+            logits_TV = model(torch.tensor([ids], device=DEVICE)).logits[0]
+        log_probs_TV = torch.log_softmax(logits_TV.float() / 0.7, dim=-1)
+        index = torch.tensor(where, device=DEVICE)
+        found.append(log_probs_TV[index - 1, torch.tensor(ids, device=DEVICE)[index]])
+    return torch.cat(found)
+
+
+def padded(model, batch: Batch) -> torch.Tensor:
+    """As stock TRL 1.16: rows padded on the left, transformers' fused output head."""
+    width = max(map(len, batch.sequences))
+    ids = torch.zeros(len(batch.sequences), width, dtype=torch.long, device=DEVICE)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (tokens, where) in enumerate(zip(batch.sequences, batch.counted, strict=True)):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+        labels[row, -len(where) :] = torch.tensor(tokens[-len(where) :])
+    with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
+        outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[labels != -100]
+
+
+PASSES: dict[str, Callable[[torch.nn.Module, Batch], torch.Tensor]] = {
+    "ours": ours,
+    "per_sample": per_sample,
+    "padded": padded,
+}
+
+
+def load(variant: str, trained: bool):
+    attention = {} if variant == "ours" else {"attn_implementation": "sdpa"}
+    path = str(embedded_model_path(MODEL))
+    model = load_policy(path, **attention).train() if trained else load_frozen(path, HALF, **attention)
+    return model.to(DEVICE)
+
+
+def measure_pass(variant: str, setting: Setting, trained: bool) -> dict:
+    """Median seconds of a pass (with backward when `trained`) and the peak memory of the process."""
+    model, batch = load(variant, trained), random_batch(setting)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        with torch.set_grad_enabled(trained):
+            total = PASSES[variant](model, batch).mean()
+        if trained:
+            total.backward()
+            model.zero_grad()
+        total.item()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": median(seconds[1:]), "memory": peak_memory_gib()}

@@ -1,0 +1,26 @@
+"""A frozen model's log-probs of a step's completions: ours against one sample at a time, and against padded rows."""
+
+from pathlib import Path
+
+from harness import Setting, alternate, figure, main, write_report
+
+
+def worker(variant: str, setting: Setting) -> dict:
+    from passes import measure_pass
+
+    return measure_pass(variant, setting, trained=False)
+
+
+def report(out: Path, command: str) -> str:
+    results = alternate(Path(__file__), ["ours", "per_sample", "padded"], ["g8", "g16"], 2, out)
+    figures = []
+    for setting in ("g8", "g16"):
+        ours = [run["seconds"] for run in results["ours", setting]]
+        for peer in ("per_sample", "padded"):
+            theirs = [run["seconds"] for run in results[peer, setting]]
+            figures.append(figure(f"scoring_vs_{peer}_{setting}", ours, theirs, "s", command))
+    return write_report(out, figures, {})
+
+
+if __name__ == "__main__":
+    main(__file__, worker, report)

@@ -1,0 +1,199 @@
+"""The trainers that are compared, built on the same model, prompts, lengths and dtype.
+
+ours: TeacherGRPOTrainer. stock: TRL's GRPOTrainer, Hugging Face generation, the teacher reward one sample at a time.
+stock_vllm: the same with vLLM in process (our engine, because TRL's own cannot be built on a CPU).
+"""
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+import trl
+import yaml
+from datasets import Dataset
+from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, peak_memory_gib, rows_of
+from transformers import TrainerCallback
+
+from data.formats import load_format
+from generation.vllm_engine import VLLMEngine
+from models.embedded import embedded_model_path
+from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from rewards import TeacherReward
+from schema import TeacherRewardConfig, pick
+from trainers.grpo import GRPOConfig
+from trainers.teacher_grpo import TeacherGRPOTrainer
+
+VARIANTS = ("ours", "stock", "stock_vllm")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32
+
+
+def reward_config() -> TeacherRewardConfig:
+    text = (ROOT / "cfgs/trainer_cfg/reward_cfg/teacher.yaml").read_text()
+    return pick(yaml.safe_load(text), TeacherRewardConfig)
+
+
+def arguments(setting: Setting, variant: str, steps: int) -> dict[str, Any]:
+    """Shared by all; the end token never ends a completion."""
+    with_engine = variant != "stock"
+    accumulation = setting.completions // setting.micro_batch
+    return {
+        "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
+        "per_device_train_batch_size": setting.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": accumulation,
+        "num_generations": setting.generations,
+        "max_completion_length": setting.completion_tokens,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "beta": 0.04,
+        "temperature": 0.7,
+        "bf16": torch.bfloat16 == HALF,
+        "use_cpu": DEVICE == "cpu",
+        "gradient_checkpointing": False,
+        "use_vllm": variant == "ours",
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 1024,
+        "generation_kwargs": {
+            "min_tokens" if with_engine else "min_new_tokens": setting.completion_tokens,
+        },
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def build(variant: str, setting: Setting, steps: int):
+    transformers.utils.logging.set_verbosity_error()
+    path = str(embedded_model_path(MODEL))
+    tokenizer = load_tokenizer(path)
+    rows = rows_of(setting, tokenizer) * steps
+    attention = {"attn_implementation": "sdpa"} if variant != "ours" else {}
+    policy = load_policy(path, **attention)
+    student = load_frozen(path, HALF, **attention)
+    shared = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    style = load_format("stratos")
+    options = arguments(setting, variant, steps)
+    if variant == "ours":
+        return TeacherGRPOTrainer(
+            student=student,
+            style=style,
+            reward_config=reward_config(),
+            args=GRPOConfig(**options),
+            engine_dtype=str(HALF).removeprefix("torch.") if DEVICE == "cpu" else "auto",
+            **shared,
+        )
+    reward = PerSampleReward(policy, student, tokenizer, style)
+    trainer = trl.GRPOTrainer(reward_funcs=[reward], args=trl.GRPOConfig(**options), **shared)
+    reward.autocast = trainer.accelerator.autocast
+    if variant == "stock_vllm":
+        put_engine_in(trainer)
+    return trainer
+
+
+class PerSampleReward:
+    """The teacher reward as a plain script would compute it: two whole forward passes for each completion."""
+
+    __name__ = "per_sample_reward"
+
+    def __init__(self, policy, student, tokenizer, style):
+        self.autocast = torch.no_grad
+        self.reward = TeacherReward(
+            tokenizer, style, reward_config(), 0.7, self.one_at_a_time(policy), self.one_at_a_time(student)
+        )
+
+    def one_at_a_time(self, model):
+        @torch.no_grad()
+        def log_probs(sequences, counted, temperature):
+            found = []
+            for ids, where in zip(sequences, counted, strict=True):
+                with self.autocast():
+                    logits_TV = model(torch.tensor([ids], device=model.device)).logits[0]
+                log_probs_TV = torch.log_softmax(logits_TV.float() / temperature, dim=-1)
+                index = torch.tensor(where, device=model.device, dtype=torch.long)
+                found.append(log_probs_TV[index - 1, torch.tensor(ids, device=model.device)[index]])
+            return found
+
+        return log_probs
+
+    def __call__(self, prompts, completions, question, solution, **columns):
+        rows = [{"question": q, "solution": s} for q, s in zip(question, solution, strict=True)]
+        return [scored.reward for scored in self.reward.score(rows, completions)]
+
+
+def put_engine_in(trainer: trl.GRPOTrainer) -> None:
+    """Stock generation through vLLM, with the log-probs that its importance sampling correction needs."""
+    config = trainer.args
+    trainer.vllm_generation = VLLMEngine(
+        model=trainer.model,
+        accelerator=trainer.accelerator,
+        processing_class=trainer.processing_class,
+        mode="colocate",
+        engine_dtype=str(HALF).removeprefix("torch."),
+        max_model_length=config.vllm_max_model_length,
+        max_num_seqs=128,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        generation_kwargs=config.generation_kwargs,
+    )
+    trainer.use_vllm = config.use_vllm = True
+
+    def generate(prompt_ids, *args, **kwargs):
+        trainer.vllm_generation.sync_weights()
+        return trainer.vllm_generation.generate_seeded(prompt_ids, list(range(len(prompt_ids))))
+
+    trainer._generate_single_turn = generate
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, from its first micro-batch to the end of its update."""
+
+    def __init__(self):
+        self.steps: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(time.perf_counter() - self.start)
+
+
+def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
+    """Seconds of the last of `steps` steps and of its phases, and the peak memory of the process."""
+    rate = matrix_rate()
+    trainer = build(variant, setting, steps)
+    watch, times = Stopwatch(), StepTimes()
+    for method, phase in {
+        "_generate_single_turn": "generation",
+        "_calculate_rewards": "scoring",
+        "_generate_and_score_completions": "before the update",
+    }.items():
+        watch.watch(trainer, method, phase)
+    trainer.add_callback(times)
+    trainer.add_callback(Forget(watch))
+    trainer.train()
+    seconds = dict(watch.seconds)
+    before = seconds.pop("before the update")
+    return {
+        **seconds,
+        "log-probs": before - seconds["generation"] - seconds["scoring"],
+        "update": times.steps[-1] - before,
+        "step": times.steps[-1],
+        "memory": peak_memory_gib(),
+        "matrix_rate": rate,
+        "floor": vars(floor_of(setting, trainer.accelerator.unwrap_model(trainer.model))),
+    }
+
+
+class Forget(TrainerCallback):
+    """Keeps the phases of the last step only."""
+
+    def __init__(self, watch: Stopwatch):
+        self.watch = watch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.watch.seconds.clear()

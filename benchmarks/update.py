@@ -1,0 +1,26 @@
+"""Forward and backward over a micro-batch: ours against padded rows with the fused head, as stock TRL has them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from harness import Setting, alternate, figure, main, write_report
+
+
+def worker(variant: str, setting: Setting) -> dict:
+    from passes import measure_pass
+
+    return measure_pass(variant, replace(setting, prompts=1), trained=True)
+
+
+def report(out: Path, command: str) -> str:
+    results = alternate(Path(__file__), ["ours", "padded"], ["g8", "g16"], 2, out)
+    figures = []
+    for setting in ("g8", "g16"):
+        for key, unit in (("seconds", "s"), ("memory", "GiB")):
+            ours, theirs = ([run[key] for run in results[name, setting]] for name in ("ours", "padded"))
+            figures.append(figure(f"update_{key}_{setting}", ours, theirs, unit, command))
+    return write_report(out, figures, {})
+
+
+if __name__ == "__main__":
+    main(__file__, worker, report)

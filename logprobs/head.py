@@ -1,0 +1,134 @@
+"""The output head on the positions that count: log-probs and entropies without a whole tensor of tokens x vocabulary.
+
+A chunk of positions is multiplied by the head at once; what follows (scale, soft cap, log-softmax, entropy) runs on
+blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead of kept, as in
+arXiv 2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
+N positions that count, H hidden size, V vocabulary.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+HEAD_CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
+CPU_BLOCK_ELEMENTS = 2**20  # of those, worked on at once on a CPU
+
+
+def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, entropy: str):
+    """(N,) log-probs of the targets and (N,) entropies (zeros unless asked for), in float32 or finer."""
+    head = model.get_output_embeddings()
+    factor, cap = _logit_transform(model.config)
+    rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    if type(head) is torch.nn.Linear and _is_whole(head) and cap is None and entropy != "with_grad":
+        scale = factor / temperature
+        return _LinearHead.apply(hidden_NH, head.weight, head.bias, targets_N, scale, rows, entropy == "value")
+    # A soft cap comes after the architecture's factor and before the temperature.
+    hidden_NH = hidden_NH * factor if factor != 1.0 else hidden_NH
+    args = (1.0 / temperature, cap, entropy)
+    chunks = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        parts = [_any_head(head, hidden, targets, *args) for hidden, targets in chunks]
+    else:
+        parts = [checkpoint(_any_head, head, hidden, targets, *args, use_reentrant=False) for hidden, targets in chunks]
+    log_probs, entropies = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def _is_whole(head: torch.nn.Linear) -> bool:
+    """Not in shards, as ZeRO-3 and FSDP2 hold it between forward passes."""
+    return type(head.weight) is torch.nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
+
+
+def _logit_transform(config) -> tuple[float, float | None]:
+    """The factor on the logits and the soft cap that some architectures apply after their head."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and getattr(config, "logits_scaling", None):
+        scale = 1 / config.logits_scaling
+    return (1.0 if scale is None else scale), getattr(config, "final_logit_softcapping", None)
+
+
+def _any_head(head, hidden_NH, targets_N, scale: float, cap: float | None, entropy: str):
+    """Adapters on the head, shards, soft caps and entropies with gradients: plain operations."""
+    logits_NV = head(hidden_NH)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    if scale != 1.0:
+        logits_NV = logits_NV * scale
+    normaliser_N = logits_NV.logsumexp(dim=-1)
+    log_probs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
+    if entropy == "none":
+        return log_probs_N, torch.zeros_like(log_probs_N)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "with_grad"):
+        probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
+        return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
+
+
+class _LinearHead(torch.autograd.Function):
+    """Log-probs (with gradients) and entropies (without) of a linear head."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, scale: float, rows: int, entropy: bool):
+        device = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        with torch.autocast(device, enabled=False):
+            low_NH, low_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
+            low_V = None if bias_V is None else bias_V.to(dtype)
+            log_probs_N = hidden_NH.new_zeros(len(targets_N), dtype=torch.promote_types(dtype, torch.float32))
+            entropies_N = torch.zeros_like(log_probs_N)
+            for start, logits_CV in _chunks(low_NH, low_VH, low_V, rows):
+                for block in _blocks(logits_CV, start):
+                    values_BV = _log_softmax(logits_CV[block.start - start : block.stop - start], scale)
+                    log_probs_N[block] = values_BV.gather(-1, targets_N[block, None]).squeeze(-1)
+                    if entropy:
+                        entropies_N[block] = -torch.linalg.vecdot(values_BV.exp(), values_BV)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
+        ctx.dtype, ctx.scale, ctx.rows = dtype, scale, rows
+        ctx.mark_non_differentiable(entropies_N)
+        return log_probs_N, entropies_N
+
+    @staticmethod
+    def backward(ctx, grad_N, _):
+        hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
+        low_NH, low_VH = hidden_NH.to(ctx.dtype), weight_VH.to(ctx.dtype)
+        low_V = None if bias_V is None else bias_V.to(ctx.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_NH = torch.zeros_like(hidden_NH) if needs_hidden else None
+        grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        grad_V = torch.zeros_like(bias_V) if needs_bias else None
+        for start, logits_CV in _chunks(low_NH, low_VH, low_V, ctx.rows):
+            for block in _blocks(logits_CV, start):
+                here = slice(block.start - start, block.stop - start)
+                # d log p(target) / d logits = scale (one-hot - softmax)
+                values_BV = _log_softmax(logits_CV[here], ctx.scale).exp_()
+                factors_B = (grad_N[block] * ctx.scale)[:, None]
+                values_BV.mul_(-factors_B).scatter_add_(-1, targets_N[block, None], factors_B.to(values_BV.dtype))
+                logits_CV[here] = values_BV
+            inside = slice(start, start + len(logits_CV))
+            if needs_hidden:
+                grad_NH[inside] = logits_CV @ low_VH
+            if needs_weight:
+                grad_VH += logits_CV.T @ low_NH[inside]
+            if needs_bias:
+                grad_V += logits_CV.sum(0)
+        return grad_NH, grad_VH, grad_V, None, None, None, None
+
+
+def _chunks(hidden_NH, weight_VH, bias_V, rows: int):
+    """Where each chunk begins, and its logits, which the caller may overwrite."""
+    for start in range(0, len(hidden_NH), rows):
+        yield start, torch.nn.functional.linear(hidden_NH[start : start + rows], weight_VH, bias_V)
+
+
+def _blocks(logits_CV, start: int):
+    """Slices of the N positions, in pieces of a chunk that are worked on at once."""
+    size = len(logits_CV)
+    step = max(1, CPU_BLOCK_ELEMENTS // logits_CV.shape[-1]) if logits_CV.device.type == "cpu" else size
+    for first in range(0, size, step):
+        yield slice(start + first, start + min(first + step, size))
+
+
+def _log_softmax(logits_BV, scale: float) -> torch.Tensor:
+    values_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    return torch.log_softmax(values_BV * scale if scale != 1.0 else values_BV, dim=-1)

@@ -1,0 +1,140 @@
+"""Attention over a packed row in which the sequences of a group share their prefix.
+
+A row is `prefix + rest_1 + … + rest_G`, group after group. Each rest looks at its prefix and at itself, so that no
+mask over all pairs of the row is needed: on the CPU every group is two calls of SDPA (the prefix, causal; all rests
+side by side over prefix and themselves), on a GPU one call of FlexAttention with a block mask (arXiv 2412.05496).
+The two-part form is the one of cascade inference (arXiv 2402.05099), here with gradients.
+
+Registered with transformers as `shared_prefix`; without a layout it is SDPA, so generation and evaluation of a model
+that was loaded with it are untouched.
+H heads, T tokens of a row, P of a prefix, G rests of a group, C tokens of the longest rest, D head size.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "shared_prefix"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A group in a row: where it begins, the length of its prefix and of each rest behind it."""
+
+    start: int
+    prefix: int
+    rests: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prefix + sum(self.rests)
+
+
+@dataclass(frozen=True)
+class SharedPrefixLayout:
+    """The groups of one packed row, one behind the other; tokens after the last are padding."""
+
+    spans: tuple[Span, ...]
+    length: int
+
+    def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token (T,): its group (-1: padding), and its rest within the group (0: the prefix)."""
+        groups_T = torch.full((self.length,), -1)
+        rests_T = torch.zeros(self.length, dtype=torch.long)
+        for number, span in enumerate(self.spans):
+            groups_T[span.start : span.end] = number
+            counts = torch.tensor([span.prefix, *span.rests])
+            rests_T[span.start : span.end] = torch.arange(len(counts)).repeat_interleave(counts)
+        return groups_T, rests_T
+
+    def may_look(self, device: torch.device):
+        """FlexAttention's rule: which key a query looks at."""
+        groups_T, rests_T = (owner.to(device) for owner in self.owners())
+
+        def rule(batch, head, query, key):
+            same = (rests_T[key] == 0) | (rests_T[key] == rests_T[query])
+            return (groups_T[query] == groups_T[key]) & same & (query >= key)
+
+        return rule
+
+    @cached_property
+    def block_mask(self):
+        """For FlexAttention on a GPU; compiled, because the eager form writes the whole T x T mask first."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        make = torch.compile(create_block_mask)
+        return make(self.may_look(device), None, None, self.length, self.length, device=device)
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, layout: SharedPrefixLayout | None = None, **kwargs):
+    """transformers' attention signature; `query` (1, H, T, D), returns (1, T, H, D) and None for the weights."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.device.type == "cuda":
+        return flex_attention_forward(module, query, key, value, layout.block_mask, **kwargs)[0], None
+    parts = []
+    for span in layout.spans:
+        inside = slice(span.start, span.end)
+        parts += _attend(module, query[:, :, inside], key[:, :, inside], value[:, :, inside], span, kwargs)
+    padding = layout.length - layout.spans[-1].end
+    if padding:
+        parts.append(parts[-1].new_zeros(1, padding, *parts[-1].shape[2:]))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(module, query, key, value, span: Span, kwargs) -> list[torch.Tensor]:
+    """Outputs (1, P, H, D) of the prefix and (1, sum of rests, H, D) of what stands behind it."""
+    (q_prefix, q_rest), (k_prefix, k_rest), (v_prefix, v_rest) = (
+        x.split([span.prefix, sum(span.rests)], dim=2) for x in (query, key, value)
+    )
+    parts = []
+    if span.prefix:
+        parts.append(sdpa_attention_forward(module, q_prefix, k_prefix, v_prefix, None, **kwargs)[0])
+    rests = [n for n in span.rests if n]
+    if not rests:
+        return parts
+    q_GHCD = _side_by_side(q_rest, rests)
+    keys, values = (
+        torch.cat([prefix.expand(len(rests), -1, -1, -1), _side_by_side(rest, rests)], dim=2)
+        for prefix, rest in ((k_prefix, k_rest), (v_prefix, v_rest))
+    )
+    width = max(rests)
+    # Padding stands on the right of each rest, where no real token looks.
+    mask = torch.ones(width, span.prefix + width, dtype=torch.bool, device=query.device).tril(span.prefix)
+    out_GCHD = sdpa_attention_forward(module, q_GHCD, keys, values, mask[None, None], **kwargs)[0]
+    real_GC = torch.arange(width, device=query.device) < torch.tensor(rests, device=query.device)[:, None]
+    parts.append(out_GCHD[real_GC][None] if len(set(rests)) > 1 else out_GCHD.flatten(0, 1)[None])
+    return parts
+
+
+def _side_by_side(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """(1, H, sum of lengths, D) -> (G, H, C, D), padded on the right."""
+    rows = x[0].transpose(0, 1).split(lengths)
+    return pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+
+def takes_layout(model: PreTrainedModel) -> bool:
+    """Whether every layer of a model attends through this function, to all tokens before: else nothing is shared.
+
+    Sliding windows and state-space layers see neighbours in the row, not in the sequence.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    return (
+        config._attn_implementation == NAME
+        and model._supports_attention_backend
+        and all(kind == "full_attention" for kind in kinds)
+        and window is None
+    )
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
