@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 from harness import MODEL, Setting, peak_memory_gib, rows_of
+from trl.trainer.utils import add_fused_lm_head
 
 from data.prompts import prompt_token_ids
 from logprobs import token_log_probs
@@ -16,6 +17,7 @@ from models.loading import load_frozen, load_policy, load_tokenizer, supports_bf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32
 REPEATS = 3
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def random_batch(setting: Setting) -> Batch:
 def ours(model, batch: Batch) -> torch.Tensor:
     autocast = torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32)
     log_probs, _ = token_log_probs(
-        model, batch.sequences, batch.counted, batch.groups, token_budget=8192, autocast=autocast, temperature=0.7
+        model, batch.sequences, batch.counted, batch.groups, token_budget=8192, autocast=autocast, temperature=TEMPERATURE
     )
     return torch.cat(log_probs)
 
@@ -54,7 +56,7 @@ def per_sample(model, batch: Batch) -> torch.Tensor:
     for ids, where in zip(batch.sequences, batch.counted, strict=True):
         with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
             logits_TV = model(torch.tensor([ids], device=DEVICE)).logits[0]
-        log_probs_TV = torch.log_softmax(logits_TV.float() / 0.7, dim=-1)
+        log_probs_TV = torch.log_softmax(logits_TV.float() / TEMPERATURE, dim=-1)
         index = torch.tensor(where, device=DEVICE)
         found.append(log_probs_TV[index - 1, torch.tensor(ids, device=DEVICE)[index]])
     return torch.cat(found)
@@ -85,6 +87,8 @@ def load(variant: str, trained: bool):
     attention = {} if variant == "ours" else {"attn_implementation": "sdpa"}
     path = str(embedded_model_path(MODEL))
     model = load_policy(path, **attention).train() if trained else load_frozen(path, HALF, **attention)
+    if variant == "padded":
+        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     return model.to(DEVICE)
 
 

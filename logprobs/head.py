@@ -1,17 +1,20 @@
 """The output head on the positions that count: log-probs and entropies without a whole tensor of tokens x vocabulary.
 
-A chunk of positions is multiplied by the head at once; what follows (scale, soft cap, log-softmax, entropy) runs on
-blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead of kept, as in
-arXiv 2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
+On a GPU this is TRL's fused kernel. On the CPU, where that one scores in float32 and in plain passes over memory, a
+chunk of positions is multiplied by the head at once and what follows (scale, log-softmax, entropy) runs on blocks
+that fit a processor's cache. On the backward pass a chunk's logits are computed again instead of kept, as in arXiv
+2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
 N positions that count, H hidden size, V vocabulary.
 """
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
 
 HEAD_CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
 CPU_BLOCK_ELEMENTS = 2**20  # of those, worked on at once on a CPU
+GPU_VOCABULARY_CHUNK = 32768  # columns of the head in one tile of TRL's kernel
 
 
 def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, entropy: str):
@@ -19,9 +22,15 @@ def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: fl
     head = model.get_output_embeddings()
     factor, cap = _logit_transform(model.config)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
-    if type(head) is torch.nn.Linear and _is_whole(head) and cap is None and entropy != "with_grad":
-        scale = factor / temperature
-        return _LinearHead.apply(hidden_NH, head.weight, head.bias, targets_N, scale, rows, entropy == "value")
+    if type(head) is torch.nn.Linear and _is_whole(head):
+        plain = hidden_NH, head.weight, head.bias, targets_N
+        if hidden_NH.device.type == "cuda":
+            asked = () if entropy == "none" else ("entropy",)
+            values = ChunkedLogProbFunction.apply(*plain, temperature, GPU_VOCABULARY_CHUNK, cap, factor, asked)
+            entropies = torch.zeros_like(values[0]) if values[1] is None else values[1]
+            return values[0], entropies if entropy == "with_grad" else entropies.detach()
+        if cap is None and entropy != "with_grad":
+            return _LinearHead.apply(*plain, factor / temperature, rows, entropy == "value")
     # A soft cap comes after the architecture's factor and before the temperature.
     hidden_NH = hidden_NH * factor if factor != 1.0 else hidden_NH
     args = (1.0 / temperature, cap, entropy)

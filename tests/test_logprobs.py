@@ -21,9 +21,11 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 
 from logprobs import token_log_probs
+from logprobs.head import _LinearHead
 from logprobs.packing import common_prefix, fill_rows, lay_out, pack_group
 from models.attention import NAME, takes_layout
 
@@ -166,6 +168,23 @@ def test_entropies_are_those_of_the_softmax(model):
     for ids, where, ours in zip(sequences, counted, entropies, strict=True):
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, where[0] - 1] / 0.5, dim=-1)
         assert ours.item() == pytest.approx(-(probs * probs.log()).sum().item(), abs=1e-9)
+
+
+def test_the_head_is_trls_kernel_in_numbers():
+    """Log-probs, entropies and gradients against the one that a GPU uses, in its plain form."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(VOCABULARY, 16, requires_grad=True)
+    bias, targets, upstream = torch.randn(VOCABULARY, requires_grad=True), torch.arange(7), torch.randn(7)
+    found = []
+    for apply in (
+        lambda: _LinearHead.apply(hidden, weight, bias, targets, 1 / 0.7, 3, True),
+        lambda: ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 20, None, 1.0, ("entropy",))[:2],
+    ):
+        log_probs, entropies = apply()
+        gradients_of = torch.autograd.grad((log_probs * upstream).sum(), (hidden, weight, bias))
+        found.append([log_probs, entropies, *gradients_of])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_soft_cap_on_the_logits_is_kept():

@@ -101,7 +101,7 @@ def build_trainer(plan: Plan):
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     folder = config["output_dir"]
-    for callback in (MetricsFile(folder), ProgressBar(), Plot(folder), ReturnFreedMemory()):
+    for callback in (MetricsFile(folder), ProgressBar(), Plot(folder)):
         trainer.add_callback(callback)
     return trainer, evaluation
 
@@ -128,6 +128,7 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
         train_dataset=Dataset.from_list(fitting),
         processing_class=tokenizer,
         peft_config=adapter,
+        callbacks=[ReturnFreedMemory()],
     )
     return trainer, None
 
@@ -150,7 +151,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         "train_dataset": Dataset.from_list(prepare(train_rows)),
         "processing_class": tokenizer,
         "peft_config": adapter,
-        "callbacks": [completions, evaluation],
+        "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order
         "engine_dtype": ("bfloat16" if uses_bfloat16(config) else "float32") if device_type() == "cpu" else "auto",
     }
     if is_teacher:

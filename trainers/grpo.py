@@ -25,6 +25,7 @@ from generation import request_seed
 from logprobs import token_log_probs
 from models.residence import resident
 from trainers.checkpoints import AtomicCheckpoints, kill_point
+from trainers.host_memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +245,7 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         batch["scored_share"] = self.accelerator.gather(self._scored.float()).mean()
+        return_freed_memory()
         return batch
 
     _awaits_policy_pass = False

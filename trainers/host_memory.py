@@ -1,19 +1,26 @@
-"""Freed memory goes back to the system after each step, so that a long run on the CPU does not creep upwards.
+"""Freed memory goes back to the system between phases, so that a long run on the CPU does not creep upwards.
 
-Steps have other shapes every time, and the C library keeps the gaps between what is still in use.
+Batches have other shapes every time, and the C library keeps the gaps between what is still in use.
 """
 
 import ctypes
 
 from transformers import TrainerCallback
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def return_freed_memory() -> None:
+    """glibc's `malloc_trim`; nothing where the C library has no such call."""
+    if _TRIM is not None:
+        _TRIM(0)
+
 
 class ReturnFreedMemory(TrainerCallback):
-    """glibc's `malloc_trim` at each end of a step; nothing where the C library has no such call."""
+    """At each end of a micro-batch and of a step."""
 
-    def __init__(self):
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    def on_substep_end(self, args, state, control, **kwargs):
+        return_freed_memory()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._trim is not None:
-            self._trim(0)
+        return_freed_memory()
