@@ -11,9 +11,10 @@ H heads, T tokens of a row, P of a prefix, G rests of a group, C tokens of the l
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, lru_cache
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -63,14 +64,17 @@ class SharedPrefixLayout:
 
         return rule
 
-    @cached_property
-    def block_mask(self):
-        """For FlexAttention on a GPU; compiled, because the eager form writes the whole T x T mask first."""
-        from torch.nn.attention.flex_attention import create_block_mask
 
-        device = torch.device("cuda", torch.cuda.current_device())
-        make = torch.compile(create_block_mask)
-        return make(self.may_look(device), None, None, self.length, self.length, device=device)
+@cache
+def _compiled_block_mask():
+    # The eager form writes the whole T x T mask before it looks at blocks.
+    return torch.compile(create_block_mask)
+
+
+@lru_cache(maxsize=64)  # each layer asks again, and a checkpointed one on its way back
+def block_mask(layout: SharedPrefixLayout, device: torch.device) -> BlockMask:
+    """For FlexAttention, which computes only the blocks in which some query looks at some key."""
+    return _compiled_block_mask()(layout.may_look(device), None, None, layout.length, layout.length, device=device)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, layout: SharedPrefixLayout | None = None, **kwargs):
@@ -78,7 +82,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, layout: S
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cuda":
-        return flex_attention_forward(module, query, key, value, layout.block_mask, **kwargs)[0], None
+        return flex_attention_forward(module, query, key, value, block_mask(layout, query.device), **kwargs)[0], None
     parts = []
     for span in layout.spans:
         inside = slice(span.start, span.end)

@@ -1,0 +1,30 @@
+"""The two forms of attention over shared prefixes: FlexAttention with its block mask, and two calls of SDPA per group."""
+
+import shutil
+
+import pytest
+import torch
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from models.attention import SharedPrefixLayout, Span, block_mask, shared_prefix_attention
+
+
+class Attention(torch.nn.Module):
+    num_key_value_groups = 2
+    is_causal = True
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled")
+def test_flex_attention_of_a_ragged_row_is_the_two_part_form():
+    spans = (Span(0, 60, (20, 10, 0, 5)), Span(95, 30, (40, 40, 3)))
+    layout = SharedPrefixLayout(spans, 256)
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, layout.length, 16)
+    key, value = torch.randn(2, 1, 2, layout.length, 16).unbind()
+    module = Attention().eval()
+    ours, _ = shared_prefix_attention(module, query, key, value, None, layout=layout, scaling=0.25)
+    with torch.no_grad():
+        mask = block_mask(layout, query.device)
+        flex, _ = flex_attention_forward(module, query, key, value, mask, scaling=0.25)
+    real = slice(0, spans[-1].end)
+    torch.testing.assert_close(ours[:, real], flex[:, real], atol=1e-6, rtol=0)
