@@ -167,7 +167,9 @@ def run_worker(script: Path, variant: str, setting: str, out: Path) -> dict:
     return json.loads(out.read_text())
 
 
-def alternate(script: Path, variants: list[str], settings: list[str], rounds: int, out: Path) -> dict[tuple, list[dict]]:
+def alternate(
+    script: Path, variants: list[str], settings: list[str], rounds: int, out: Path
+) -> dict[tuple, list[dict]]:
     """A B A B: every variant in turn, `rounds` times, setting by setting."""
     results: dict[tuple, list[dict]] = {}
     for setting in settings:

@@ -1,4 +1,4 @@
-"""Log-prob passes that are compared: ours, one sample at a time, and rows padded to the longest as stock TRL has them."""
+"""Log-prob passes that are compared: ours, one sample at a time, and rows padded to the longest as in stock TRL."""
 
 import time
 from collections.abc import Callable
@@ -37,16 +37,24 @@ def random_batch(setting: Setting) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size, length = setting.generations, setting.completion_tokens
     sequences = [
-        ids + torch.randint(100, 40_000, (length,), generator=generator).tolist() for ids in prompts for _ in range(size)
+        ids + torch.randint(100, 40_000, (length,), generator=generator).tolist()
+        for ids in prompts
+        for _ in range(size)
     ]
     counted = [list(range(len(ids) - length, len(ids))) for ids in sequences]
     return Batch(sequences, counted, [range(start, start + size) for start in range(0, len(sequences), size)])
 
 
 def ours(model, batch: Batch) -> torch.Tensor:
-    autocast = torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32)
+    autocast = torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF)
     log_probs, _ = token_log_probs(
-        model, batch.sequences, batch.counted, batch.groups, token_budget=8192, autocast=autocast, temperature=TEMPERATURE
+        model,
+        batch.sequences,
+        batch.counted,
+        batch.groups,
+        token_budget=8192,
+        autocast=autocast,
+        temperature=TEMPERATURE,
     )
     return torch.cat(log_probs)
 
@@ -54,7 +62,7 @@ def ours(model, batch: Batch) -> torch.Tensor:
 def per_sample(model, batch: Batch) -> torch.Tensor:
     found = []
     for ids, where in zip(batch.sequences, batch.counted, strict=True):
-        with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
+        with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
             logits_TV = model(torch.tensor([ids], device=DEVICE)).logits[0]
         log_probs_TV = torch.log_softmax(logits_TV.float() / TEMPERATURE, dim=-1)
         index = torch.tensor(where, device=DEVICE)
@@ -71,7 +79,7 @@ def padded(model, batch: Batch) -> torch.Tensor:
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = 1
         labels[row, -len(where) :] = torch.tensor(tokens[-len(where) :])
-    with torch.autocast(DEVICE, HALF, enabled=HALF != torch.float32):
+    with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
         outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     return outputs.log_probs[labels != -100]
 

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from logprobs.head import head_log_probs
-from logprobs.packing import batch_sequences, fill_rows, lay_out, offsets, pad_batch, pack_group
+from logprobs.packing import batch_sequences, fill_rows, lay_out, offsets, pack_group, pad_batch
 from models.attention import takes_layout
 
 logger = logging.getLogger(__name__)
+
 
 def _causal_model(model) -> PreTrainedModel:
     """The Hugging Face model inside an adapter (whose layers stay active)."""

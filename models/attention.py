@@ -77,7 +77,9 @@ def block_mask(layout: SharedPrefixLayout, device: torch.device) -> BlockMask:
     return _compiled_block_mask()(layout.may_look(device), None, None, layout.length, layout.length, device=device)
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, layout: SharedPrefixLayout | None = None, **kwargs):
+def shared_prefix_attention(
+    module, query, key, value, attention_mask, layout: SharedPrefixLayout | None = None, **kwargs
+):
     """transformers' attention signature; `query` (1, H, T, D), returns (1, T, H, D) and None for the weights."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

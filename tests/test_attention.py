@@ -1,4 +1,4 @@
-"""The two forms of attention over shared prefixes: FlexAttention with its block mask, and two calls of SDPA per group."""
+"""The two forms of attention over shared prefixes: FlexAttention with a block mask, and two calls of SDPA a group."""
 
 import shutil
 

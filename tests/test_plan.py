@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, config_of, launch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from plan import make_plan
