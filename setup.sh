@@ -10,8 +10,9 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
 stamp=.venv/.setup-complete  # written last: without it a set-up was cut off, and .venv cannot be trusted
-earlier="$([ -f "$stamp" ] && sed -n 's/^executable = //p' .venv/pyvenv.cfg || true)"
-python="${PYTHON:-${earlier:-python3}}"
+earlier="$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null || true)"
+[ -x "$earlier" ] || earlier=python3
+python="${PYTHON:-$earlier}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
   fail "$python is missing or older than Python 3.11: set PYTHON to a newer one"
 device="${SETUP_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}"

@@ -13,8 +13,11 @@ def worker(variant: str, setting: Setting) -> dict:
     trainer = build(variant, setting, steps=1)
     prompts = [row["prompt"] for row in trainer.train_dataset for _ in range(setting.generations)]
     ids, _, fields = trainer._tokenize_prompts(prompts)
+    if variant == "stock":
+        trainer.accelerator.prepare_model(trainer.model)  # autocast, as training has it
     seconds = []
     for _ in range(2):  # the first call starts up
+        trainer._last_loaded_step = -1  # new weights and an empty prefix cache, as at each step
         start = time.perf_counter()
         completions, *_ = trainer._generate_single_turn(ids, None, fields, setting.generations)
         seconds.append(time.perf_counter() - start)

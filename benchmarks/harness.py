@@ -76,6 +76,15 @@ def rows_of(setting: Setting, tokenizer) -> list[dict[str, str]]:
     return rows
 
 
+def now() -> float:
+    """Seconds, once the device has done what was asked of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch:
     """Seconds by phase, summed over calls."""
 
@@ -84,11 +93,11 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = now()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
 
     def watch(self, owner, method: str, name: str) -> None:
         """Time every call of a bound method."""
@@ -102,12 +111,16 @@ class Stopwatch:
 
 
 def peak_memory_gib() -> float:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process so far; on a GPU, the largest allocation there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def matrix_rate() -> float:
-    """FLOP/s of large bfloat16 products (float32 where the device has no bfloat16), the best of five."""
+    """FLOP/s of large bfloat16 products (float32 where the device has no bfloat16), the best of six."""
     import torch
 
     from models.loading import supports_bfloat16
@@ -138,14 +151,14 @@ class Floor:
         return self.generation + self.reference + self.student + self.update
 
 
-def floor_of(setting: Setting, model) -> Floor:
-    """From the shapes of the model's matrices; attention over the tokens that a token sees (4 x width each)."""
+def floor_of(setting: Setting, prompt: float, model) -> Floor:
+    """From the model's matrices, with `prompt` tokens in the mean; attention is 4 x width per token that one sees."""
     config = model.config
     head = 2 * config.hidden_size * config.vocab_size
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     per_token = 2 * (matrices - (config.hidden_size * config.vocab_size if not config.tie_word_embeddings else 0))
     width = 4 * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
-    prompt, completion = setting.prompt_tokens, setting.completion_tokens
+    completion = setting.completion_tokens
     pairs = setting.prompts * prompt**2 / 2 + setting.completions * completion * (prompt + completion / 2)
     tokens = setting.prompts * prompt + setting.completions * completion
     trunk = tokens * per_token + pairs * width * config.num_hidden_layers

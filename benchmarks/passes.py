@@ -55,6 +55,7 @@ def ours(model, batch: Batch) -> torch.Tensor:
         token_budget=8192,
         autocast=autocast,
         temperature=TEMPERATURE,
+        entropy="value" if torch.is_grad_enabled() else "none",
     )
     return torch.cat(log_probs)
 
@@ -64,14 +65,14 @@ def per_sample(model, batch: Batch) -> torch.Tensor:
     for ids, where in zip(batch.sequences, batch.counted, strict=True):
         with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
             logits_TV = model(torch.tensor([ids], device=DEVICE)).logits[0]
-        log_probs_TV = torch.log_softmax(logits_TV.float() / TEMPERATURE, dim=-1)
         index = torch.tensor(where, device=DEVICE)
-        found.append(log_probs_TV[index - 1, torch.tensor(ids, device=DEVICE)[index]])
+        log_probs_NV = torch.log_softmax(logits_TV[index - 1].float() / TEMPERATURE, dim=-1)
+        found.append(log_probs_NV.gather(1, torch.tensor(ids, device=DEVICE)[index][:, None]).squeeze(1))
     return torch.cat(found)
 
 
 def padded(model, batch: Batch) -> torch.Tensor:
-    """As stock TRL 1.16: rows padded on the left, transformers' fused output head."""
+    """As stock TRL 1.16: rows padded on the left, TRL's fused output head."""
     width = max(map(len, batch.sequences))
     ids = torch.zeros(len(batch.sequences), width, dtype=torch.long, device=DEVICE)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -81,7 +82,7 @@ def padded(model, batch: Batch) -> torch.Tensor:
         labels[row, -len(where) :] = torch.tensor(tokens[-len(where) :])
     with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
         outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-    return outputs.log_probs[labels != -100]
+    return outputs.log_probs[labels[:, 1:] != -100]
 
 
 PASSES: dict[str, Callable[[torch.nn.Module, Batch], torch.Tensor]] = {
@@ -96,7 +97,9 @@ def load(variant: str, trained: bool):
     path = str(embedded_model_path(MODEL))
     model = load_policy(path, **attention).train() if trained else load_frozen(path, HALF, **attention)
     if variant == "padded":
-        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+        # As in stock: entropies of the policy are logged, those of frozen models are not computed.
+        outputs = ("log_probs", "entropy") if trained else ("log_probs",)
+        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=outputs)
     return model.to(DEVICE)
 
 
@@ -113,4 +116,5 @@ def measure_pass(variant: str, setting: Setting, trained: bool) -> dict:
             model.zero_grad()
         total.item()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": median(seconds[1:]), "memory": peak_memory_gib()}
+    mean = total.item()
+    return {"seconds": median(seconds[1:]), "memory": peak_memory_gib(), "mean_log_prob": mean}

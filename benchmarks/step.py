@@ -24,7 +24,7 @@ def report(out: Path, command: str) -> str:
     figures = []
     for setting in ("g8", "g16"):
         for name, phase, peer in (
-            ("scoring", "scoring", "stock"),
+            ("scoring", "scoring", "stock_vllm"),  # both have a pass of the policy before it
             ("update", "update", "stock"),
             ("step_vs_stock", "step", "stock"),
             ("step_vs_stock_vllm", "step", "stock_vllm"),

@@ -5,7 +5,6 @@ stock_vllm: the same with vLLM in process (our engine, because TRL's own cannot 
 """
 
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import transformers
 import trl
 import yaml
 from datasets import Dataset
-from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, peak_memory_gib, rows_of
+from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, now, peak_memory_gib, rows_of
 from transformers import TrainerCallback
 
 from data.formats import load_format
@@ -23,6 +22,7 @@ from models.loading import load_frozen, load_policy, load_tokenizer, supports_bf
 from rewards import TeacherReward
 from schema import TeacherRewardConfig, pick
 from trainers.grpo import GRPOConfig
+from trainers.host_memory import ReturnFreedMemory
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 VARIANTS = ("ours", "stock", "stock_vllm")
@@ -85,6 +85,7 @@ def build(variant: str, setting: Setting, steps: int):
             reward_config=reward_config(),
             args=GRPOConfig(**options),
             engine_dtype=str(HALF).removeprefix("torch.") if DEVICE == "cpu" else "auto",
+            callbacks=[ReturnFreedMemory()],  # as trainers/build.py has it
             **shared,
         )
     reward = PerSampleReward(policy, student, tokenizer, style)
@@ -113,9 +114,10 @@ class PerSampleReward:
             for ids, where in zip(sequences, counted, strict=True):
                 with self.autocast():
                     logits_TV = model(torch.tensor([ids], device=model.device)).logits[0]
-                log_probs_TV = torch.log_softmax(logits_TV.float() / temperature, dim=-1)
                 index = torch.tensor(where, device=model.device, dtype=torch.long)
-                found.append(log_probs_TV[index - 1, torch.tensor(ids, device=model.device)[index]])
+                log_probs_NV = torch.log_softmax(logits_TV[index - 1].float() / temperature, dim=-1)
+                targets = torch.tensor(ids, device=model.device)[index]
+                found.append(log_probs_NV.gather(1, targets[:, None]).squeeze(1))
             return found
 
         return log_probs
@@ -156,10 +158,10 @@ class StepTimes(TrainerCallback):
         self.steps: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(time.perf_counter() - self.start)
+        self.steps.append(now() - self.start)
 
 
 def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
@@ -176,6 +178,8 @@ def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
     trainer.add_callback(times)
     trainer.add_callback(Forget(watch))
     trainer.train()
+    prompts = trainer._tokenize_prompts([row["prompt"] for row in trainer.train_dataset])[0]
+    prompt_length = sum(map(len, prompts)) / len(prompts)
     seconds = dict(watch.seconds)
     before = seconds.pop("before the update")
     return {
@@ -185,7 +189,7 @@ def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
         "step": times.steps[-1],
         "memory": peak_memory_gib(),
         "matrix_rate": rate,
-        "floor": vars(floor_of(setting, trainer.accelerator.unwrap_model(trainer.model))),
+        "floor": vars(floor_of(setting, prompt_length, trainer.accelerator.unwrap_model(trainer.model))),
     }
 
 

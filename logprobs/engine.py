@@ -96,7 +96,7 @@ def token_log_probs(
     with autocast or nullcontext():
         for inputs, members, wanted in forwards:
             hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
-            rows, positions, targets = torch.tensor(wanted, device=device, dtype=torch.long).view(-1, 3).unbind(1)
+            rows, positions, targets = torch.tensor(wanted, device=device, dtype=torch.long).view(-1, 3).T.contiguous()
             flat = head_log_probs(causal, hidden_BTH[rows, positions], targets, temperature, entropy)
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):

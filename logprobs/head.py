@@ -1,9 +1,9 @@
 """The output head on the positions that count: log-probs and entropies without a whole tensor of tokens x vocabulary.
 
-On a GPU this is TRL's fused kernel. On the CPU, where that one scores in float32 and in plain passes over memory, a
-chunk of positions is multiplied by the head at once and what follows (scale, log-softmax, entropy) runs on blocks
-that fit a processor's cache. On the backward pass a chunk's logits are computed again instead of kept, as in arXiv
-2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
+On a GPU this is TRL's fused kernel. On the CPU, where that one goes over memory in plain passes and multiplies
+gradients in float32, a chunk of positions is multiplied by the head at once and what follows (scale, log-softmax,
+entropy) runs on blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead
+of kept, as in arXiv 2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
 N positions that count, H hidden size, V vocabulary.
 """
 
@@ -49,12 +49,17 @@ def _is_whole(head: torch.nn.Linear) -> bool:
 
 
 def _logit_transform(config) -> tuple[float, float | None]:
-    """The factor on the logits and the soft cap that some architectures apply after their head."""
+    """The factor on the logits and the soft cap that some architectures apply after their head.
+
+    The names are those of Cohere, Muse Glimmer, Falcon-H1; Granite divides where HyperCLOVA X multiplies.
+    """
     config = config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None and getattr(config, "logits_scaling", None):
-        scale = 1 / config.logits_scaling
-    return (1.0 if scale is None else scale), getattr(config, "final_logit_softcapping", None)
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    factor = next((value for value in factors if value is not None), None)
+    if factor is None and getattr(config, "logits_scaling", None):
+        factor = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return (1.0 if factor is None else factor), cap
 
 
 def _any_head(head, hidden_NH, targets_N, scale: float, cap: float | None, entropy: str):

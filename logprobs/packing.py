@@ -13,7 +13,7 @@ import torch
 
 from models.attention import SharedPrefixLayout, Span
 
-BLOCK = 128  # FlexAttention's block: rows of a multiple of it are compiled for once
+BLOCK = 128  # FlexAttention's block: a row of whole blocks needs no special last one
 
 
 @dataclass(frozen=True)

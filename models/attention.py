@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
+# Their layers do not hand keyword arguments on, or bring a mask of their own.
+WITHOUT_LAYOUT = frozenset({"nemotron", "doge"})
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def shared_prefix_attention(
     module, query, key, value, attention_mask, layout: SharedPrefixLayout | None = None, **kwargs
 ):
     """transformers' attention signature; `query` (1, H, T, D), returns (1, T, H, D) and None for the weights."""
+    placeholder = attention_mask is not None and attention_mask.numel() == 1
+    if key.shape[2] > 1 and placeholder != (layout is not None):
+        raise RuntimeError(f"{type(module).__name__} lost the packed row's layout, or brought a mask of its own")
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cuda":
@@ -126,20 +131,28 @@ def _side_by_side(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
-def takes_layout(model: PreTrainedModel) -> bool:
-    """Whether every layer of a model attends through this function, to all tokens before: else nothing is shared.
+def can_share_prefixes(model: PreTrainedModel) -> bool:
+    """Whether every layer looks at all tokens before, through transformers' attention interface, without dropout.
 
     Sliding windows and state-space layers see neighbours in the row, not in the sequence.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
     return (
-        config._attn_implementation == NAME
+        model._supports_sdpa
         and model._supports_attention_backend
+        and config.model_type not in WITHOUT_LAYOUT
         and all(kind == "full_attention" for kind in kinds)
         and window is None
+        and not dropout
     )
+
+
+def takes_layout(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded so that it can be given a layout."""
+    return model.config.get_text_config()._attn_implementation == NAME and can_share_prefixes(model)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from models.attention import NAME
+from models.attention import NAME, can_share_prefixes
 from models.embedded import embedded_model_path, is_embedded
 
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
@@ -101,7 +101,8 @@ def load_policy(
     Args:
         name_or_path: a folder or a hub name, as `resolve_model_path` gives it.
         dtype: of the weights; float32 for full fine-tuning (bfloat16 does not move at small learning rates).
-        attn_implementation: `shared_prefix`, or one of transformers' own, with which no prompt is shared.
+        attn_implementation: `shared_prefix` (sdpa where a model cannot), or one of transformers' own, with which no
+            prompt is shared.
         load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
         trust_remote_code: runs the repository's own Python.
         device: where it goes; None is left to transformers and the launcher.
@@ -114,15 +115,19 @@ def load_policy(
         options["quantization_config"] = _quantization(device)
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
-    return _told(
+    model = _told(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
         dtype=dtype,
-        attn_implementation=attn_implementation,
+        # transformers checks whether a model can do SDPA, which ours is made of, by that name only.
+        attn_implementation="sdpa" if attn_implementation == NAME else attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # nothing is unpickled
         **options,
     )
+    if attn_implementation == NAME and can_share_prefixes(model):
+        model.set_attn_implementation(NAME)
+    return model
 
 
 def _quantization(device: torch.device | str | None) -> BitsAndBytesConfig:

@@ -22,9 +22,18 @@ def test_flex_attention_of_a_ragged_row_is_the_two_part_form():
     query = torch.randn(1, 4, layout.length, 16)
     key, value = torch.randn(2, 1, 2, layout.length, 16).unbind()
     module = Attention().eval()
-    ours, _ = shared_prefix_attention(module, query, key, value, None, layout=layout, scaling=0.25)
+    ours, _ = shared_prefix_attention(module, query, key, value, torch.ones(1, 1, 1, 1), layout=layout, scaling=0.25)
     with torch.no_grad():
         mask = block_mask(layout, query.device)
         flex, _ = flex_attention_forward(module, query, key, value, mask, scaling=0.25)
     real = slice(0, spans[-1].end)
     torch.testing.assert_close(ours[:, real], flex[:, real], atol=1e-6, rtol=0)
+
+
+def test_a_model_that_loses_the_layout_is_refused_and_not_read_wrongly():
+    tensors = torch.randn(3, 1, 4, 8, 16).unbind()
+    with pytest.raises(RuntimeError, match="lost the packed row's layout"):
+        shared_prefix_attention(Attention(), *tensors, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="brought a mask of its own"):
+        layout = SharedPrefixLayout((Span(0, 8, ()),), 8)
+        shared_prefix_attention(Attention(), *tensors, torch.ones(1, 1, 8, 8), layout=layout)

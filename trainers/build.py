@@ -63,7 +63,6 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
             "vllm_mode": "server" if config["use_vllm_server"] else "colocate",
             "vllm_max_model_length": config["max_prompt_length"] + config["max_completion_length"],
             "vllm_enable_sleep_mode": config["vllm_enable_sleep_mode"] and device_type() == "cuda",
-            "model_init_kwargs": {"attn_implementation": config["attn_implementation"]},
         }
     return arguments
 
@@ -147,7 +146,11 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     policy, adapter = build_policy(config)
     shared = {
         "model": policy,
-        "args": GRPOConfig(**trainer_arguments(plan)),
+        # TRL loads the reference model itself.
+        "args": GRPOConfig(
+            **trainer_arguments(plan),
+            model_init_kwargs={"attn_implementation": policy.config.get_text_config()._attn_implementation},
+        ),
         "train_dataset": Dataset.from_list(prepare(train_rows)),
         "processing_class": tokenizer,
         "peft_config": adapter,

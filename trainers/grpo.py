@@ -152,7 +152,7 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         return ("train", self._step) if self.model.training else ("eval", self.state.global_step)
 
     def _log_generation(self, seconds: float, lengths: list[int]) -> None:
-        """Seconds to the last token, weights' sync included, and the share of slots that waited for the longest."""
+        """Seconds to the last token, weights' sync included; share of idle slots if all completions ran at once."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["generation/seconds"].append(seconds)
         metrics["generation/tokens_per_second"].append(sum(lengths) / seconds)
@@ -188,8 +188,9 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             agree_on_forwards=self._agree_on_forwards if self._sharded else None,
         )
         with resident(model, self.accelerator.device, offload) if offload else nullcontext():
-            # A wrapper (DDP, ZeRO, FSDP) gathers and reduces only for what runs inside its own forward.
-            log_probs, entropies = compute() if inner is model else _ForwardRedirection()(model, inner, compute)
+            # DDP, ZeRO and FSDP gather and reduce only for what runs inside the forward that they know.
+            wrapped = self._sharded or inner is not model
+            log_probs, entropies = _ForwardRedirection()(model, inner, compute) if wrapped else compute()
         if keeps:
             self._awaits_policy_pass = False
             self._policy_pass = {

@@ -84,7 +84,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         missing = [row for row, values in enumerate(known) if values is None]
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["teacher/reused_share"].append(1 - len(missing) / len(sequences))
-        if missing:
+        if missing or self._sharded:  # passes of a sharded model are made by all ranks or by none
             policy = self.accelerator.unwrap_model(self.model)
             asked = [sequences[row] for row in missing], [counted[row] for row in missing]
             for row, values in zip(missing, self._frozen_log_probs(policy, *asked, temperature), strict=True):
@@ -113,5 +113,6 @@ class TeacherGRPOTrainer(GRPOTrainer):
             temperature=temperature,
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
+            agree_on_forwards=self._agree_on_forwards if self._sharded and model is not self.student else None,
         )
         return log_probs
