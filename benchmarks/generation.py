@@ -25,10 +25,10 @@ def worker(variant: str, setting: Setting) -> dict:
     return {"seconds": seconds[-1]}
 
 
-def report(out: Path, command: str) -> str:
-    results = alternate(Path(__file__), ["ours", "stock"], ["g8", "g16"], 2, out)
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), ["ours", "stock"], settings, 2, out)
     figures = []
-    for setting in ("g8", "g16"):
+    for setting in settings:
         ours, theirs = ([run["seconds"] for run in results[name, setting]] for name in ("ours", "stock"))
         figures.append(figure(f"generation_{setting}", ours, theirs, "s", command))
     return write_report(out, figures, {})

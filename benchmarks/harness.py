@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -231,15 +231,21 @@ def draw(path: Path, figures: list[Figure]) -> None:
     pyplot.close(fig)
 
 
-def main(script: str, worker: Callable[[str, Setting], dict], report: Callable[[Path, str], str]) -> None:
+def main(
+    script: str,
+    worker: Callable[[str, Setting], dict],
+    report: Callable[[Path, str, list[str]], str],
+    usual: Sequence[str] = ("g8", "g16"),
+) -> None:
     """`--out DIR` measures everything; `--worker` is how the processes of a measurement are started."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder (or, for a worker, file) of the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="g8", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", nargs="+", default=usual, choices=list(SETTINGS), help="shapes of a step")
     args = parser.parse_args()
     if args.worker:
         args.out.write_text(json.dumps(worker(args.worker, SETTINGS[args.setting])))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write(report(args.out, f"python benchmarks/{Path(script).name} --out DIR") + "\n")
+    sys.stdout.write(report(args.out, f"python benchmarks/{Path(script).name} --out DIR", args.settings) + "\n")

@@ -24,15 +24,14 @@ def worker(variant: str, setting: Setting) -> dict:
     return measure_pass(variant, setting, trained=False)
 
 
-def report(out: Path, command: str) -> str:
-    names = [name for name in SETTINGS if name == "base" or "=" in name]
-    results = alternate(Path(__file__), ["ours", "padded"], names, 1, out)
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), ["ours", "padded"], settings, 1, out)
     figures = []
-    for name in names:
+    for name in settings:
         ours, theirs = ([run["seconds"] for run in results[variant, name]] for variant in ("ours", "padded"))
         figures.append(figure(name, ours, theirs, "s", command))
     return write_report(out, figures, {})
 
 
 if __name__ == "__main__":
-    main(__file__, worker, report)
+    main(__file__, worker, report, usual=[name for name in SETTINGS if name == "base" or "=" in name])

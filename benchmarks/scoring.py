@@ -11,10 +11,10 @@ def worker(variant: str, setting: Setting) -> dict:
     return measure_pass(variant, setting, trained=False)
 
 
-def report(out: Path, command: str) -> str:
-    results = alternate(Path(__file__), ["ours", "per_sample", "padded"], ["g8", "g16"], 2, out)
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), ["ours", "per_sample", "padded"], settings, 2, out)
     figures = []
-    for setting in ("g8", "g16"):
+    for setting in settings:
         ours = [run["seconds"] for run in results["ours", setting]]
         for peer in ("per_sample", "padded"):
             theirs = [run["seconds"] for run in results[peer, setting]]

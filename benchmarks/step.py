@@ -15,14 +15,14 @@ def worker(variant: str, setting: Setting) -> dict:
     return measure_step(variant, setting, steps=2 if setting.name == "g8" else 1)
 
 
-def report(out: Path, command: str) -> str:
-    results = alternate(Path(__file__), ["ours", "stock", "stock_vllm"], ["g8", "g16"], ROUNDS, out)
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), ["ours", "stock", "stock_vllm"], settings, ROUNDS, out)
 
     def of(variant: str, setting: str, phase: str) -> list[float]:
         return [run[phase] for run in results[variant, setting]]
 
     figures = []
-    for setting in ("g8", "g16"):
+    for setting in settings:
         for name, phase, peer in (
             ("scoring", "scoring", "stock_vllm"),  # both have a pass of the policy before it
             ("update", "update", "stock"),
@@ -31,7 +31,8 @@ def report(out: Path, command: str) -> str:
         ):
             ours, theirs = of("ours", setting, phase), of(peer, setting, phase)
             figures.append(figure(f"{name}_{setting}", ours, theirs, "s", command))
-    figures.append(figure("memory_g8", of("ours", "g8", "memory"), of("stock", "g8", "memory"), "GiB", command))
+    if "g8" in settings:
+        figures.append(figure("memory_g8", of("ours", "g8", "memory"), of("stock", "g8", "memory"), "GiB", command))
     shares = {
         f"{variant}_{setting}_{phase}": median(
             floor_flops(run, phase) / run[phase] / run["matrix_rate"] for run in results[variant, setting]

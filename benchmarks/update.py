@@ -12,10 +12,10 @@ def worker(variant: str, setting: Setting) -> dict:
     return measure_pass(variant, replace(setting, prompts=1), trained=True)
 
 
-def report(out: Path, command: str) -> str:
-    results = alternate(Path(__file__), ["ours", "padded"], ["g8", "g16"], 2, out)
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), ["ours", "padded"], settings, 2, out)
     figures = []
-    for setting in ("g8", "g16"):
+    for setting in settings:
         for key, unit in (("seconds", "s"), ("memory", "GiB")):
             ours, theirs = ([run[key] for run in results[name, setting]] for name in ("ours", "padded"))
             figures.append(figure(f"update_{key}_{setting}", ours, theirs, unit, command))
