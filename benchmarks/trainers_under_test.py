@@ -13,21 +13,18 @@ import trl
 import yaml
 from datasets import Dataset
 from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, now, peak_memory_gib, rows_of
+from passes import DEVICE, HALF
 from transformers import TrainerCallback
 
 from data.formats import load_format
 from generation.vllm_engine import VLLMEngine
 from models.embedded import embedded_model_path
-from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from models.loading import load_frozen, load_policy, load_tokenizer
 from rewards import TeacherReward
 from schema import TeacherRewardConfig, pick
 from trainers.grpo import GRPOConfig
 from trainers.host_memory import ReturnFreedMemory
 from trainers.teacher_grpo import TeacherGRPOTrainer
-
-VARIANTS = ("ours", "stock", "stock_vllm")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32
 
 
 def reward_config() -> TeacherRewardConfig:
