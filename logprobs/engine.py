@@ -35,22 +35,28 @@ def _say_that_nothing_is_shared(name: str, attention: str) -> None:
 
 
 def _forwards(causal, sequences, counted, groups, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
-    """Model inputs of each forward pass, its members, and (row, position, token) of what counts, in their order."""
+    """Model inputs of each forward pass, its members, and (row, position, member, index) of what counts.
+
+    What stands behind the last token before one that counts is not read.
+    """
+    read = [ids[: max(where, default=0)] for ids, where in zip(sequences, counted, strict=True)]
+    groups = [[member for member in group if counted[member]] for group in groups]
+    groups = [group for group in groups if group]
     if takes_layout(causal):
-        packs = [pack for group in groups for pack in pack_group(sequences, list(group), token_budget)]
+        packs = [pack for group in groups for pack in pack_group(read, group, token_budget)]
         for row in fill_rows(packs, token_budget):
             wanted = [
-                (0, start + pack.position(order, i - 1), sequences[member][i])
+                (0, start + pack.position(order, i - 1), member, i)
                 for start, pack in zip(offsets(row), row, strict=True)
                 for order, member in enumerate(pack.members)
                 for i in counted[member]
             ]
-            yield lay_out(row, sequences, device), [member for pack in row for member in pack.members], wanted
+            yield lay_out(row, read, device), [member for pack in row for member in pack.members], wanted
         return
     _say_that_nothing_is_shared(type(causal).__name__, causal.config._attn_implementation)
-    for batch in batch_sequences(sequences, [member for group in groups for member in group], token_budget):
-        wanted = [(row, i - 1, sequences[member][i]) for row, member in enumerate(batch) for i in counted[member]]
-        yield pad_batch(batch, sequences, device), batch, wanted
+    for batch in batch_sequences(read, [member for group in groups for member in group], token_budget):
+        wanted = [(row, i - 1, member, i) for row, member in enumerate(batch) for i in counted[member]]
+        yield pad_batch(batch, read, device), batch, wanted
 
 
 def token_log_probs(
@@ -59,7 +65,7 @@ def token_log_probs(
     counted: list[list[int]],
     groups: Sequence[Sequence[int]],
     *,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     token_budget: int,
     autocast: AbstractContextManager | None = None,
     entropy: Literal["none", "value", "with_grad"] = "none",
@@ -73,7 +79,7 @@ def token_log_probs(
         sequences: token ids, one list per sequence.
         counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
         groups: indices of sequences that may share a prefix; together they name each sequence once.
-        temperature: the logits are divided by it.
+        temperature: the logits are divided by it; one for all, or one per sequence.
         token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone.
         autocast: context of the forward pass.
         entropy: whether to compute entropies, and whether gradients flow through them.
@@ -91,13 +97,14 @@ def token_log_probs(
     device = causal.get_input_embeddings().weight.device
     log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
     entropies = list(log_probs)
+    temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
     forwards = list(_forwards(causal, sequences, counted, groups, token_budget, device))
-    lacking = agree_on_forwards(len(forwards)) - len(forwards) if agree_on_forwards else 0
+    count = max(len(forwards), 1)  # where nothing counts, gradients still reach every parameter
+    lacking = (agree_on_forwards(count) if agree_on_forwards else count) - len(forwards)
     with autocast or nullcontext():
         for inputs, members, wanted in forwards:
             hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
-            rows, positions, targets = torch.tensor(wanted, device=device, dtype=torch.long).view(-1, 3).T.contiguous()
-            flat = head_log_probs(causal, hidden_BTH[rows, positions], targets, temperature, entropy)
+            flat = _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entropy)
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):
                 for member, part in zip(members, values.split(sizes), strict=True):
@@ -106,6 +113,24 @@ def token_log_probs(
             nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
+
+
+def _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entropy) -> list[torch.Tensor]:
+    """Log-probs and entropies of the wanted (row, position, member, index), in their order."""
+    rows, positions, members, indices = zip(*wanted, strict=True)
+    hidden_NH = hidden_BTH[list(rows), list(positions)]
+    targets_N = torch.tensor([sequences[m][i] for m, i in zip(members, indices, strict=True)], device=hidden_NH.device)
+    asked = [temperatures[m] for m in members]
+    distinct = sorted(set(asked))
+    if len(distinct) == 1:
+        return list(head_log_probs(causal, hidden_NH, targets_N, distinct[0], entropy))
+    places = [torch.tensor([i for i, t in enumerate(asked) if t == one]) for one in distinct]
+    parts = [
+        head_log_probs(causal, hidden_NH[place], targets_N[place], one, entropy)
+        for one, place in zip(distinct, places, strict=True)
+    ]
+    order = torch.cat(places).argsort()
+    return [torch.cat(values)[order] for values in zip(*parts, strict=True)]
 
 
 def _pass_for_nothing(causal, device) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """Attention over a packed row in which the sequences of a group share their prefix.
 
 A row is `prefix + rest_1 + … + rest_G`, group after group. Each rest looks at its prefix and at itself, so that no
-mask over all pairs of the row is needed: on the CPU every group is two calls of SDPA (the prefix, causal; all rests
-side by side over prefix and themselves), on a GPU one call of FlexAttention with a block mask (arXiv 2412.05496).
-The two-part form is the one of cascade inference (arXiv 2402.05099), here with gradients.
+mask over all pairs of the row is needed: on the CPU each sequence is a few small products (cpu_attention.py), on a GPU
+the row is one call of FlexAttention with a block mask (arXiv 2412.05496). Computing a shared prefix apart from what
+follows it is the idea of cascade inference (arXiv 2402.05099), here with gradients.
 
 Registered with transformers as `shared_prefix`; without a layout it is SDPA, so generation and evaluation of a model
 that was loaded with it are untouched.
-H heads, T tokens of a row, P of a prefix, G rests of a group, C tokens of the longest rest, D head size.
+H heads, T tokens of a row, D head size.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from functools import cache, lru_cache
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from models.cpu_attention import block_attention
 
 NAME = "shared_prefix"
 # Their layers do not hand keyword arguments on, or bring a mask of their own.
@@ -90,45 +91,8 @@ def shared_prefix_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cuda":
         return flex_attention_forward(module, query, key, value, block_mask(layout, query.device), **kwargs)[0], None
-    parts = []
-    for span in layout.spans:
-        inside = slice(span.start, span.end)
-        parts += _attend(module, query[:, :, inside], key[:, :, inside], value[:, :, inside], span, kwargs)
-    padding = layout.length - layout.spans[-1].end
-    if padding:
-        parts.append(parts[-1].new_zeros(1, padding, *parts[-1].shape[2:]))
-    return torch.cat(parts, dim=1), None
-
-
-def _attend(module, query, key, value, span: Span, kwargs) -> list[torch.Tensor]:
-    """Outputs (1, P, H, D) of the prefix and (1, sum of rests, H, D) of what stands behind it."""
-    (q_prefix, q_rest), (k_prefix, k_rest), (v_prefix, v_rest) = (
-        x.split([span.prefix, sum(span.rests)], dim=2) for x in (query, key, value)
-    )
-    parts = []
-    if span.prefix:
-        parts.append(sdpa_attention_forward(module, q_prefix, k_prefix, v_prefix, None, **kwargs)[0])
-    rests = [n for n in span.rests if n]
-    if not rests:
-        return parts
-    q_GHCD = _side_by_side(q_rest, rests)
-    keys, values = (
-        torch.cat([prefix.expand(len(rests), -1, -1, -1), _side_by_side(rest, rests)], dim=2)
-        for prefix, rest in ((k_prefix, k_rest), (v_prefix, v_rest))
-    )
-    width = max(rests)
-    # Padding stands on the right of each rest, where no real token looks.
-    mask = torch.ones(width, span.prefix + width, dtype=torch.bool, device=query.device).tril(span.prefix)
-    out_GCHD = sdpa_attention_forward(module, q_GHCD, keys, values, mask[None, None], **kwargs)[0]
-    real_GC = torch.arange(width, device=query.device) < torch.tensor(rests, device=query.device)[:, None]
-    parts.append(out_GCHD[real_GC][None] if len(set(rests)) > 1 else out_GCHD.flatten(0, 1)[None])
-    return parts
-
-
-def _side_by_side(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """(1, H, sum of lengths, D) -> (G, H, C, D), padded on the right."""
-    rows = x[0].transpose(0, 1).split(lengths)
-    return pad_sequence(rows, batch_first=True).transpose(1, 2)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return block_attention(query, key, value, layout.spans, scale), None
 
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:

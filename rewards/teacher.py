@@ -44,13 +44,23 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """Both texts of one completion, and the explanation's tokens as (teacher index, student index)."""
 
     teacher: TokenizedText
     student: TokenizedText
     pairs: list[tuple[int, int]]
     matched: bool
+
+    @property
+    def teacher_counted(self) -> list[int]:
+        """Indices of the teacher's tokens whose log-probs the reward asks for."""
+        return [teacher for teacher, _ in self.pairs]
+
+    @property
+    def student_counted(self) -> list[int]:
+        """Likewise of the student's: the explanation, then the solution."""
+        return [student for _, student in self.pairs] + self.student.spans["solution"]
 
 
 def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
@@ -105,6 +115,7 @@ class TeacherReward:
         self.style = style
         self.config = config
         self.teacher_temperature = teacher_temperature if config.unbias_teacher_log_probs else 1.0
+        self.student_temperature = config.unbias_student_log_probs_temp
         self.teacher_log_probs = teacher_log_probs
         self.student_log_probs = student_log_probs
 
@@ -122,16 +133,20 @@ class TeacherReward:
         Raises:
             ValueError: a solution without a token that lies wholly inside its tags (rows are checked at load).
         """
-        readings = self._read(rows, completions)
-        teacher_counted = [[t for t, _ in reading.pairs] for reading in readings]
-        teacher = self.teacher_log_probs([r.teacher.ids for r in readings], teacher_counted, self.teacher_temperature)
-        student_counted = [[s for _, s in r.pairs] + r.student.spans["solution"] for r in readings]
+        return self.score_readings(self.read(rows, completions))
+
+    def score_readings(self, readings: list[Reading]) -> list[Scored]:
+        """Rewards of what `read` gave."""
+        teacher = self.teacher_log_probs(
+            [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
+        )
         student = self.student_log_probs(
-            [r.student.ids for r in readings], student_counted, self.config.unbias_student_log_probs_temp
+            [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
         )
         return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
 
-    def _read(self, rows: list[dict], completions: list[str]) -> list[_Reading]:
+    def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
+        """The texts of both models, tokenised once, and what counts in them. Arguments and errors as in `score`."""
         teacher_texts, student_texts, matched = [], [], []
         for row, completion in zip(rows, completions, strict=True):
             prompt = render_teacher_prompt(
@@ -158,14 +173,14 @@ class TeacherReward:
             if not student.spans["solution"]:
                 raise ValueError(f"solution {row['solution']!r} has no token wholly inside its tags")
             pairs = align_spans(teacher, "explanation", student, "thought") if fine or self._has_text(teacher) else []
-            readings.append(_Reading(teacher, student, pairs, fine and bool(pairs)))
+            readings.append(Reading(teacher, student, pairs, fine and bool(pairs)))
         return readings
 
     def _has_text(self, reading: TokenizedText) -> bool:
         """Whether the explanation has more than white space: only then is it compared token by token."""
         return bool(self.tokenizer.decode([reading.ids[i] for i in reading.spans["explanation"]]).strip())
 
-    def _combine(self, reading: _Reading, teacher_T: torch.Tensor, student: torch.Tensor) -> Scored:
+    def _combine(self, reading: Reading, teacher_T: torch.Tensor, student: torch.Tensor) -> Scored:
         thought_T, solution_T = student.split([len(reading.pairs), len(student) - len(reading.pairs)])
         solution, solution_names = solution_part(solution_T, self.config)
         term, kl, kl_names = kl_part(teacher_T.to(thought_T.device), thought_T, self.config)

@@ -66,13 +66,13 @@ def test_every_loss_type_is_reached_by_its_key(tiny_run, tmp_path, in_root, loss
 def test_an_unscored_completion_is_as_if_it_were_not_there(tiny_run, tmp_path, in_root, loss_type):
     """Its gradients equal those of a batch in which that row was taken out and the others averaged without it."""
     trainer, _ = build(tiny_run, tmp_path, f"loss_type={loss_type}", "eval_size=0", "per_device_train_batch_size=8")
-    score = trainer.reward.score
+    score = trainer.reward.score_readings
 
-    def spoiled(rows, completions):
-        scored = score(rows, completions)
+    def spoiled(readings):
+        scored = score(readings)
         return [type(s)(float("nan"), *list(vars(s).values())[1:]) if i == 2 else s for i, s in enumerate(scored)]
 
-    trainer.reward.score = spoiled
+    trainer.reward.score_readings = spoiled
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -100,9 +100,9 @@ def test_an_unscored_completion_is_as_if_it_were_not_there(tiny_run, tmp_path, i
 
 def test_a_batch_without_a_score_gives_a_zero_loss_that_reaches_every_parameter(tiny_run, tmp_path, in_root):
     trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "per_device_train_batch_size=8")
-    score = trainer.reward.score
-    trainer.reward.score = lambda rows, texts: [
-        type(s)(float("inf"), *list(vars(s).values())[1:]) for s in score(rows, texts)
+    score = trainer.reward.score_readings
+    trainer.reward.score_readings = lambda readings: [
+        type(s)(float("inf"), *list(vars(s).values())[1:]) for s in score(readings)
     ]
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()

@@ -7,11 +7,13 @@ B completions of a batch, P prompt tokens, C completion tokens.
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import trl
@@ -25,7 +27,6 @@ from generation import request_seed
 from logprobs import token_log_probs
 from models.residence import resident
 from trainers.checkpoints import AtomicCheckpoints, kill_point
-from trainers.host_memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,15 @@ class GRPOConfig(trl.GRPOConfig):
     )
 
 
+class Rider(NamedTuple):
+    """A sequence that is read in a pass which is made anyway."""
+
+    ids: list[int]
+    counted: list[int]
+    group: Hashable  # sequences of one group share their prefix; a completion's is its prompt, as a tuple of ids
+    temperature: float
+
+
 class EpochRepeatSampler(RepeatSampler):
     """TRL's sampler with a permutation that depends on the epoch's number, not on how often it was iterated."""
 
@@ -68,7 +78,7 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         in_process = config.use_vllm and config.vllm_mode == "colocate"
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         config.use_vllm = config.use_vllm and not in_process
-        self._policy_pass: dict[int, tuple[list[int], int, torch.Tensor]] = {}
+        self._awaited_passes: deque[Literal["policy", "reference"]] = deque()
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -168,20 +178,22 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
-        keeps = not torch.is_grad_enabled() and self._awaits_policy_pass
-        sequences, counted, groups = self._as_groups(
-            input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if keeps else 0
+        awaited = self._awaited_passes and not torch.is_grad_enabled()
+        which = self._awaited_passes.popleft() if awaited else None
+        sequences, counted, groups = self._unpadded(
+            input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if which == "policy" else 0
         )
+        riders = self._riders(which, sequences, counted, groups) if which else []
         entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
         offload = self._reference_waits and model is self.ref_model
         inner = self.accelerator.unwrap_model(model)
         compute = partial(
             token_log_probs,
             inner,
-            sequences,
-            counted,
-            groups,
-            temperature=self.temperature,
+            sequences + [rider.ids for rider in riders],
+            counted + [rider.counted for rider in riders],
+            _members(groups + [rider.group for rider in riders]),
+            temperature=[self.temperature] * len(sequences) + [rider.temperature for rider in riders],
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
             entropy=entropy,
@@ -191,34 +203,37 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             # DDP, ZeRO and FSDP gather and reduce only for what runs inside the forward that they know.
             wrapped = self._sharded or inner is not model
             log_probs, entropies = _ForwardRedirection()(model, inner, compute) if wrapped else compute()
-        if keeps:
-            self._awaits_policy_pass = False
-            self._policy_pass = {
-                row: (ids, where[0], values)
-                for row, (ids, where, values) in enumerate(zip(sequences, counted, log_probs, strict=True))
-                if where
-            }
+        rows = len(sequences)
+        if which:
+            self._take(which, log_probs[:rows], log_probs[rows:])
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
-        padded = [_pad_rows(values, widths, logits_to_keep) for values in (log_probs, entropies)]
+        padded = [_pad_rows(values[:rows], widths, logits_to_keep) for values in (log_probs, entropies)]
         return padded[0], padded[1] if compute_entropy else None, None
+
+    def _riders(
+        self, which: str, sequences: list[list[int]], counted: list[list[int]], groups: list[Hashable]
+    ) -> list[Rider]:
+        """What else the "policy" or the "reference" is to read in its pass over a batch; for subclasses."""
+        return []
+
+    def _take(self, which: str, log_probs: list[torch.Tensor], of_riders: list[torch.Tensor]) -> None:
+        """What came of it: log-probs of the completions (with `PROMPT_TAIL`, the policy's) and of the riders."""
 
     def _agree_on_forwards(self, count: int) -> int:
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     @staticmethod
-    def _as_groups(input_ids, attention_mask, logits_to_keep: int, tail: int):
-        """Unpadded sequences, the indices of their completion tokens (and of `tail` prompt tokens), rows by prompt."""
-        sequences, counted, groups = [], [], defaultdict(list)
-        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-            prompt, completion = (
-                ids[:-logits_to_keep][mask[:-logits_to_keep]],
-                ids[-logits_to_keep:][mask[-logits_to_keep:]],
-            )
-            groups[tuple(prompt.tolist())].append(row)
-            sequences.append(prompt.tolist() + completion.tolist())
+    def _unpadded(input_ids, attention_mask, logits_to_keep: int, tail: int):
+        """Sequences, the indices of their completion tokens (and of `tail` prompt tokens), and their prompts."""
+        sequences, counted, prompts = [], [], []
+        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+            prompt = ids[:-logits_to_keep][mask[:-logits_to_keep]].tolist()
+            completion = ids[-logits_to_keep:][mask[-logits_to_keep:]].tolist()
+            prompts.append(tuple(prompt))
+            sequences.append(prompt + completion)
             first = max(1, len(prompt) - tail)
-            counted.append(list(range(first, len(sequences[-1]))) if len(completion) else [])
-        return sequences, counted, list(groups.values())
+            counted.append(list(range(first, len(sequences[-1]))) if completion else [])
+        return sequences, counted, prompts
 
     # A step: generate, score, and the share of it that one micro-batch trains on
 
@@ -235,21 +250,21 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         # Extended by which completions were scored: what has no finite reward is never trained on.
-        every = self.args.steps_per_generation * self.num_iterations
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        self._awaits_policy_pass = corrected or self.args.gradient_accumulation_steps % every != 0
-        self._policy_pass = {}
+        self._awaited_passes = deque(self._passes_before_rewards())
         batch = super()._generate_and_score_completions(inputs)
-        self._policy_pass = {}
-        self._awaits_policy_pass = False
+        self._awaited_passes.clear()
         batch["scored"] = self._scored
         tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         batch["scored_share"] = self.accelerator.gather(self._scored.float()).mean()
-        return_freed_memory()
         return batch
 
-    _awaits_policy_pass = False
+    def _passes_before_rewards(self) -> list[str]:
+        """The passes without gradients that TRL makes over new completions, in its order."""
+        every = self.args.steps_per_generation * self.num_iterations
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        policy = corrected or self.args.gradient_accumulation_steps % every != 0
+        return ["policy"] * policy + ["reference"] * (self.beta != 0.0)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # Extended: infinite rewards count as missing, as NaN does in TRL.
@@ -311,6 +326,14 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], state["buffer"]
         if self.args.sync_ref_model:
             load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
+
+
+def _members(groups: list[Hashable]) -> list[list[int]]:
+    """Indices of the sequences of each group."""
+    members = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    return list(members.values())
 
 
 def _pad_rows(values: list[torch.Tensor], widths: list[int], width: int) -> torch.Tensor:

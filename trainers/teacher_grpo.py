@@ -1,6 +1,7 @@
 """GRPO whose reward is a frozen student's understanding: adds the student and where frozen models stay.
 
-The teacher's log-probs are those of the policy's own pass, wherever the text is tokenised as it was sampled.
+Each text is tokenised once, right after generation, so that the passes which GRPO makes anyway read for the reward too:
+the policy's own gives the teacher's log-probs, the reference's those of a student that is the reference model.
 """
 
 import logging
@@ -11,9 +12,11 @@ from trl.trainer.utils import use_adapter
 from data.formats import ReasoningFormat
 from logprobs import token_log_probs
 from models.residence import resident
-from rewards import Scored, TeacherReward
+from rewards import Reading, Scored, TeacherReward
 from schema import TeacherRewardConfig
-from trainers.grpo import GRPOTrainer
+from trainers.grpo import GRPOTrainer, Rider
+
+ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, student, style: ReasoningFormat, reward_config: TeacherRewardConfig, **kwargs):
         self.student = student
+        self._forget_batch()
         super().__init__(*args, reward_funcs=[self.teacher_reward], **kwargs)
         if student is None and self.beta == 0.0:
             raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
@@ -44,12 +48,35 @@ class TeacherGRPOTrainer(GRPOTrainer):
             student_log_probs=self._student_log_probs,
         )
 
+    def _forget_batch(self) -> None:
+        self._rows: list[dict] | None = None
+        self._readings: list[Reading] | None = None
+        self._places: list[list[int] | None] = []
+        self._teacher_found: list[torch.Tensor] | None = None
+        self._student_found: list[torch.Tensor] | None = None
+
+    def _generate_and_score_completions(self, inputs):
+        self._forget_batch()
+        self._rows = [{key: row[key] for key in ROW_KEYS if key in row} for row in inputs]
+        batch = super()._generate_and_score_completions(inputs)
+        self._forget_batch()
+        return batch
+
+    def _generate(self, prompts):
+        # Extended: what the reward will read is known as soon as the completions are.
+        generated = super()._generate(prompts)
+        if self._rows is not None:
+            self._readings = self.reward.read(self._rows, generated[3])
+        return generated
+
     def teacher_reward(self, prompts, completions, completion_ids, log_extra, log_metric, **columns):
         """TRL's reward-function signature; None where a reward is not finite."""
-        keys = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
-        present = [key for key in keys if key in columns]
-        rows = [dict(zip(present, values, strict=True)) for values in zip(*(columns[k] for k in present), strict=True)]
-        scored = self.reward.score(rows, completions)
+        readings = self._readings
+        if readings is None:
+            present = [key for key in ROW_KEYS if key in columns]
+            values = zip(*(columns[key] for key in present), strict=True)
+            readings = self.reward.read([dict(zip(present, row, strict=True)) for row in values], completions)
+        scored = self.reward.score_readings(readings)
         self._log_parts(scored, log_extra, log_metric)
         return [s.reward if torch.isfinite(torch.tensor(s.reward)) else None for s in scored]
 
@@ -64,7 +91,47 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 log_metric(f"reward_parts/{name}", sum(finite) / len(finite))
         log_metric("reward_parts/format_rate", sum(s.match_reward == 0 for s in scored) / len(scored))
 
+    # What is read in the passes of the policy and of the reference
+
+    def _riders(self, which, sequences, counted, groups):
+        if which == "policy" and self.reward.teacher_temperature == self.temperature:
+            self._places = [
+                _places(ids, where, r) for ids, where, r in zip(sequences, counted, self._readings, strict=True)
+            ]
+            anew = [row for row, places in enumerate(self._places) if places is None]
+            self._log_reuse(1 - len(anew) / len(sequences))
+            asked = ((row, self._readings[row]) for row in anew)
+            return [Rider(r.teacher.ids, r.teacher_counted, groups[row], self.temperature) for row, r in asked]
+        if which == "reference" and self.student is None:
+            temperature, size = self.reward.student_temperature, self._group_size()
+            return [
+                Rider(r.student.ids, r.student_counted, row // size, temperature)
+                for row, r in enumerate(self._readings)
+            ]
+        return []
+
+    def _take(self, which, log_probs, of_riders):
+        if which == "policy" and self._places:
+            anew = iter(of_riders)
+            self._teacher_found = [
+                next(anew) if places is None else values[places]
+                for places, values in zip(self._places, log_probs, strict=True)
+            ]
+        if which == "reference" and of_riders:
+            self._student_found = of_riders
+
+    def _log_reuse(self, share: float) -> None:
+        self._metrics["train" if self.model.training else "eval"]["teacher/reused_share"].append(share)
+
+    def _teacher_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
+        if self._teacher_found is not None:
+            return self._teacher_found
+        self._log_reuse(0.0)
+        return self._frozen_log_probs(self.accelerator.unwrap_model(self.model), sequences, counted, temperature)
+
     def _student_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
+        if self._student_found is not None:
+            return self._student_found
         if self.student is not None:
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
                 return self._frozen_log_probs(self.student, sequences, counted, temperature)
@@ -76,34 +143,13 @@ class TeacherGRPOTrainer(GRPOTrainer):
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._frozen_log_probs(policy, sequences, counted, temperature)
 
-    def _teacher_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
-        """The policy's pass where it has these tokens, a pass of its own for the rest."""
-        known = [self._from_policy_pass(row, ids, counted[row]) for row, ids in enumerate(sequences)]
-        if temperature != self.temperature:
-            known = [None] * len(sequences)
-        missing = [row for row, values in enumerate(known) if values is None]
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["teacher/reused_share"].append(1 - len(missing) / len(sequences))
-        if missing or self._sharded:  # passes of a sharded model are made by all ranks or by none
-            policy = self.accelerator.unwrap_model(self.model)
-            asked = [sequences[row] for row in missing], [counted[row] for row in missing]
-            for row, values in zip(missing, self._frozen_log_probs(policy, *asked, temperature), strict=True):
-                known[row] = values
-        return known
-
-    def _from_policy_pass(self, row: int, ids: list[int], counted: list[int]) -> torch.Tensor | None:
-        if row not in self._policy_pass:
-            return None
-        sampled, first, values = self._policy_pass[row]
-        end = counted[-1] + 1 if counted else 0
-        if ids[:end] != sampled[:end] or (counted and counted[0] < first):
-            return None
-        return values[[i - first for i in counted]]
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     @torch.no_grad()
     def _frozen_log_probs(self, model, sequences, counted, temperature) -> list[torch.Tensor]:
         # Neighbours answer one question; those that do not share a prefix simply share nothing.
-        size = self.num_generations if self.model.training else self.num_generations_eval
+        size = self._group_size()
         groups = [range(start, min(start + size, len(sequences))) for start in range(0, len(sequences), size)]
         log_probs, _ = token_log_probs(
             model,
@@ -116,3 +162,14 @@ class TeacherGRPOTrainer(GRPOTrainer):
             agree_on_forwards=self._agree_on_forwards if self._sharded and model is not self.student else None,
         )
         return log_probs
+
+
+def _places(sampled: list[int], counted: list[int], reading: Reading) -> list[int] | None:
+    """Where the reading's log-probs stand among those of the sampled tokens that count; None if its tokens differ."""
+    asked = reading.teacher_counted
+    if not asked:
+        return []
+    end = asked[-1] + 1
+    if reading.teacher.ids[:end] != sampled[:end] or not counted or asked[0] < counted[0]:
+        return None
+    return [index - counted[0] for index in asked]

@@ -1,0 +1,136 @@
+"""Attention of a packed row on the CPU: exact, without a mask over all pairs of the row, in blocks that fit a cache.
+
+Every block of queries is multiplied with the keys that it sees (its prefix, and its own sequence up to the block) by
+the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes; nothing but
+queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv 2205.14135).
+Products in bfloat16 are rounded to bfloat16, as in transformers' eager attention; softmax and sums over siblings are
+in float32 or finer.
+K key heads, R query heads per key head, N queries of a block, S keys that it sees, T tokens of the row, D head size.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+BLOCK_ELEMENTS = 2**19  # probabilities of a block: 2 MiB in float32
+FEWEST_QUERIES = 16  # of a block, however many keys it sees
+
+
+class Block(NamedTuple):
+    """Queries [start, end) of a row, and the keys that they see: [prefix_start, prefix_end) and [own_start, end)."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+    own_start: int
+
+
+def blocks_of(spans, heads: int) -> Iterator[Block]:
+    """The blocks of a layout's spans, sequence by sequence."""
+    for span in spans:
+        after_prefix = at = span.start + span.prefix
+        yield from _blocks_of_sequence(span.start, after_prefix, span.start, span.start, heads)
+        for rest in span.rests:
+            yield from _blocks_of_sequence(at, at + rest, span.start, after_prefix, heads)
+            at += rest
+
+
+def _blocks_of_sequence(first: int, end: int, prefix_start: int, prefix_end: int, heads: int) -> Iterator[Block]:
+    keys = prefix_end - prefix_start + end - first
+    step = max(FEWEST_QUERIES, BLOCK_ELEMENTS // (heads * max(keys, 1)))
+    for start in range(first, end, step):
+        yield Block(start, min(start + step, end), prefix_start, prefix_end, first)
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """Softmax attention over the groups of a packed row; see `block_attention`."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, spans, scale: float):
+        out_1THD = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        out_KRTD, q_KRTD = _by_key_head(out_1THD.transpose(1, 2), key), _by_key_head(query, key)
+        for block in blocks_of(spans, query.shape[1]):
+            keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
+            probs_KNS = _probabilities(_rows(q_KRTD, block), keys_KSD, block, scale)
+            out_KND = torch.bmm(probs_KNS.to(value.dtype), values_KSD)
+            out_KRTD[:, :, block.start : block.end] = out_KND.view(*out_KRTD.shape[:2], -1, out_KRTD.shape[-1])
+        ctx.save_for_backward(query, key, value)
+        ctx.spans, ctx.scale = spans, scale
+        return out_1THD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_1THD):
+        query, key, value = ctx.saved_tensors
+        exact = torch.promote_types(query.dtype, torch.float32)
+        grad_query = torch.zeros_like(query)
+        # A prefix collects from all its siblings.
+        grad_key, grad_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
+        q_KRTD, dq_KRTD = _by_key_head(query, key), _by_key_head(grad_query, key)
+        do_KRTD = _by_key_head(grad_1THD.transpose(1, 2).to(query.dtype), key)
+        for block in blocks_of(ctx.spans, query.shape[1]):
+            keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
+            q_KND, do_KND = _rows(q_KRTD, block), _rows(do_KRTD, block)
+            probs_KNS = _probabilities(q_KND, keys_KSD, block, ctx.scale)
+            dp_KNS = torch.bmm(do_KND, values_KSD.transpose(1, 2)).to(exact)
+            # d scores = probs (d probs - sum of probs d probs)
+            ds_KNS = torch._softmax_backward_data(dp_KNS, probs_KNS, -1, exact).mul_(ctx.scale).to(query.dtype)
+            dq_KND = torch.bmm(ds_KNS, keys_KSD)
+            dq_KRTD[:, :, block.start : block.end] = dq_KND.view(*dq_KRTD.shape[:2], -1, dq_KRTD.shape[-1])
+            _collect(grad_key, block, torch.bmm(ds_KNS.transpose(1, 2), q_KND))
+            _collect(grad_value, block, torch.bmm(probs_KNS.to(value.dtype).transpose(1, 2), do_KND))
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def block_attention(query, key, value, spans, scale: float) -> torch.Tensor:
+    """Each sequence attends, causally, to its group's prefix and to itself.
+
+    Args:
+        query: (1, K * R, T, D).
+        key: (1, K, T, D), and `value` likewise.
+        spans: the row's groups (`models.attention.Span`).
+        scale: on the scores, before the softmax.
+
+    Returns:
+        (1, T, K * R, D) in the dtype of `query` (of the products, under autocast), D that of `value`; zeros where no
+        span is.
+    """
+    if torch.is_autocast_enabled("cpu"):  # as SDPA does it; rotary positions may have made float32 of two of them
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    return BlockwiseAttention.apply(query, key, value, spans, scale)
+
+
+def _by_key_head(x_1HTD: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(1, K * R, T, D) -> (K, R, T, D), a view."""
+    return x_1HTD[0].unflatten(0, (key.shape[1], -1))
+
+
+def _rows(x_KRTD: torch.Tensor, block: Block) -> torch.Tensor:
+    """(K, R * N, D): the block's rows of all query heads of a key head, below one another."""
+    return x_KRTD[:, :, block.start : block.end].flatten(1, 2)
+
+
+def _seen(x_1KTD: torch.Tensor, block: Block) -> torch.Tensor:
+    """(K, S, D): what the block sees of keys or values."""
+    own = x_1KTD[0, :, block.own_start : block.end]
+    if block.prefix_start == block.prefix_end:
+        return own
+    return torch.cat([x_1KTD[0, :, block.prefix_start : block.prefix_end], own], dim=1)
+
+
+def _collect(grad_1KTD: torch.Tensor, block: Block, seen_KSD: torch.Tensor) -> None:
+    prefix = block.prefix_end - block.prefix_start
+    grad_1KTD[0, :, block.prefix_start : block.prefix_end] += seen_KSD[:, :prefix]
+    grad_1KTD[0, :, block.own_start : block.end] += seen_KSD[:, prefix:]
+
+
+def _probabilities(q_KND: torch.Tensor, keys_KSD: torch.Tensor, block: Block, scale: float) -> torch.Tensor:
+    """(K, R * N, S) in float32 or finer; a query sees no key behind it."""
+    scores_KNS = torch.bmm(q_KND, keys_KSD.transpose(1, 2))
+    scores_KNS = scores_KNS.to(torch.promote_types(scores_KNS.dtype, torch.float32)).mul_(scale)
+    n = block.end - block.start
+    later_NN = torch.ones(n, n, dtype=torch.bool, device=scores_KNS.device).triu(1)
+    scores_KNS.unflatten(1, (-1, n))[..., -n:].masked_fill_(later_NN, float("-inf"))
+    return torch.softmax(scores_KNS, dim=-1)
