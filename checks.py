@@ -77,13 +77,15 @@ def check_common(config: dict[str, Any]) -> None:
     for key in ("learning_rate", "eval_size", "seed", "max_grad_norm"):
         if config[key] < 0:
             raise ValueError(f"{key}={config[key]} must not be negative")
-    for key in ("max_prompt_length", "logprob_token_budget"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} must be positive")
+    if config["max_prompt_length"] < 1:
+        raise ValueError(f"max_prompt_length={config['max_prompt_length']} must be positive")
     if config["max_steps"] <= 0 and config["num_train_epochs"] <= 0:
         raise ValueError(f"max_steps={config['max_steps']}: set it, or num_train_epochs, above 0")
-    if config["load_in_4bit"] and not config["use_peft"]:
-        raise ValueError("load_in_4bit=true: 4-bit weights cannot be trained, set use_peft=true as well")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if config[key] and not config["use_peft"]:
+            raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
+    if config["load_in_4bit"] and config["load_in_8bit"]:
+        raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 
@@ -137,7 +139,7 @@ def check_lengths(config: dict[str, Any]) -> None:
             f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the model's context of "
             f"{context} tokens: max_completion_length may be up to {context - prompt}"
         )
-    if config["logprob_token_budget"] < prompt + completion:
+    if config["logprob_token_budget"] is not None and config["logprob_token_budget"] < prompt + completion:
         raise ValueError(
             f"logprob_token_budget={config['logprob_token_budget']} is smaller than the longest row, max_prompt_length="
             f"{prompt} + max_completion_length={completion}: the smallest that works is {prompt + completion}"

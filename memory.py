@@ -1,17 +1,46 @@
-"""How many parameters a policy has, and the memory that a run of it takes, estimated before it is loaded."""
+"""How many parameters a policy has, the memory that a run of it takes, and the profile that a GPU has the memory for.
+
+All of it is estimated before anything is loaded. `benchmarks/memory.py` compares the estimate with real runs.
+"""
 
 import json
+import shutil
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.embedded import cache_folder, is_embedded
+
 GIB = 2**30
+ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for the way back under autocast
+CHECKPOINT_BYTES = 4  # the same with gradient checkpointing: a layer's input
+HEAD_BYTES = 2**26 * 6  # logits held at once (logprobs/head.py), in bfloat16 and float32
+ADAPTER_SHARE = 0.02  # of the policy's parameters, for rank 16 on all linear layers
+RESERVE = 0.92  # of a GPU's memory: the rest is its context and what lies between blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate asks of a model: parameters, hidden size, layers."""
+
+    parameters: float
+    hidden: float
+    layers: float
+
+
+def model_folder(config: dict[str, Any]) -> Path | None:
+    """Where the policy's files are on this machine, without loading or converting anything."""
+    name = config["model_name_or_path"]
+    folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
+    return folder if (folder / "config.json").is_file() else None
 
 
 def parameters(config: dict[str, Any]) -> float:
     """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says."""
-    folder = Path(config["model_name_or_path"]).expanduser()
+    folder = model_folder(config)
     total = 0
-    for path in folder.glob("*.safetensors") if folder.is_dir() else ():
+    for path in folder.glob("*.safetensors") if folder else ():
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
@@ -26,27 +55,114 @@ def _product(shape: list[int]) -> int:
     return result
 
 
-def estimate_memory(config: dict[str, Any]) -> dict[str, float]:
-    """GiB of one device by phase, from parameter counts; activations as 34 bytes x hidden size x layers per token.
+def shape_of(config: dict[str, Any]) -> Shape:
+    """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
+    size, folder = parameters(config), model_folder(config)
+    if folder is None:
+        layers = (size / 12 / 100**2) ** (1 / 3)
+        return Shape(size, 100 * layers, layers)
+    found = json.loads((folder / "config.json").read_text())
+    return Shape(size, found["hidden_size"], found["num_hidden_layers"])
 
-    Source of the activation term: arXiv 2205.05198, eq. 1, without its quadratic part (SDPA keeps no scores).
-    Sharding is not counted: this is what one device without it would hold.
+
+def estimate_memory(config: dict[str, Any], gpu_gib: float | None = None) -> dict[str, float]:
+    """GiB of one device by phase, at the longest batch.
+
+    Weights, gradients and optimizer state by their bytes per parameter; activations by bytes per hidden unit, layer and
+    token, measured (the term is that of arXiv 2205.05198, eq. 1, without its quadratic part, which our attention does
+    not keep). Sharding is not counted: this is what one device without it would hold.
+
+    Args:
+        config: the flat configuration.
+        gpu_gib: of the GPU; gives the engine its share of it. None: the engine's weights alone are counted.
     """
-    size = parameters(config)
-    weight_bytes = 0.55 if config["load_in_4bit"] else 2 if config["use_peft"] else 4
-    trained = size * (0.02 if config["use_peft"] else 1)
-    policy = size * weight_bytes + trained * 12 + (trained * 4 if config["use_peft"] else 0)
-    width = (size / 12) ** (1 / 3) * 4  # hidden size x layers^(1/2) of a usual transformer, within a factor of 2
-    tokens = min(config["logprob_token_budget"], config.get("max_length") or config["logprob_token_budget"])
-    kept = 2 if config["gradient_checkpointing"] else 34
-    update = policy + tokens * width * 24 * kept
-    phases = {"update (policy, optimizer)": update / GIB}
+    shape = shape_of(config)
+    policy, training = _policy_bytes(config, shape), _training_bytes(config, shape)
+    update = policy + training + _activation_bytes(config, shape) + HEAD_BYTES
     if config["trainer"] == "sft":
-        return phases
-    frozen = 0.0 if config["use_peft"] or not config["beta"] else size * 4
-    student = size * 2 if config.get("student_model") else 0.0
-    stays = 0.0 if config["offload_untrained_models"] else frozen + student
-    phases["update (policy, optimizer)"] += stays / GIB
-    phases["reference and student"] = (size * weight_bytes + frozen + student + tokens * width * 48) / GIB
-    phases["generation (engine weights)"] = (size * 2 + size * weight_bytes) / GIB
-    return phases
+        return {"update (policy, optimizer)": update / GIB}
+    frozen = (0.0 if config["use_peft"] or not config["beta"] else shape.parameters * 4) + (
+        shape.parameters * 2 if config.get("student_model") else 0.0
+    )
+    engine = 0.0
+    if config["use_vllm"] and not config["use_vllm_server"]:
+        engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * 2
+    asleep = config["vllm_enable_sleep_mode"]
+    resident = policy + training - _gradient_bytes(config, shape) + (0.0 if asleep else engine)
+    stays = 0.0 if config["offload_untrained_models"] else frozen
+    budget = config["logprob_token_budget"] or config["max_prompt_length"] + config["max_completion_length"]
+    reading = budget * shape.hidden * 40 + HEAD_BYTES
+    phases = {
+        "generation": resident + stays + (engine if asleep else 0.0),
+        "log-probs and reward": resident + frozen + reading,
+        "update (policy, optimizer)": update + stays + (0.0 if asleep else engine),
+    }
+    return {name: size / GIB for name, size in phases.items()}
+
+
+def _policy_bytes(config: dict[str, Any], shape: Shape) -> float:
+    each = 0.6 if config["load_in_4bit"] else 1.1 if config["load_in_8bit"] else 2 if config["use_peft"] else 4
+    return shape.parameters * each
+
+
+def _trained(config: dict[str, Any], shape: Shape) -> float:
+    return shape.parameters * (ADAPTER_SHARE if config["use_peft"] else 1)
+
+
+def _gradient_bytes(config: dict[str, Any], shape: Shape) -> float:
+    # Under autocast a float32 weight has a copy in bfloat16 from the forward to the backward pass.
+    return _trained(config, shape) * (4 if config["use_peft"] else 6)
+
+
+def _training_bytes(config: dict[str, Any], shape: Shape) -> float:
+    """Gradients, optimizer state, and an adapter's own float32 weights."""
+    optimizer = str(config.get("optim"))
+    state = 0 if "paged" in optimizer else 2 if "8bit" in optimizer else 8
+    adapter = 4 if config["use_peft"] else 0
+    return _gradient_bytes(config, shape) + _trained(config, shape) * (state + adapter)
+
+
+def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
+    """Of one micro-batch, whose prompts are read once per group."""
+    rows = config["per_device_train_batch_size"]
+    if config["trainer"] == "sft":
+        tokens = rows * config["max_length"]
+    else:
+        prompts = -(-rows // config["num_generations"])
+        tokens = prompts * config["max_prompt_length"] + rows * config["max_completion_length"]
+    per_layer = CHECKPOINT_BYTES if config["gradient_checkpointing"] else ACTIVATION_BYTES
+    one_layer_again = ACTIVATION_BYTES if config["gradient_checkpointing"] else 0
+    return tokens * shape.hidden * (per_layer * shape.layers + one_layer_again)
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of the smallest NVIDIA GPU here; None without one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
+    sizes = [float(line) for line in listed.stdout.split() if line.replace(".", "").isdigit()]
+    return min(sizes) / 1024 if sizes else None
+
+
+def choose_profile(
+    config: dict[str, Any], profiles: dict[str, dict[str, Any]], gpu_gib: float
+) -> tuple[str, dict[str, Any], float]:
+    """The largest profile that fits a GPU; the smallest where none does.
+
+    Args:
+        config: the flat configuration that a profile is laid over.
+        profiles: settings by name; a name begins with the GB of the card it is made for.
+        gpu_gib: the card's memory.
+
+    Returns:
+        its name, the configuration with it, and the estimate's largest phase in GiB.
+    """
+    by_size = sorted(profiles, key=lambda name: int(name.removesuffix("gb")), reverse=True)
+    for name in by_size:
+        merged = {**config, **profiles[name]}
+        peak = max(estimate_memory(merged, gpu_gib).values())
+        made_for_less = int(name.removesuffix("gb")) <= gpu_gib * 1.05  # a card of "24 GB" shows 23.99 or less
+        if name == by_size[-1] or (made_for_less and peak <= gpu_gib * RESERVE):
+            return name, merged, peak
+    raise AssertionError("no profiles")

@@ -29,7 +29,7 @@ from checks import (
 from data.formats import load_format
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
-from memory import GIB, estimate_memory, parameters
+from memory import GIB, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
 
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
@@ -121,7 +121,9 @@ def make_plan(config: dict[str, Any], devices: int = 1, pending_warmup: str | No
         check_reward(config)
     check_common(config)
     load_format(config["reasoning_format"])
-    plan = Plan(config, devices, gpus, accumulation, generation, estimate_memory(config), [], pending_warmup)
+    plan = Plan(
+        config, devices, gpus, accumulation, generation, estimate_memory(config, gpu_memory_gib()), [], pending_warmup
+    )
     for check in (check_device, check_data, check_models, check_output, check_disk):
         try:
             check(plan)

@@ -42,6 +42,7 @@ class ModelConfig:
     lora_dropout: float
     lora_target_modules: str | list
     load_in_4bit: bool
+    load_in_8bit: bool
     save_merged_model: bool
 
 

@@ -22,13 +22,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from checks import key_names
+from checks import key_names, known_keys
+from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
 from plan import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
-GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg")
+GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
 MARKER = "COMPLETE"  # written last, with the steps and epochs that were trained
 SECRET = ("token", "password", "secret", "api_key")
 
@@ -75,17 +76,51 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
         if name in GROUPS:
             for choice in value.split(","):
                 choice = Path(choice).name.removesuffix(".yaml")
-                if choice not in options(name):
+                if choice not in options(name) and (name, choice) != ("memory_cfg", "null"):
                     raise ValueError(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
         plain = name in key_names() and not argument.startswith(("+", "~"))
         rewritten.append(f"++{argument}" if plain else argument)
     return flags + rewritten
 
 
+def named_keys(given: list[str]) -> set[str]:
+    return {override.lstrip("+").partition("=")[0] for override in given}
+
+
+def memory_profiles() -> dict[str, dict]:
+    """The settings of each profile, by name."""
+    files = [path for path in (CFGS / "memory_cfg").glob("*.yaml") if path.stem != "auto"]
+    return {path.stem: yaml.safe_load(path.read_text()) for path in files}
+
+
+def apply_memory_profile(config: dict, given: list[str]) -> None:
+    """Lay the chosen profile over the run, under what the command line names; keys of other trainers are left out."""
+    chosen = config.pop("memory_profile", None)
+    if chosen is None:
+        return
+    own = known_keys(config["trainer"]).keys() - named_keys(given)
+
+    def of_this_run(profile: dict) -> dict:
+        return {key: value for key, value in profile.items() if key in own}
+
+    if chosen != "auto":
+        config.update(of_this_run(chosen))
+        return
+    gpu_gib = gpu_memory_gib()
+    if gpu_gib is None:
+        logger.info("memory_cfg=auto: no GPU, the run stays as it is")
+        return
+    profiles = {name: of_this_run(profile) for name, profile in memory_profiles().items()}
+    name, merged, peak = choose_profile(config, profiles, gpu_gib)
+    config.update(merged)
+    logger.info("memory_cfg=auto: %s, about %.1f of the GPU's %.1f GiB", name, peak, gpu_gib)
+    if peak > gpu_gib:
+        logger.warning("that is more than there is: lower max_completion_length, or take a smaller model")
+
+
 def apply_warmup(config: dict, given: list[str]) -> str | None:
     """Start from the warm-up's model unless one was named; returns the warm-up that has yet to run."""
-    named = {override.lstrip("+").partition("=")[0] for override in given}
-    if config["warmup_run"] is None or named & {"model_name_or_path", "model_cfg"}:
+    if config["warmup_run"] is None or named_keys(given) & {"model_name_or_path", "model_cfg"}:
         return None
     # A warm-up takes none of the run's overrides, so it stands in the default results folder.
     folder = Path(yaml.safe_load((CFGS / "train.yaml").read_text())["results_dir"]) / config["warmup_run"]
@@ -169,6 +204,7 @@ def is_complete(config: dict) -> bool:
 
 
 def run(config: dict, given: list[str]) -> None:
+    apply_memory_profile(config, given)
     warmup = apply_warmup(config, given)
     plan = make_plan(config, pending_warmup=warmup)
     if config["dry_run"]:

@@ -1,13 +1,18 @@
 """vLLM in the trainer's own process, on a GPU or on the CPU.
 
-TRL's `VLLMGeneration` with three differences: requests carry seeds of their own, the CPU backend is set up and gets
-its weights in the way it can take them, and several completions of one prompt are one call.
+TRL's `VLLMGeneration` with four differences: requests carry seeds of their own, the completions of a prompt are one
+request, the CPU backend is set up and gets its weights in the way it can take them, and a quantised policy's weights
+arrive in the engine's own precision.
 """
 
 import os
+from collections.abc import Iterator
+from itertools import accumulate, groupby
 
 import torch
-from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
 CPU_BLOCK_SIZE = 32  # the CPU backend takes multiples of 32 only
@@ -31,34 +36,63 @@ class VLLMEngine(VLLMGeneration):
         return self.accelerator.device.type == "cpu"
 
     def _init_vllm(self):
-        # Overridden because TRL's constructor call has no place for what the CPU backend needs.
-        if not self.on_cpu:
+        # Overridden because TRL's constructor call has no place for what the CPU backend needs, and asks for an engine
+        # that is quantised when the policy is, which takes neither 8-bit weights nor merged ones.
+        if self.mode == "server" or self.tensor_parallel_size > 1:
             super()._init_vllm()
             return
+        threads = torch.get_num_threads()
+        self.llm = LLM(
+            model=self.model.name_or_path,
+            max_model_len=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,
+            logprobs_mode="processed_logprobs",
+            model_impl=self.model_impl,
+            trust_remote_code=self.trust_remote_code,
+            **(self._for_the_cpu() if self.on_cpu else self._for_a_gpu()),
+        )
+        torch.set_num_threads(threads)
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+        self._llm_weights_sleeping = self.enable_sleep_mode
+
+    def _for_the_cpu(self) -> dict:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if self.engine_dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()  # without it the first bfloat16 product of the process may die with SIGILL
-        threads = torch.get_num_threads()
-        self.llm = LLM(
-            model=self.model.name_or_path,
-            dtype=self.engine_dtype,
-            max_model_len=self.max_model_length,
-            max_num_seqs=self.max_num_seqs,
-            block_size=CPU_BLOCK_SIZE,
+        return {
+            "dtype": self.engine_dtype,
+            "block_size": CPU_BLOCK_SIZE,
             # A prompt cut in two steps rewinds its request's generator, which only CUDA's can do.
-            enable_chunked_prefill=False,
-            enforce_eager=True,
-            load_format="dummy",  # the trainer's weights arrive before the first request
+            "enable_chunked_prefill": False,
+            "enforce_eager": True,
+            "load_format": "dummy",  # the trainer's weights arrive before the first request
             # A tied output head would keep its packed copy of the old weights.
-            hf_overrides={"tie_word_embeddings": False},
-            logprobs_mode="processed_logprobs",
-            model_impl=self.model_impl,
-            trust_remote_code=self.trust_remote_code,
-        )
-        torch.set_num_threads(threads)
-        self._llm_weights_sleeping = False
+            "hf_overrides": {"tie_word_embeddings": False},
+        }
+
+    def _for_a_gpu(self) -> dict:
+        """As TRL has it."""
+        accelerator = self.accelerator
+        os.environ["RANK"] = str(accelerator.process_index)
+        os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
+        os.environ["WORLD_SIZE"] = str(accelerator.num_processes)
+        ensure_master_addr_port()
+        return {
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enable_sleep_mode": self.enable_sleep_mode,
+            "distributed_executor_backend": "external_launcher",
+            "seed": accelerator.process_index,
+            "max_num_batched_tokens": 4096,  # the engine's memory profile takes its high default for need
+        }
+
+    def _iter_named_params(self):
+        # Extended by quantised policies: TRL would merge into, and hand over, packed weights.
+        policy = self.accelerator.unwrap_model(self.model)
+        quantised = is_peft_model(policy) and getattr(policy.get_base_model(), "is_quantized", False)
+        yield from merged_params(policy) if quantised else super()._iter_named_params()
 
     def _iter_engine_params(self):
         names = set()
@@ -80,11 +114,11 @@ class VLLMEngine(VLLMGeneration):
     def generate_seeded(
         self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """One completion per prompt, each from its own seed.
+        """One completion per prompt, sampled from seeds alone.
 
         Args:
-            prompts: token ids; equal prompts share their cached prefix.
-            seeds: one per prompt.
+            prompts: token ids; equal neighbours are one request for several completions.
+            seeds: one per prompt; of a request, the first counts, and its completions take the numbers from there on.
 
         Returns:
             Token ids of the completions, and the log-prob of each at the sampling temperature.
@@ -103,12 +137,46 @@ class VLLMEngine(VLLMGeneration):
             "logprobs": 0,
             **self.generation_kwargs,
         }
-        requests = [{"prompt_token_ids": ids} for ids in prompts]
-        params = [SamplingParams(**{**shared, "seed": seed}) for seed in seeds]
-        outputs = self.llm.generate(requests, sampling_params=params, use_tqdm=False)
+        groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
+        firsts = [0, *accumulate(count for _, count in groups)]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids, _ in groups],
+            sampling_params=[
+                SamplingParams(**{**shared, "seed": seeds[first], "n": count})
+                for first, (_, count) in zip(firsts, groups, strict=False)
+            ],
+            use_tqdm=False,
+        )
         log_probs, _ = extract_logprobs(outputs)
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
-        ids = [list(output.outputs[0].token_ids) for output in outputs]
+        ids = [list(completion.token_ids) for output in outputs for completion in output.outputs]
         return ids, [[position[0] for position in sequence] for sequence in log_probs]
+
+
+@torch.no_grad()
+def merged_params(policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of an adapter's base model with the adapter added, in full precision; nothing is changed."""
+    base = policy.get_base_model()
+    adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in adapted.items():
+        layer = module.get_base_layer()
+        weight = _what_it_multiplies_by(layer)
+        for adapter in module.active_adapters:
+            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+        yield f"{name}.weight", weight
+        if layer.bias is not None:
+            yield f"{name}.bias", layer.bias.detach()
+    for name, param in base.named_parameters():
+        if not any(name.startswith(f"{inside}.") for inside in adapted):
+            yield name, param.detach()
+
+
+def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
+    """A linear layer's weight as its products have it, whatever form it is kept in.
+
+    bitsandbytes repacks 4-bit weights on a CPU, and its own way back loses their scales (0.50.2).
+    """
+    weight = layer(torch.eye(layer.in_features, device=layer.weight.device)).T
+    return weight if layer.bias is None else weight - layer.bias[:, None]

@@ -66,7 +66,7 @@ def token_log_probs(
     groups: Sequence[Sequence[int]],
     *,
     temperature: float | Sequence[float] = 1.0,
-    token_budget: int,
+    token_budget: int | None,
     autocast: AbstractContextManager | None = None,
     entropy: Literal["none", "value", "with_grad"] = "none",
     agree_on_forwards: Callable[[int], int] | None = None,
@@ -80,7 +80,8 @@ def token_log_probs(
         counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
         groups: indices of sequences that may share a prefix; together they name each sequence once.
         temperature: the logits are divided by it; one for all, or one per sequence.
-        token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone.
+        token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone. None:
+            as many as the longest sequence has.
         autocast: context of the forward pass.
         entropy: whether to compute entropies, and whether gradients flow through them.
         agree_on_forwards: from this rank's number of forward passes to the number of all; for sharded models, whose
@@ -98,6 +99,7 @@ def token_log_probs(
     log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
     entropies = list(log_probs)
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
+    token_budget = token_budget or max(map(len, sequences), default=1)
     forwards = list(_forwards(causal, sequences, counted, groups, token_budget, device))
     count = max(len(forwards), 1)  # where nothing counts, gradients still reach every parameter
     lacking = (agree_on_forwards(count) if agree_on_forwards else count) - len(forwards)

@@ -93,6 +93,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = NAME,
     load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
@@ -104,6 +105,7 @@ def load_policy(
         attn_implementation: `shared_prefix` (sdpa where a model cannot), or one of transformers' own, with which no
             prompt is shared.
         load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
+        load_in_8bit: LLM.int8() (arXiv 2208.07339); likewise.
         trust_remote_code: runs the repository's own Python.
         device: where it goes; None is left to transformers and the launcher.
 
@@ -112,7 +114,9 @@ def load_policy(
     """
     options = {}
     if load_in_4bit:
-        options["quantization_config"] = _quantization(device)
+        options["quantization_config"] = _nf4(device)
+    elif load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
     model = _told(
@@ -130,7 +134,7 @@ def load_policy(
     return model
 
 
-def _quantization(device: torch.device | str | None) -> BitsAndBytesConfig:
+def _nf4(device: torch.device | str | None) -> BitsAndBytesConfig:
     where = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     compute = torch.bfloat16 if supports_bfloat16(where) else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

@@ -137,7 +137,7 @@ def test_packed_log_probs_give_the_loss_and_gradients_of_stock_trl(tiny_run, tmp
     assert ((ours - stock).norm() / stock.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("bits", [[], ["load_in_4bit=true"]], ids=["lora", "lora-4bit"])
+@pytest.mark.parametrize("bits", [[], ["load_in_4bit=true"], ["load_in_8bit=true"]], ids=["lora", "4-bit", "8-bit"])
 def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in_root, bits):
     overrides = ["use_peft=true", "lora_r=4", "max_steps=1", "eval_size=0", "student_model=null", *bits]
     merged = [] if bits else ["save_merged_model=true"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 
 from logprobs import token_log_probs
 from models.embedded import embedded_model_path
@@ -77,3 +78,32 @@ def test_prompts_of_more_tokens_than_one_engine_step_takes(engine_and_model):
     prompts = [list(range(i + 1, i + 231)) for i in range(0, 250 * (step // 230 + 2), 250)]
     completions, _ = engine.generate_seeded(prompts, list(range(len(prompts))), max_tokens=2)
     assert [0 < len(ids) <= 2 for ids in completions] == [True] * len(prompts)
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(4, 0.1), (8, 0.3)])
+def test_a_quantised_policy_reaches_the_engine_with_its_adapter(engine_and_model, bits, bound):
+    """Up to what the policy itself loses by computing in bfloat16, or with activations of 8 bits."""
+    engine, model = engine_and_model
+    quantised = load_policy(model.name_or_path, device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    torch.manual_seed(0)
+    engine.model = get_peft_model(quantised, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    try:
+        assert disagreement(engine, engine.model) > 3 * bound
+        engine.sync_weights()
+        assert disagreement(engine, engine.model) < bound
+    finally:
+        engine.model = model
+        engine.sync_weights()
+
+
+def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_model):
+    engine, _ = engine_and_model
+    prompt = encode(engine)[0]
+    completions, log_probs = engine.generate_seeded([prompt] * 4, [7, 0, 0, 0])
+    assert len({tuple(ids) for ids in completions}) > 1
+    assert [len(values) for values in log_probs] == [len(ids) for ids in completions]
+    assert engine.generate_seeded([prompt] * 4, [7, 1, 2, 3])[0] == completions

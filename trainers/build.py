@@ -76,6 +76,7 @@ def build_policy(config: dict[str, Any]):
         dtype=low if model.use_peft else torch.float32,
         attn_implementation=model.attn_implementation,
         load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
         trust_remote_code=model.trust_remote_code,
     )
     if not model.use_peft:

@@ -40,7 +40,9 @@ MEAN_OF_SEQUENCES = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")  # losses that 
 class GRPOConfig(trl.GRPOConfig):
     """TRL's configuration and the fields that this trainer adds."""
 
-    logprob_token_budget: int = field(default=8192, metadata={"help": "Most tokens of one packed forward pass."})
+    logprob_token_budget: int | None = field(
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: one sequence's."}
+    )
     save_completions_probability: float = field(
         default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
     )

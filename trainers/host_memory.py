@@ -1,13 +1,17 @@
-"""Freed memory goes back to the system between phases, so that a long run on the CPU does not creep upwards.
+"""Freed memory goes back to the system when a run on the CPU creeps upwards.
 
-Batches have other shapes every time, and the C library keeps the gaps between what is still in use.
+Batches have other shapes every time, and the C library keeps the gaps between what is still in use. Giving all of them
+back at each step would cost more than it saves: what the next step needs again is faulted in page by page.
 """
 
 import ctypes
+from pathlib import Path
 
 from transformers import TrainerCallback
 
+CREEP_BYTES = 2**29  # growth of the resident memory from one end of a step to a later one that is answered
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_STATM = Path("/proc/self/statm")
 
 
 def return_freed_memory() -> None:
@@ -16,8 +20,21 @@ def return_freed_memory() -> None:
         _TRIM(0)
 
 
+def resident_bytes() -> int:
+    """What the process holds of the machine's memory; 0 where the system does not say."""
+    return int(_STATM.read_text().split()[1]) * 4096 if _STATM.exists() else 0
+
+
 class ReturnFreedMemory(TrainerCallback):
-    """At each end of a step. More often would cost more: what is given back is faulted in again, page by page."""
+    """At the end of a step after which the process holds `CREEP_BYTES` more than after an earlier one."""
+
+    def __init__(self):
+        self.level: int | None = None  # resident bytes after the first step since memory was given back
 
     def on_step_end(self, args, state, control, **kwargs):
-        return_freed_memory()
+        resident = resident_bytes()
+        if self.level is None:
+            self.level = resident
+        elif resident > self.level + CREEP_BYTES:
+            return_freed_memory()
+            self.level = None

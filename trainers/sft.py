@@ -17,7 +17,9 @@ from trainers.checkpoints import AtomicCheckpoints, kill_point
 class SFTConfig(trl.SFTConfig):
     """TRL's configuration and the field that this trainer adds."""
 
-    logprob_token_budget: int = field(default=8192, metadata={"help": "Most tokens of one packed forward pass."})
+    logprob_token_budget: int | None = field(
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: one sequence's."}
+    )
 
 
 class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
