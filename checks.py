@@ -157,8 +157,22 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
     if not 0 <= config["save_completions_probability"] <= 1:
         raise ValueError(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
+    if config["overlap_generation"]:
+        check_overlap(config)
     if config["trainer"] == "grpo":
         check_functions(config["reward_functions"])
+
+
+def check_overlap(config: dict[str, Any]) -> None:
+    """What another process generates while this one trains is one batch off-policy, and shares the device."""
+    wanted = {"use_vllm": True, "use_vllm_server": False, "vllm_enable_sleep_mode": False}
+    for key, value in wanted.items():
+        if config[key] != value:
+            raise ValueError(f"overlap_generation=true with {key}={config[key]}: set {key}={str(value).lower()}")
+    if not config.get("vllm_importance_sampling_correction", True):
+        raise ValueError(
+            "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
+        )
 
 
 def check_functions(paths: list[str] | None) -> None:

@@ -117,6 +117,8 @@ def make_plan(config: dict[str, Any], devices: int = 1, pending_warmup: str | No
         check_groups(config, devices, generation)
         check_lengths(config)
         check_combinations(config)
+        if config["overlap_generation"] and devices > 1:
+            raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
     if config["trainer"] == "teacher_grpo":
         check_reward(config)
     check_common(config)

@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
+Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the log-prob of each
+
 CPU_BLOCK_SIZE = 32  # the CPU backend takes multiples of 32 only
 CPU_KV_CACHE_GIB = "1"
 
@@ -42,19 +44,22 @@ class VLLMEngine(VLLMGeneration):
             super()._init_vllm()
             return
         threads = torch.get_num_threads()
-        self.llm = LLM(
-            model=self.model.name_or_path,
-            max_model_len=self.max_model_length,
-            max_num_seqs=self.max_num_seqs,
-            logprobs_mode="processed_logprobs",
-            model_impl=self.model_impl,
-            trust_remote_code=self.trust_remote_code,
-            **(self._for_the_cpu() if self.on_cpu else self._for_a_gpu()),
-        )
-        torch.set_num_threads(threads)
+        self.llm = LLM(**self._llm_options())
+        torch.set_num_threads(threads)  # which the CPU backend replaces
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
         self._llm_weights_sleeping = self.enable_sleep_mode
+
+    def _llm_options(self) -> dict:
+        return {
+            "model": self.model.name_or_path,
+            "max_model_len": self.max_model_length,
+            "max_num_seqs": self.max_num_seqs,
+            "logprobs_mode": "processed_logprobs",
+            "model_impl": self.model_impl,
+            "trust_remote_code": self.trust_remote_code,
+            **(self._for_the_cpu() if self.on_cpu else self._for_a_gpu()),
+        }
 
     def _for_the_cpu(self) -> dict:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -108,12 +113,9 @@ class VLLMEngine(VLLMGeneration):
         if not self.on_cpu:
             super().sync_weights()
             return
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_engine_params()})
-        self.llm.reset_prefix_cache()
+        load_weights(self.llm, self._iter_engine_params())
 
-    def generate_seeded(
-        self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def generate_seeded(self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None) -> Completions:
         """One completion per prompt, sampled from seeds alone.
 
         Args:
@@ -127,7 +129,14 @@ class VLLMEngine(VLLMGeneration):
             if self._llm_weights_sleeping:
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
-        shared = {
+        written = generate(self.llm, prompts, seeds, self._sampling(max_tokens))
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+        return written
+
+    def _sampling(self, max_tokens: int | None) -> dict:
+        return {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -137,22 +146,29 @@ class VLLMEngine(VLLMGeneration):
             "logprobs": 0,
             **self.generation_kwargs,
         }
-        groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
-        firsts = [0, *accumulate(count for _, count in groups)]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids, _ in groups],
-            sampling_params=[
-                SamplingParams(**{**shared, "seed": seeds[first], "n": count})
-                for first, (_, count) in zip(firsts, groups, strict=False)
-            ],
-            use_tqdm=False,
-        )
-        log_probs, _ = extract_logprobs(outputs)
-        if self.enable_sleep_mode:
-            self.llm.sleep(level=2)
-            self._llm_weights_sleeping = True
-        ids = [list(completion.token_ids) for output in outputs for completion in output.outputs]
-        return ids, [[position[0] for position in sequence] for sequence in log_probs]
+
+
+def load_weights(llm: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """New weights, and no prefix of the old ones' left in the cache."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    llm.reset_prefix_cache()
+
+
+def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dict) -> Completions:
+    """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`."""
+    groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
+    firsts = [0, *accumulate(count for _, count in groups)]
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids, _ in groups],
+        sampling_params=[
+            SamplingParams(**{**sampling, "seed": seeds[first], "n": count})
+            for first, (_, count) in zip(firsts, groups, strict=False)
+        ],
+        use_tqdm=False,
+    )
+    log_probs, _ = extract_logprobs(outputs)
+    ids = [list(completion.token_ids) for output in outputs for completion in output.outputs]
+    return ids, [[position[0] for position in sequence] for sequence in log_probs]
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from generation import request_seed
 from logprobs import token_log_probs
 from models.residence import resident
 from trainers.checkpoints import AtomicCheckpoints, kill_point
+from trainers.overlap import OverlappedGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ class GRPOConfig(trl.GRPOConfig):
     )
     save_completions_probability: float = field(
         default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
+    )
+    overlap_generation: bool = field(
+        default=False,
+        metadata={"help": "The next batch is written while this one is trained on."},
     )
     offload_untrained_models: bool = field(
         default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
@@ -67,7 +72,7 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
+class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     """Group-relative policy optimisation with one of two ways to generate: vLLM in process, or Hugging Face.
 
     Args:
@@ -93,9 +98,11 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             self.vllm_generation = self._build_engine(config, engine_dtype)
 
     def _build_engine(self, config: GRPOConfig, engine_dtype: str):
-        from generation.vllm_engine import VLLMEngine  # importing vLLM takes seconds that other runs need not spend
+        # Importing vLLM takes seconds that other runs need not spend.
+        from generation.engine_process import EngineProcess
+        from generation.vllm_engine import VLLMEngine
 
-        return VLLMEngine(
+        return (EngineProcess if config.overlap_generation else VLLMEngine)(
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,
@@ -151,17 +158,25 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
                 )
         elif self.vllm_mode == "server" or self.vllm_generation.tensor_parallel_size > 1:
             written = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        elif self.args.overlap_generation and self.model.training:
+            written = self._generate_ahead(prompt_ids)
         else:
-            if self.state.global_step != self._last_loaded_step:
-                self.vllm_generation.sync_weights()
-                self._last_loaded_step = self.state.global_step
-            seeds = [request_seed(*where, i) for i in range(len(prompt_ids))]
-            written = self.vllm_generation.generate_seeded(prompt_ids, seeds)
+            self._sync_engine()
+            written = self.vllm_generation.generate_seeded(prompt_ids, self._request_seeds(len(prompt_ids)))
         self._log_generation(time.perf_counter() - start, [len(ids) for ids in written[0]])
         return written
 
     def _phase(self) -> tuple[str, int]:
         return ("train", self._step) if self.model.training else ("eval", self.state.global_step)
+
+    def _request_seeds(self, count: int, phase: tuple[str, int] | None = None) -> list[int]:
+        where = (self.args.seed, *(phase or self._phase()), self.accelerator.process_index)
+        return [request_seed(*where, i) for i in range(count)]
+
+    def _sync_engine(self) -> None:
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
 
     def _log_generation(self, seconds: float, lengths: list[int]) -> None:
         """Seconds to the last token, weights' sync included; share of idle slots if all completions ran at once."""
@@ -317,15 +332,19 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
             return
         # A buffer that the next micro-step replaces anyway need not be kept.
         unfinished = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        torch.save(
-            {"step": self._step, "buffer": self._buffered_inputs if unfinished else None}, folder / "rollouts.pt"
-        )
+        state = {
+            "step": self._step,
+            "buffer": self._buffered_inputs if unfinished else None,
+            "ahead": self._written_ahead(),
+        }
+        torch.save(state, folder / "rollouts.pt")
         if self.args.sync_ref_model:
             save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
 
     def _load_extra_state(self, folder: Path) -> None:
         state = torch.load(folder / "rollouts.pt", map_location=self.accelerator.device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["buffer"]
+        self._take_up(state["ahead"])
         if self.args.sync_ref_model:
             load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
 

@@ -1,0 +1,76 @@
+"""Generation in a process of its own: one batch behind, the same completions where the weights are, and no hang."""
+
+import json
+import os
+import signal
+
+import pandas
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import config_of, launch
+from test_resume import succeed, weights
+
+from generation.engine_process import EngineProcess
+from generation.vllm_engine import VLLMEngine
+from models.embedded import embedded_model_path
+from models.loading import load_policy, load_tokenizer
+from plan import make_plan
+
+
+@pytest.fixture(scope="module")
+def with_engine(tiny_run):
+    return [o for o in tiny_run if not o.startswith("use_vllm")]
+
+
+def completions(folder) -> list[list[str]]:
+    return [pandas.read_parquet(path)["completion"].tolist() for path in sorted(folder.glob("completions/*.parquet"))]
+
+
+def test_batches_are_one_step_behind_and_a_killed_run_goes_on_with_them(with_engine, tmp_path):
+    run = [*with_engine, "overlap_generation=true", "max_steps=3", "save_steps=1", "eval_size=0"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    succeed(launch("train.py", *run, f"output_dir={straight}"))
+    logged = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation/staleness_steps"] for line in logged if "loss" in line] == [0, 1, 1]
+    killed = launch("train.py", *run, f"output_dir={broken}", RLT_KILL_AT="backward:3")
+    assert killed.returncode == -signal.SIGKILL
+    succeed(launch("train.py", *run, f"output_dir={broken}"))
+    assert len(completions(straight)) == 3
+    assert completions(straight) == completions(broken)
+    a, b = weights(straight), weights(broken)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_writes_what_the_engine_in_process_does_and_its_end_is_no_hang():
+    path = str(embedded_model_path())
+    shared = {
+        "model": load_policy(path),
+        "accelerator": Accelerator(cpu=True),
+        "processing_class": load_tokenizer(path),
+        "engine_dtype": "float32",
+        "max_model_length": 256,
+        "max_num_seqs": 8,
+        "max_completion_length": 200,
+    }
+    here, elsewhere = VLLMEngine(**shared), EngineProcess(**shared)
+    prompts, seeds = [[504, 3575]] * 2 + [[28, 31, 30]], [1, 2, 3]
+    written = []
+    for engine in (here, elsewhere):
+        engine.sync_weights()
+        written.append(engine.generate_seeded(prompts, seeds, max_tokens=8)[0])
+    assert written[0] == written[1]
+    number = elsewhere.submit(prompts, seeds)
+    os.kill(elsewhere._process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="ended with exit code -9"):
+        elsewhere.collect(number)
+    elsewhere.close()
+    assert not elsewhere._folder.exists()
+
+
+@pytest.mark.parametrize(
+    "override", ["use_vllm=false", "vllm_enable_sleep_mode=true", "vllm_importance_sampling_correction=false"]
+)
+def test_what_overlap_cannot_work_with_is_refused(override):
+    with pytest.raises(ValueError, match=f"overlap_generation=true .*{override.partition('=')[0]}"):
+        make_plan(config_of("overlap_generation=true", override))
