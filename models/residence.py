@@ -1,14 +1,47 @@
-"""Where a frozen model waits between its phases: on the CPU, and it moves whole, not layer by layer."""
+"""Where a frozen model waits between its phases: on the CPU, and it moves whole, not layer by layer.
+
+On a GPU it waits in pinned memory, and may be sent for while the phase before still computes. Its weights do not
+change, so nothing is copied back.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
+
+_waiting: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()  # in pinned memory
+_coming: WeakKeyDictionary[torch.nn.Module, tuple[list[torch.Tensor], torch.cuda.Event]] = WeakKeyDictionary()
 
 
 def _is_on(model: torch.nn.Module, device: torch.device) -> bool:
     here = next(model.parameters()).device
     return here.type == device.type and device.index in (None, here.index)
+
+
+def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def send_for(model: torch.nn.Module, device: torch.device | str) -> None:
+    """Begin to copy a waiting model to a GPU, beside what is computed there; `resident` waits for the rest.
+
+    Nothing happens for other devices, and for a model that is there or on its way.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or _is_on(model, device) or model in _coming:
+        return
+    if model not in _waiting:
+        _waiting[model] = [tensor.data.pin_memory() for tensor in _tensors(model)]
+        _put(model, _waiting[model])
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        _coming[model] = [x.to(device, non_blocking=True) for x in _waiting[model]], stream.record_event()
+
+
+def _put(model: torch.nn.Module, values: list[torch.Tensor]) -> None:
+    for tensor, value in zip(_tensors(model), values, strict=True):
+        tensor.data = value
 
 
 @contextmanager
@@ -27,12 +60,30 @@ def resident(model: torch.nn.Module, device: torch.device | str, offload: bool) 
     if _is_on(model, device):
         yield model
         return
-    model.to(device)
+    _bring(model, device)
     try:
         yield model
     finally:
         if offload:
-            model.to("cpu")
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                torch.cuda.empty_cache()
+            _send_back(model, device)
+
+
+def _bring(model: torch.nn.Module, device: torch.device) -> None:
+    if device.type != "cuda":
+        model.to(device)
+        return
+    send_for(model, device)
+    arrived, event = _coming.pop(model)
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for tensor in arrived:
+        tensor.record_stream(stream)  # its memory is another stream's, and must not be reused before this one is done
+    _put(model, arrived)
+
+
+def _send_back(model: torch.nn.Module, device: torch.device) -> None:
+    if device.type != "cuda":
+        model.to("cpu")
+        return
+    _put(model, _waiting[model])
+    torch.cuda.empty_cache()  # an engine that wakes up takes from what no one holds

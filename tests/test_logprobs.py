@@ -81,6 +81,32 @@ def test_random_ragged_groups_equal_one_row_at_a_time(model, groups, budget, dat
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-9, rtol=0)
 
 
+def test_sequences_of_one_pass_may_have_temperatures_of_their_own(model):
+    sequences = group_of_three()
+    counted = [list(range(8, len(s))) for s in sequences]
+    temperatures = [0.7, 1.3, 0.7]
+    ours, _ = token_log_probs(model, sequences, counted, [range(3)], temperature=temperatures, token_budget=64)
+    for row, temperature in enumerate(temperatures):
+        expected = one_row_at_a_time(model, sequences, counted, temperature)[row]
+        torch.testing.assert_close(ours[row], expected, atol=1e-9, rtol=0)
+
+
+def test_without_a_budget_a_pass_has_the_tokens_of_the_longest_sequence(model, monkeypatch):
+    sequences, lengths = group_of_three(), []
+    counted = [list(range(8, len(s))) for s in sequences]
+    trunk = type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model),
+        "forward",
+        lambda self, *a, **k: lengths.append(k["input_ids"].numel()) or trunk(self, *a, **k),
+    )
+    ours, _ = token_log_probs(model, sequences, counted, [range(3)], token_budget=None)
+    assert max(lengths) <= len(sequences[0])
+    monkeypatch.undo()
+    for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 1.0), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
 def flatten(groups):
     sequences, members = [], []
     for prefix, suffixes in groups:

@@ -23,7 +23,7 @@ from transformers import (
 from models import embedded
 from models.embedded import embedded_model_path, is_embedded
 from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
-from models.residence import resident
+from models.residence import resident, send_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "embedded/smollm2-135m-instruct"
@@ -305,7 +305,11 @@ def test_a_model_comes_back_after_an_exception_and_only_from_the_outer_of_two_us
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_offloaded_model_gives_its_gpu_memory_back(tiny):
     model = load_frozen(tiny, torch.float32)
-    before = torch.cuda.memory_allocated()
-    with resident(model, "cuda", True):
-        assert torch.cuda.memory_allocated() > before
+    ids, before = torch.arange(20)[None], torch.cuda.memory_allocated()
+    expected = model(ids).logits
+    for _ in range(2):  # the second time from pinned memory that is there
+        send_for(model, "cuda")
+        with resident(model, "cuda", True):
+            assert torch.cuda.memory_allocated() > before
+            torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=1e-4, rtol=1e-4)
     assert torch.cuda.memory_allocated() == before and {p.device.type for p in model.parameters()} == {"cpu"}

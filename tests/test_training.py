@@ -205,6 +205,30 @@ def test_the_policys_own_pass_serves_the_teachers_term(tiny_run, tmp_path, in_ro
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_the_references_pass_reads_for_a_student_that_is_the_reference(tiny_run, tmp_path, in_root):
+    """One pass of the reference model a batch, and the same rewards as from a pass of its own."""
+    trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "student_model=null", "unbias_student_log_probs_temp=0.9")
+    passes, found = [], []
+    trunk = trainer.ref_model.base_model.forward
+    trainer.ref_model.base_model.forward = lambda *a, **k: passes.append(1) or trunk(*a, **k)
+    score = trainer.reward.score_readings
+
+    def both(readings):
+        shared = score(readings)
+        count = len(passes)
+        trainer._student_found = None
+        found.append((count, shared, score(readings)))
+        return shared
+
+    trainer.reward.score_readings = both
+    trainer.model.train()
+    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    ((count, shared, alone),) = found
+    assert (count, len(passes)) == (1, 2)
+    for a, b in zip(shared, alone, strict=True):
+        assert a.reward == pytest.approx(b.reward, abs=1e-4)
+
+
 def test_sft_trains_only_what_comes_after_the_explanation_tag(tokenizer):
     prompt = "Q <|begin_of_explanation|>\n\n"
     example = teaching_example(tokenizer, prompt, " two words ", "<|end_of_explanation|>")

@@ -25,7 +25,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from data.prompts import prompt_token_ids
 from generation import request_seed
 from logprobs import token_log_probs
-from models.residence import resident
+from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.overlap import OverlappedGeneration
 
@@ -201,6 +201,8 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if which == "policy" else 0
         )
         riders = self._riders(which, sequences, counted, groups) if which else []
+        if which and (following := self._frozen_after(which)) is not None:
+            send_for(following, self.accelerator.device)
         entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
         offload = self._reference_waits and model is self.ref_model
         inner = self.accelerator.unwrap_model(model)
@@ -226,6 +228,10 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
         padded = [_pad_rows(values[:rows], widths, logits_to_keep) for values in (log_probs, entropies)]
         return padded[0], padded[1] if compute_entropy else None, None
+
+    def _frozen_after(self, which: str) -> torch.nn.Module | None:
+        """The waiting model that is needed next, once the pass of "policy" or "reference" has begun."""
+        return self.ref_model if which == "policy" and self._reference_waits else None
 
     def _riders(
         self, which: str, sequences: list[list[int]], counted: list[list[int]], groups: list[Hashable]

@@ -93,6 +93,11 @@ class TeacherGRPOTrainer(GRPOTrainer):
 
     # What is read in the passes of the policy and of the reference
 
+    def _frozen_after(self, which):
+        following = super()._frozen_after(which)
+        student = self.student if self.args.offload_untrained_models else None
+        return student if following is None else following
+
     def _riders(self, which, sequences, counted, groups):
         if which == "policy" and self.reward.teacher_temperature == self.temperature:
             self._places = [
