@@ -6,11 +6,13 @@ from harness import Setting, alternate, figure, main, write_report
 
 
 def worker(variant: str, setting: Setting) -> dict:
-    import time
+    import tempfile
 
+    from harness import now
     from trainers_under_test import build
 
-    trainer = build(variant, setting, steps=1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(variant, setting, 1, folder)
     prompts = [row["prompt"] for row in trainer.train_dataset for _ in range(setting.generations)]
     ids, _, fields = trainer._tokenize_prompts(prompts)
     if variant == "stock":
@@ -18,9 +20,9 @@ def worker(variant: str, setting: Setting) -> dict:
     seconds = []
     for _ in range(2):  # the first call starts up
         trainer._last_loaded_step = -1  # new weights and an empty prefix cache, as at each step
-        start = time.perf_counter()
+        start = now()
         completions, *_ = trainer._generate_single_turn(ids, None, fields, setting.generations)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     assert all(len(tokens) == setting.completion_tokens for tokens in completions)
     return {"seconds": seconds[-1]}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -28,6 +29,7 @@ class Setting:
     generations: int
     completion_tokens: int = 128
     micro_batch: int = 8  # completions of one forward and backward pass
+    shape: str | None = None  # random weights of this shape (passes.py); None: the embedded model
 
     @property
     def completions(self) -> int:
@@ -37,6 +39,8 @@ class Setting:
 SETTINGS = {
     "g8": Setting("g8", prompts=1, prompt_tokens=380, generations=8),
     "g16": Setting("g16", prompts=2, prompt_tokens=600, generations=16, micro_batch=16),
+    # For a GPU: log-prob passes and updates of a usual teacher, by random weights.
+    "7b": Setting("7b", prompts=1, prompt_tokens=1024, generations=8, completion_tokens=1024, shape="7b"),
 }
 
 
@@ -151,8 +155,8 @@ class Floor:
         return self.generation + self.reference + self.student + self.update
 
 
-def floor_of(setting: Setting, prompt: float, model) -> Floor:
-    """From the model's matrices, with `prompt` tokens in the mean; attention is 4 x width per token that one sees."""
+def forward_flops(setting: Setting, prompt: float, model) -> float:
+    """Of each distinct token once, `prompt` tokens in the mean; attention is 4 x width per token that one sees."""
     config = model.config
     head = 2 * config.hidden_size * config.vocab_size
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
@@ -162,8 +166,13 @@ def floor_of(setting: Setting, prompt: float, model) -> Floor:
     pairs = setting.prompts * prompt**2 / 2 + setting.completions * completion * (prompt + completion / 2)
     tokens = setting.prompts * prompt + setting.completions * completion
     trunk = tokens * per_token + pairs * width * config.num_hidden_layers
-    heads = setting.completions * completion * head
-    return Floor(trunk + heads, trunk + heads, trunk + heads, 3 * (trunk + heads))
+    return trunk + setting.completions * completion * head
+
+
+def floor_of(setting: Setting, prompt: float, model) -> Floor:
+    """A backward pass is two forward passes' products."""
+    forward = forward_flops(setting, prompt, model)
+    return Floor(forward, forward, forward, 3 * forward)
 
 
 def run_worker(script: Path, variant: str, setting: str, out: Path) -> dict:
@@ -174,7 +183,15 @@ def run_worker(script: Path, variant: str, setting: str, out: Path) -> dict:
     """
     command = [sys.executable, str(script), "--worker", variant, "--setting", setting, "--out", str(out)]
     out.unlink(missing_ok=True)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_LIMIT_S, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=WORKER_LIMIT_S,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"},  # as train.py has it; for the peers as well
+    )
     if done.returncode:
         raise RuntimeError(f"{variant} at {setting} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
     return json.loads(out.read_text())
@@ -248,4 +265,10 @@ def main(
         args.out.write_text(json.dumps(worker(args.worker, SETTINGS[args.setting])))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write(report(args.out, f"python benchmarks/{Path(script).name} --out DIR", args.settings) + "\n")
+    command = f"python benchmarks/{Path(script).name} --out DIR"
+    if list(args.settings) != list(usual):
+        command += f" --settings {' '.join(args.settings)}"
+    try:
+        sys.stdout.write(report(args.out, command, args.settings) + "\n")
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"error: {error}")

@@ -1,12 +1,14 @@
 """Log-prob passes that are compared: ours, one sample at a time, and rows padded to the longest as in stock TRL."""
 
-import time
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from harness import MODEL, Setting, peak_memory_gib, rows_of
+from harness import MODEL, Setting, forward_flops, matrix_rate, now, peak_memory_gib, rows_of
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
 from data.prompts import prompt_token_ids
@@ -18,6 +20,35 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32
 REPEATS = 3
 TEMPERATURE = 0.7
+VOCABULARY = 49152  # of the embedded model's tokenizer, which random models take as well
+SHAPES = {
+    "360m": LlamaConfig(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    ),
+    "1.5b": Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    ),
+    "7b": Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152_064,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -45,30 +76,39 @@ def random_batch(setting: Setting) -> Batch:
     return Batch(sequences, counted, [range(start, start + size) for start in range(0, len(sequences), size)])
 
 
+def autocast() -> AbstractContextManager:
+    return torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF)
+
+
 def ours(model, batch: Batch) -> torch.Tensor:
-    autocast = torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF)
     log_probs, _ = token_log_probs(
         model,
         batch.sequences,
         batch.counted,
         batch.groups,
         token_budget=8192,
-        autocast=autocast,
+        autocast=autocast(),
         temperature=TEMPERATURE,
         entropy="value" if torch.is_grad_enabled() else "none",
     )
     return torch.cat(log_probs)
 
 
-def per_sample(model, batch: Batch) -> torch.Tensor:
+def one_at_a_time(model, sequences, counted, temperature: float, context=autocast) -> list[torch.Tensor]:
+    """As a plain script has it: a whole forward pass for each, logits at every position."""
     found = []
-    for ids, where in zip(batch.sequences, batch.counted, strict=True):
-        with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
-            logits_TV = model(torch.tensor([ids], device=DEVICE)).logits[0]
-        index = torch.tensor(where, device=DEVICE)
-        log_probs_NV = torch.log_softmax(logits_TV[index - 1].float() / TEMPERATURE, dim=-1)
-        found.append(log_probs_NV.gather(1, torch.tensor(ids, device=DEVICE)[index][:, None]).squeeze(1))
-    return torch.cat(found)
+    for ids, where in zip(sequences, counted, strict=True):
+        with context():
+            logits_TV = model(torch.tensor([ids], device=model.device)).logits[0]
+        index = torch.tensor(where, device=model.device, dtype=torch.long)
+        log_probs_NV = torch.log_softmax(logits_TV[index - 1].float() / temperature, dim=-1)
+        targets_N = torch.tensor(ids, device=model.device)[index]
+        found.append(log_probs_NV.gather(1, targets_N[:, None]).squeeze(1))
+    return found
+
+
+def per_sample(model, batch: Batch) -> torch.Tensor:
+    return torch.cat(one_at_a_time(model, batch.sequences, batch.counted, TEMPERATURE))
 
 
 def padded(model, batch: Batch) -> torch.Tensor:
@@ -80,7 +120,7 @@ def padded(model, batch: Batch) -> torch.Tensor:
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = 1
         labels[row, -len(where) :] = torch.tensor(tokens[-len(where) :])
-    with torch.autocast(DEVICE, HALF, enabled=torch.float32 != HALF):
+    with autocast():
         outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     return outputs.log_probs[labels[:, 1:] != -100]
 
@@ -92,10 +132,15 @@ PASSES: dict[str, Callable[[torch.nn.Module, Batch], torch.Tensor]] = {
 }
 
 
-def load(variant: str, trained: bool):
+def load(variant: str, shape: str | None, trained: bool):
     attention = {} if variant == "ours" else {"attn_implementation": "sdpa"}
     path = str(embedded_model_path(MODEL))
-    model = load_policy(path, **attention).train() if trained else load_frozen(path, HALF, **attention)
+    with tempfile.TemporaryDirectory() as folder:
+        if shape is not None:
+            with torch.device(DEVICE):
+                AutoModelForCausalLM.from_config(SHAPES[shape], dtype=HALF).save_pretrained(folder)
+            path = folder
+        model = load_policy(path, **attention).train() if trained else load_frozen(path, HALF, **attention)
     if variant == "padded":
         # As in stock: entropies of the policy are logged, those of frozen models are not computed.
         outputs = ("log_probs", "entropy") if trained else ("log_probs",)
@@ -104,17 +149,23 @@ def load(variant: str, trained: bool):
 
 
 def measure_pass(variant: str, setting: Setting, trained: bool) -> dict:
-    """Median seconds of a pass (with backward when `trained`) and the peak memory of the process."""
-    model, batch = load(variant, trained), random_batch(setting)
+    """Median seconds of a pass (with backward when `trained`), its share of the matrix rate, and peak memory."""
+    rate = matrix_rate()
+    model, batch = load(variant, setting.shape, trained), random_batch(setting)
     seconds = []
     for _ in range(REPEATS + 1):
-        start = time.perf_counter()
+        start = now()
         with torch.set_grad_enabled(trained):
             total = PASSES[variant](model, batch).mean()
         if trained:
             total.backward()
             model.zero_grad()
-        total.item()
-        seconds.append(time.perf_counter() - start)
-    mean = total.item()
-    return {"seconds": median(seconds[1:]), "memory": peak_memory_gib(), "mean_log_prob": mean}
+        seconds.append(now() - start)
+    prompt = sum(len(batch.sequences[group[0]]) - setting.completion_tokens for group in batch.groups)
+    floor = forward_flops(setting, prompt / len(batch.groups), model) * (3 if trained else 1)
+    return {
+        "seconds": median(seconds[1:]),
+        "share_of_matrix_rate": floor / median(seconds[1:]) / rate,
+        "memory": peak_memory_gib(),
+        "mean_log_prob": total.item(),
+    }

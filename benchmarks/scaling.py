@@ -1,4 +1,4 @@
-"""Cost of a log-prob pass against group size, prompt length and completion length: ours against padded rows."""
+"""Cost of a log-prob pass against group size, prompt, completion and model size: ours against padded rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ SWEEPS = {
     "generations": [1, 4, 16, 32],
     "prompt_tokens": [200, 800, 1600],
     "completion_tokens": [32, 512],
+    "shape": ["360m"],
 }
 SETTINGS |= {"base": BASE} | {
     f"{key}={value}": replace(BASE, name=f"{key}={value}", **{key: value})

@@ -19,7 +19,8 @@ def report(out: Path, command: str, settings: list[str]) -> str:
         for peer in ("per_sample", "padded"):
             theirs = [run["seconds"] for run in results[peer, setting]]
             figures.append(figure(f"scoring_vs_{peer}_{setting}", ours, theirs, "s", command))
-    return write_report(out, figures, {})
+    runs = {f"{variant}_{setting}": measured for (variant, setting), measured in results.items()}
+    return write_report(out, figures, {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import trl
 import yaml
 from datasets import Dataset
 from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, now, peak_memory_gib, rows_of
-from passes import DEVICE, HALF
+from passes import DEVICE, HALF, one_at_a_time
 from transformers import TrainerCallback
 
 from data.formats import load_format
@@ -32,12 +32,12 @@ def reward_config() -> TeacherRewardConfig:
     return pick(yaml.safe_load(text), TeacherRewardConfig)
 
 
-def arguments(setting: Setting, variant: str, steps: int) -> dict[str, Any]:
+def arguments(setting: Setting, variant: str, steps: int, folder: str) -> dict[str, Any]:
     """Shared by all; the end token never ends a completion."""
     with_engine = variant != "stock"
     accumulation = setting.completions // setting.micro_batch
     return {
-        "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
+        "output_dir": folder,
         "per_device_train_batch_size": setting.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "steps_per_generation": accumulation,
@@ -64,7 +64,7 @@ def arguments(setting: Setting, variant: str, steps: int) -> dict[str, Any]:
     }
 
 
-def build(variant: str, setting: Setting, steps: int):
+def build(variant: str, setting: Setting, steps: int, folder: str):
     transformers.utils.logging.set_verbosity_error()
     path = str(embedded_model_path(MODEL))
     tokenizer = load_tokenizer(path)
@@ -74,7 +74,7 @@ def build(variant: str, setting: Setting, steps: int):
     student = load_frozen(path, HALF, **attention)
     shared = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     style = load_format("stratos")
-    options = arguments(setting, variant, steps)
+    options = arguments(setting, variant, steps, folder)
     if variant == "ours":
         return TeacherGRPOTrainer(
             student=student,
@@ -101,21 +101,13 @@ class PerSampleReward:
     def __init__(self, policy, student, tokenizer, style):
         self.autocast = torch.no_grad
         self.reward = TeacherReward(
-            tokenizer, style, reward_config(), 0.7, self.one_at_a_time(policy), self.one_at_a_time(student)
+            tokenizer, style, reward_config(), 0.7, self.log_probs_of(policy), self.log_probs_of(student)
         )
 
-    def one_at_a_time(self, model):
-        @torch.no_grad()
+    def log_probs_of(self, model):
         def log_probs(sequences, counted, temperature):
-            found = []
-            for ids, where in zip(sequences, counted, strict=True):
-                with self.autocast():
-                    logits_TV = model(torch.tensor([ids], device=model.device)).logits[0]
-                index = torch.tensor(where, device=model.device, dtype=torch.long)
-                log_probs_NV = torch.log_softmax(logits_TV[index - 1].float() / temperature, dim=-1)
-                targets = torch.tensor(ids, device=model.device)[index]
-                found.append(log_probs_NV.gather(1, targets[:, None]).squeeze(1))
-            return found
+            with torch.no_grad():
+                return one_at_a_time(model, sequences, counted, temperature, self.autocast)
 
         return log_probs
 
@@ -163,8 +155,11 @@ class StepTimes(TrainerCallback):
 
 def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
     """Seconds of the last of `steps` steps and of its phases, and the peak memory of the process."""
-    rate = matrix_rate()
-    trainer = build(variant, setting, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure_step(build(variant, setting, steps, folder), setting, matrix_rate())
+
+
+def _measure_step(trainer, setting: Setting, rate: float) -> dict:
     watch, times = Stopwatch(), StepTimes()
     for method, phase in {
         "_generate_single_turn": "generation",

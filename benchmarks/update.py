@@ -19,7 +19,8 @@ def report(out: Path, command: str, settings: list[str]) -> str:
         for key, unit in (("seconds", "s"), ("memory", "GiB")):
             ours, theirs = ([run[key] for run in results[name, setting]] for name in ("ours", "padded"))
             figures.append(figure(f"update_{key}_{setting}", ours, theirs, unit, command))
-    return write_report(out, figures, {})
+    runs = {f"{variant}_{setting}": measured for (variant, setting), measured in results.items()}
+    return write_report(out, figures, {"runs": runs})
 
 
 if __name__ == "__main__":

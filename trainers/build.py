@@ -169,11 +169,15 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
 
 
 def build_student(config: dict[str, Any]):
-    """The frozen student in the dtype of forward passes; None when the reference model takes its place."""
+    """The frozen student in the dtype of forward passes; None when the reference model is it, and takes its place."""
     if config["student_model"] is None:
         return None
+    path = resolve_model_path(config["student_model"])
+    still = config["beta"] and not config["sync_ref_model"]
+    if still and path == resolve_model_path(config["model_name_or_path"]):
+        return None
     student = load_frozen(
-        resolve_model_path(config["student_model"]),
+        path,
         dtype=torch.bfloat16 if uses_bfloat16(config) else torch.float32,
         attn_implementation=config["attn_implementation"],
         trust_remote_code=config["trust_remote_code"],

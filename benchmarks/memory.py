@@ -1,0 +1,86 @@
+"""The plan's memory estimate against real steps: two GRPO steps (the optimizer has no state in the first) at the longest batch.
+
+Measured is the process's peak over what it holds before a model is loaded; on a GPU, the largest allocation.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from harness import MODEL, ROOT, Setting, alternate, figure, main, peak_memory_gib, rows_of, write_report
+
+VARIANTS = {
+    "full": [],
+    "full_checkpointing": ["gradient_checkpointing=true"],
+    "full_no_reference": ["beta=0", f"student_model={MODEL}"],
+    "lora": ["use_peft=true"],
+    "lora_checkpointing": ["use_peft=true", "gradient_checkpointing=true"],
+}
+
+
+def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
+    """A tiny teacher run whose every prompt and completion is as long as the plan reckons with."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from data.prompts import prompt_token_ids
+    from models.embedded import embedded_model_path
+    from models.loading import load_tokenizer
+    from train import rewrite_arguments
+
+    tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
+    rows = rows_of(setting, tokenizer)
+    data = Path(folder) / "rows.jsonl"
+    data.write_text("".join(json.dumps({k: row[k] for k in ("question", "solution")}) + "\n" for row in rows))
+    arguments = [
+        f"model_name_or_path={MODEL}",
+        "student_model=null",
+        f"dataset_id_or_path={data}",
+        f"output_dir={folder}/run",
+        f"max_prompt_length={max(map(len, prompt_token_ids(tokenizer, [row['prompt'] for row in rows])))}",
+        f"max_completion_length={setting.completion_tokens}",
+        f"generation_kwargs={{min_new_tokens:{setting.completion_tokens}}}",
+        f"num_generations={setting.generations}",
+        f"train_batch_size={setting.completions}",
+        f"per_device_train_batch_size={setting.micro_batch}",
+        *["max_steps=2", "eval_size=0", "dataset_size=null", "use_vllm=false", "report_to=null", "save_steps=100"],
+        *overrides,
+    ]
+    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
+        cfg = compose("train", rewrite_arguments(arguments), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        full = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in full.items() if key != "hydra"}
+
+
+def worker(variant: str, setting: Setting) -> dict:
+    import torch
+
+    from plan import make_plan
+    from train import prepare_output
+    from trainers.build import build_trainer, quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(configuration(setting, VARIANTS[variant], folder))
+        prepare_output(plan.config)
+        before = 0.0 if torch.cuda.is_available() else peak_memory_gib()
+        trainer, _ = build_trainer(plan)
+        trainer.train()
+    return {"estimate": max(plan.memory_gib.values()), "measured": peak_memory_gib() - before}
+
+
+def report(out: Path, command: str, settings: list[str]) -> str:
+    results = alternate(Path(__file__), list(VARIANTS), settings, 1, out)
+    figures = [
+        figure(
+            f"{variant}_{setting}", *([run[key] for run in runs] for key in ("estimate", "measured")), "GiB", command
+        )
+        for (variant, setting), runs in results.items()
+    ]
+    return write_report(out, figures, {})
+
+
+if __name__ == "__main__":
+    main(__file__, worker, report, usual=["g8"])
