@@ -1,1 +1,8 @@
 """Loading models and tokenizers, and which frozen model is resident when."""
+
+import os
+import shutil
+
+if shutil.which("nvidia-smi") is None:
+    # transformers imports DeepSpeed where it is installed, which else says on standard output that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -22,8 +22,11 @@ def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     assert "rows per step" in plan.report()
 
 
-OPTIONS = [
-    (g, o) for g in GROUPS for o in options(g) if g != "run_cfg" and not (g == "trainer_cfg" and "teacher" not in o)
+OPTIONS = [  # those of memory_cfg are laid over a run, in test_memory.py
+    (group, option)
+    for group in GROUPS
+    for option in options(group)
+    if group not in ("run_cfg", "memory_cfg") and not (group == "trainer_cfg" and "teacher" not in option)
 ]
 
 
