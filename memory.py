@@ -4,6 +4,7 @@ All of it is estimated before anything is loaded. `benchmarks/memory.py` compare
 """
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -58,10 +59,11 @@ def _product(shape: list[int]) -> int:
 def shape_of(config: dict[str, Any]) -> Shape:
     """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
     size, folder = parameters(config), model_folder(config)
-    if folder is None:
+    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    found = found.get("text_config", found)
+    if not {"hidden_size", "num_hidden_layers"} <= found.keys():  # not here, or named otherwise
         layers = (size / 12 / 100**2) ** (1 / 3)
         return Shape(size, 100 * layers, layers)
-    found = json.loads((folder / "config.json").read_text())
     return Shape(size, found["hidden_size"], found["num_hidden_layers"])
 
 
@@ -90,14 +92,23 @@ def estimate_memory(config: dict[str, Any], gpu_gib: float | None = None) -> dic
     asleep = config["vllm_enable_sleep_mode"]
     resident = policy + training - _gradient_bytes(config, shape) + (0.0 if asleep else engine)
     stays = 0.0 if config["offload_untrained_models"] else frozen
-    budget = config["logprob_token_budget"] or config["max_prompt_length"] + config["max_completion_length"]
-    reading = budget * shape.hidden * 40 + HEAD_BYTES
+    reading = token_budget(config) * shape.hidden * 40 + HEAD_BYTES
     phases = {
         "generation": resident + stays + (engine if asleep else 0.0),
         "log-probs and reward": resident + frozen + reading,
         "update (policy, optimizer)": update + stays + (0.0 if asleep else engine),
     }
     return {name: size / GIB for name, size in phases.items()}
+
+
+def token_budget(config: dict[str, Any]) -> int:
+    """Tokens of one packed forward pass; where the key is null, those of a micro-batch of one prompt's completions."""
+    if config["logprob_token_budget"] is not None:
+        return config["logprob_token_budget"]
+    rows = config["per_device_train_batch_size"]
+    if config["trainer"] == "sft":
+        return rows * config["max_length"]
+    return config["max_prompt_length"] + min(rows, config["num_generations"]) * config["max_completion_length"]
 
 
 def _policy_bytes(config: dict[str, Any], shape: Shape) -> float:
@@ -128,7 +139,7 @@ def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
     if config["trainer"] == "sft":
         tokens = rows * config["max_length"]
     else:
-        prompts = -(-rows // config["num_generations"])
+        prompts = -(-rows // max(config["num_generations"], 1))
         tokens = prompts * config["max_prompt_length"] + rows * config["max_completion_length"]
     per_layer = CHECKPOINT_BYTES if config["gradient_checkpointing"] else ACTIVATION_BYTES
     one_layer_again = ACTIVATION_BYTES if config["gradient_checkpointing"] else 0
@@ -136,10 +147,13 @@ def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the smallest NVIDIA GPU here; None without one."""
-    if not shutil.which("nvidia-smi"):
+    """Memory of the smallest NVIDIA GPU that this process may use; None without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = None if visible is None else [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
+    if chosen == [] or not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query += ["-i", ",".join(chosen)] if chosen else []
     listed = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     sizes = [float(line) for line in listed.stdout.split() if line.replace(".", "").isdigit()]
     return min(sizes) / 1024 if sizes else None
@@ -162,7 +176,7 @@ def choose_profile(
     for name in by_size:
         merged = {**config, **profiles[name]}
         peak = max(estimate_memory(merged, gpu_gib).values())
-        made_for_less = int(name.removesuffix("gb")) <= gpu_gib * 1.05  # a card of "24 GB" shows 23.99 or less
+        made_for_less = int(name.removesuffix("gb")) <= gpu_gib * 1.1  # a card of "24 GB" shows 22.5 to 24
         if name == by_size[-1] or (made_for_less and peak <= gpu_gib * RESERVE):
             return name, merged, peak
     raise AssertionError("no profiles")

@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from checks import key_names, known_keys
+from checks import check_keys, key_names, known_keys
 from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
 from plan import Plan, make_plan
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
 MARKER = "COMPLETE"  # written last, with the steps and epochs that were trained
+WEIGHT_KEYS = {"use_peft", "load_in_4bit", "load_in_8bit"}  # belong together: naming one leaves all to the run
 SECRET = ("token", "password", "secret", "api_key")
 
 logger = logging.getLogger("train")
@@ -98,10 +99,19 @@ def apply_memory_profile(config: dict, given: list[str]) -> None:
     chosen = config.pop("memory_profile", None)
     if chosen is None:
         return
-    own = known_keys(config["trainer"]).keys() - named_keys(given)
+    check_keys(config)
+    named = named_keys(given)
+    if named & WEIGHT_KEYS:
+        named |= WEIGHT_KEYS
+    own = known_keys(config["trainer"]).keys() - named
 
     def of_this_run(profile: dict) -> dict:
-        return {key: value for key, value in profile.items() if key in own}
+        settings = {key: value for key, value in profile.items() if key in own}
+        steps, batch = config.get("generation_aggregation_steps"), config["per_device_train_batch_size"]
+        if steps and "generation_aggregation_steps" in own:  # as many completions are generated at once as before
+            new = settings.get("per_device_train_batch_size", batch)
+            settings["generation_aggregation_steps"] = max(1, steps * batch // new)
+        return settings
 
     if chosen != "auto":
         config.update(of_this_run(chosen))

@@ -1,4 +1,4 @@
-"""The plan's memory estimate against real steps: two GRPO steps (the optimizer has no state in the first) at the longest batch.
+"""The plan's memory estimate against real steps: two GRPO steps at the longest batch, for the optimizer's state.
 
 Measured is the process's peak over what it holds before a model is loaded; on a GPU, the largest allocation.
 """

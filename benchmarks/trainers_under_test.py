@@ -155,8 +155,9 @@ class StepTimes(TrainerCallback):
 
 def measure_step(variant: str, setting: Setting, steps: int = 2) -> dict:
     """Seconds of the last of `steps` steps and of its phases, and the peak memory of the process."""
+    rate = matrix_rate()  # before an engine takes threads of its own
     with tempfile.TemporaryDirectory() as folder:
-        return _measure_step(build(variant, setting, steps, folder), setting, matrix_rate())
+        return _measure_step(build(variant, setting, steps, folder), setting, rate)
 
 
 def _measure_step(trainer, setting: Setting, rate: float) -> dict:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import LLM
 
-from generation.vllm_engine import Completions, VLLMEngine, generate, load_weights
+from generation.vllm_engine import Completions, VLLMEngine, generate, load_weights, prepare_bfloat16
 
 START_LIMIT_S = 600
 ANSWER_LIMIT_S = 3600
@@ -34,8 +34,7 @@ class EngineProcess(VLLMEngine):
         options = self._llm_options()
         threads = max(1, torch.get_num_threads() // 2)  # on a CPU both sides compute at once
         torch.set_num_threads(threads)
-        place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="rlt-weights-", dir=place))
+        self._folder = Path(tempfile.mkdtemp(prefix="rlt-weights-", dir=_roomy_place(self.model)))
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, options, threads, self._folder), daemon=True)
@@ -44,6 +43,7 @@ class EngineProcess(VLLMEngine):
         self.close = weakref.finalize(self, _end, self._process, self._pipe, self._folder)
         self._weights: str | None = None
         self._asked = 0
+        self._open: set[int] = set()
         self._answers: dict[int, Completions] = {}
         self._wait_for(0, START_LIMIT_S)
 
@@ -56,7 +56,10 @@ class EngineProcess(VLLMEngine):
 
     def submit(self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None) -> int:
         """Ask for completions with the weights that were synced last; returns the number to `collect` them by."""
+        for earlier in sorted(self._open):  # two sides that both write would wait for each other
+            self._answers[earlier] = self._wait_for(earlier, ANSWER_LIMIT_S)
         self._asked += 1
+        self._open.add(self._asked)
         self._send((self._asked, self._weights, prompts, seeds, self._sampling(max_tokens)))
         self._weights = None
         return self._asked
@@ -86,6 +89,7 @@ class EngineProcess(VLLMEngine):
                 if self._pipe.poll(1.0):
                     answered, completions = self._pipe.recv()
                     self._answers[answered] = completions
+                    self._open.discard(answered)
             except (EOFError, OSError) as error:
                 raise self._gone() from error
             if number not in self._answers and time.monotonic() > give_up:
@@ -96,6 +100,13 @@ class EngineProcess(VLLMEngine):
         self._process.join(END_LIMIT_S)
         code = self._process.exitcode
         return RuntimeError(f"the engine's process has ended with exit code {code}; what it said stands above")
+
+
+def _roomy_place(model: torch.nn.Module) -> Path | None:
+    """Shared memory where it has room for the weights (a container's often has not), else the usual place for files."""
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
+    return SHARED_MEMORY if roomy else None
 
 
 def _end(process, pipe, folder: Path) -> None:
@@ -110,6 +121,8 @@ def _end(process, pipe, folder: Path) -> None:
 def serve(pipe, options: dict[str, Any], threads: int, folder: Path) -> None:
     """The other side: one request after the other, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's, whose end ends this process too
+    if options.get("dtype") == "bfloat16":
+        prepare_bfloat16()
     llm = LLM(**options)
     torch.set_num_threads(threads)
     try:

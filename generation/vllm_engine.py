@@ -11,12 +11,15 @@ from itertools import accumulate, groupby
 
 import torch
 from accelerate.utils import is_peft_model
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
 Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the log-prob of each
 
+QUANTISED = (Linear4bit, Linear8bitLt)
+UNITS = 1024  # inputs of a layer whose weights are asked for at once
 CPU_BLOCK_SIZE = 32  # the CPU backend takes multiples of 32 only
 CPU_KV_CACHE_GIB = "1"
 
@@ -49,6 +52,7 @@ class VLLMEngine(VLLMGeneration):
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
         self._llm_weights_sleeping = self.enable_sleep_mode
+        self.accelerator.wait_for_everyone()  # as TRL does: other ranks may not go on while one still builds
 
     def _llm_options(self) -> dict:
         return {
@@ -65,8 +69,8 @@ class VLLMEngine(VLLMGeneration):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        if self.engine_dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
-            torch.cpu._init_amx()  # without it the first bfloat16 product of the process may die with SIGILL
+        if self.engine_dtype == "bfloat16":
+            prepare_bfloat16()
         return {
             "dtype": self.engine_dtype,
             "block_size": CPU_BLOCK_SIZE,
@@ -148,6 +152,12 @@ class VLLMEngine(VLLMGeneration):
         }
 
 
+def prepare_bfloat16() -> None:
+    """Without it the first bfloat16 product of a process may die with SIGILL on a processor with AMX."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def load_weights(llm: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     """New weights, and no prefix of the old ones' left in the cache."""
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -176,17 +186,25 @@ def merged_params(policy) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of an adapter's base model with the adapter added, in full precision; nothing is changed."""
     base = policy.get_base_model()
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    for name, module in adapted.items():
-        layer = module.get_base_layer()
-        weight = _what_it_multiplies_by(layer)
-        for adapter in module.active_adapters:
+    linears = dict(adapted)
+    for name, module in base.named_modules():
+        if isinstance(module, QUANTISED) and not _is_inside(name, adapted):
+            linears[name] = module
+    for name, module in linears.items():
+        layer = module.get_base_layer() if name in adapted else module
+        weight = _what_it_multiplies_by(layer) if isinstance(layer, QUANTISED) else layer.weight.detach()
+        for adapter in module.active_adapters if name in adapted else ():
             weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
         yield f"{name}.weight", weight
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             yield f"{name}.bias", layer.bias.detach()
     for name, param in base.named_parameters():
-        if not any(name.startswith(f"{inside}.") for inside in adapted):
+        if not _is_inside(name, linears):
             yield name, param.detach()
+
+
+def _is_inside(name: str, modules: dict[str, torch.nn.Module]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
@@ -194,5 +212,10 @@ def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
 
     bitsandbytes repacks 4-bit weights on a CPU, and its own way back loses their scales (0.50.2).
     """
-    weight = layer(torch.eye(layer.in_features, device=layer.weight.device)).T
-    return weight if layer.bias is None else weight - layer.bias[:, None]
+    size, device = layer.in_features, layer.weight.device
+    bias, layer.bias = layer.bias, None  # which would be added, and rounded, in the products' precision
+    try:
+        inputs = torch.arange(size, device=device).split(UNITS)
+        return torch.cat([layer(torch.nn.functional.one_hot(rows, size).float()) for rows in inputs]).T
+    finally:
+        layer.bias = bias

@@ -3,7 +3,7 @@
 import pytest
 from conftest import EMBEDDED, config_of
 
-from memory import GIB, choose_profile, estimate_memory
+from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, shape_of, token_budget
 from plan import make_plan
 from train import apply_memory_profile, memory_profiles
 
@@ -37,8 +37,8 @@ def test_a_profile_wins_over_the_run_and_the_command_line_over_both():
     ("gpu_gib", "model_size", "expected"),
     [
         (11.99, 1.54, "12gb"),
-        (15.99, 1.54, "16gb"),
-        (23.99, 1.54, "24gb"),
+        (15.0, 1.54, "16gb"),  # what cards of 16 and of 24 GB show at the least
+        (22.49, 1.54, "24gb"),
         (79.6, 1.54, "80gb"),
         (79.6, 7.62, "24gb"),  # all weights of 7B with AdamW need 140 GiB
         (8.0, 1.54, "12gb"),  # none is made for so little: the smallest
@@ -49,6 +49,45 @@ def test_the_largest_profile_that_fits(gpu_gib, model_size, expected):
     name, merged, peak = choose_profile(config, memory_profiles(), gpu_gib)
     assert name == expected
     assert peak == max(estimate_memory(merged, gpu_gib).values())
+
+
+def test_naming_one_kind_of_weights_leaves_all_of_them_to_the_command_line():
+    config = profiled("teacher_rlt_mono", "memory_cfg=16gb", "load_in_4bit=true")
+    assert [config[key] for key in ("use_peft", "load_in_4bit", "load_in_8bit")] == [True, True, False]
+
+
+def test_a_profile_changes_the_micro_batch_and_not_how_many_completions_are_made_at_once():
+    run = config_of("teacher_rlt_mono")
+    config = profiled("teacher_rlt_mono", "memory_cfg=12gb")
+    for c in (run, config):
+        assert c["per_device_train_batch_size"] * c["generation_aggregation_steps"] == 32
+
+
+def test_without_a_budget_a_pass_takes_a_micro_batch():
+    config = profiled("teacher_rlt_mono", "memory_cfg=12gb")
+    assert config["logprob_token_budget"] is None
+    assert token_budget(config) == 4096 + 2 * 4096
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, 8.0), ("1", 24.0), ("0,1", 8.0), ("", None), ("-1", None)])
+def test_only_gpus_that_the_process_may_use_are_asked(visible, expected, tmp_path, monkeypatch):
+    sizes = 'sizes=\'8192 24576\'; for a in "$@"; do [ "$last" = -i ] && chosen=$a; last=$a; done'
+    listed = "set -- $sizes; for i in $(echo ${chosen:-0,1} | tr , ' '); do eval echo \\${$((i + 1))}; done"
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\n{sizes}\n{listed}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_memory_gib() == expected
+
+
+def test_a_model_with_other_names_in_its_configuration_is_estimated_by_its_size(tmp_path):
+    (tmp_path / "config.json").write_text('{"n_embd": 64, "n_layer": 2}')
+    config = config_of(f"model_name_or_path={tmp_path}", "model_size=1.2")
+    assert shape_of(config).layers == pytest.approx(21.544, abs=1e-3)  # layers³ = 1.2e9 / 12 / 100²
+    assert estimate_memory(config)
 
 
 def test_auto_takes_the_profile_of_the_gpu_and_leaves_the_cpu_alone(monkeypatch):

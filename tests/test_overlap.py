@@ -60,6 +60,8 @@ def test_it_writes_what_the_engine_in_process_does_and_its_end_is_no_hang():
         engine.sync_weights()
         written.append(engine.generate_seeded(prompts, seeds, max_tokens=8)[0])
     assert written[0] == written[1]
+    first, second = (elsewhere.submit(prompts, seeds, max_tokens=8) for _ in range(2))
+    assert [elsewhere.collect(number)[0] for number in (second, first)] == [written[0]] * 2
     number = elsewhere.submit(prompts, seeds)
     os.kill(elsewhere._process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with exit code -9"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from generation.vllm_engine import VLLMEngine, merged_params
 from logprobs import token_log_probs
@@ -11,6 +12,14 @@ from models.embedded import embedded_model_path
 from models.loading import load_policy, load_tokenizer
 
 MODEL = "embedded/smollm2-135m-instruct"
+QWEN = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 PROMPTS = ["The capital of France is", "One, two, three,", "def add(a, b):"]
 
 
@@ -100,6 +109,25 @@ def test_a_quantised_policy_reaches_the_engine_with_its_adapter(engine_and_model
     finally:
         engine.model = model
         engine.sync_weights()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_and_layers_without_an_adapter_are_unpacked_too(bits, tmp_path):
+    torch.manual_seed(0)
+    plain = Qwen2ForCausalLM(Qwen2Config(**QWEN))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith(".bias"):
+                parameter.fill_(100.0)  # beside which a weight is lost when both are added in bfloat16
+    plain.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))  # adds nothing yet
+    weights = dict(merged_params(policy))
+    expected = plain.state_dict()
+    assert expected.keys() - {"lm_head.weight"} == weights.keys() - {"lm_head.weight"}
+    for name, weight in weights.items():
+        lost = (weight - expected[name]).abs().mean() / expected[name].abs().mean()
+        assert lost < (0.12 if bits == 4 else 0.01), name
 
 
 def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_model):

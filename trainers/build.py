@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
 
 from data.formats import ReasoningFormat, load_format
+from memory import token_budget
 from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
 from plan import Plan
 from schema import DataConfig, ModelConfig, TeacherRewardConfig, pick
@@ -49,6 +50,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     arguments = {key: value for key, value in config.items() if key in table}
     arguments |= {
         "gradient_accumulation_steps": plan.accumulation_steps,
+        "logprob_token_budget": token_budget(config),
         "bf16": uses_bfloat16(config),
         "report_to": config["report_to"] or "none",
         "use_cpu": device_type() == "cpu",
@@ -173,8 +175,8 @@ def build_student(config: dict[str, Any]):
     if config["student_model"] is None:
         return None
     path = resolve_model_path(config["student_model"])
-    still = config["beta"] and not config["sync_ref_model"]
-    if still and path == resolve_model_path(config["model_name_or_path"]):
+    same_weights = not (config["sync_ref_model"] or config["load_in_4bit"] or config["load_in_8bit"])
+    if config["beta"] and same_weights and path == resolve_model_path(config["model_name_or_path"]):
         return None
     student = load_frozen(
         path,

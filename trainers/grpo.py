@@ -42,7 +42,7 @@ class GRPOConfig(trl.GRPOConfig):
     """TRL's configuration and the fields that this trainer adds."""
 
     logprob_token_budget: int | None = field(
-        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: one sequence's."}
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
     )
     save_completions_probability: float = field(
         default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
@@ -350,7 +350,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     def _load_extra_state(self, folder: Path) -> None:
         state = torch.load(folder / "rollouts.pt", map_location=self.accelerator.device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["buffer"]
-        self._take_up(state["ahead"])
+        self._take_up(state.get("ahead"))
         if self.args.sync_ref_model:
             load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
 

@@ -18,7 +18,7 @@ class SFTConfig(trl.SFTConfig):
     """TRL's configuration and the field that this trainer adds."""
 
     logprob_token_budget: int | None = field(
-        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: one sequence's."}
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
     )
 
 
