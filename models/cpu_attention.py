@@ -3,8 +3,8 @@
 Every block of queries is multiplied with the keys that it sees (its prefix, and its own sequence up to the block) by
 the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes; nothing but
 queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv 2205.14135).
-Products in bfloat16 are rounded to bfloat16, as in transformers' eager attention; softmax and sums over siblings are
-in float32 or finer.
+In bfloat16, products and probabilities are rounded to bfloat16, as in transformers' eager attention; the softmax
+computes in float32 inside, and a prefix sums its siblings' gradients in float32.
 K key heads, R query heads per key head, N queries of a block, S keys that it sees, T tokens of the row, D head size.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK_ELEMENTS = 2**19  # probabilities of a block: 2 MiB in float32
+BLOCK_ELEMENTS = 2**19  # probabilities of a block: 1 MiB in bfloat16
 FEWEST_QUERIES = 16  # of a block, however many keys it sees
 
 
@@ -50,11 +50,10 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, spans, scale: float):
         out_1THD = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-        out_KRTD, q_KRTD = _by_key_head(out_1THD.transpose(1, 2), key), _by_key_head(query, key)
+        out_KRTD, q_KRTD = _by_key_head(out_1THD.transpose(1, 2), key), _by_key_head(query * scale, key)
         for block in blocks_of(spans, query.shape[1]):
             keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
-            probs_KNS = _probabilities(_rows(q_KRTD, block), keys_KSD, block, scale)
-            out_KND = torch.bmm(probs_KNS.to(value.dtype), values_KSD)
+            out_KND = torch.bmm(_probabilities(_rows(q_KRTD, block), keys_KSD, block), values_KSD)
             out_KRTD[:, :, block.start : block.end] = out_KND.view(*out_KRTD.shape[:2], -1, out_KRTD.shape[-1])
         ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.scale = spans, scale
@@ -68,20 +67,20 @@ class BlockwiseAttention(torch.autograd.Function):
         grad_query = torch.zeros_like(query)
         # A prefix collects from all its siblings.
         grad_key, grad_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
-        q_KRTD, dq_KRTD = _by_key_head(query, key), _by_key_head(grad_query, key)
+        q_KRTD, dq_KRTD = _by_key_head(query * ctx.scale, key), _by_key_head(grad_query, key)
         do_KRTD = _by_key_head(grad_1THD.transpose(1, 2).to(query.dtype), key)
         for block in blocks_of(ctx.spans, query.shape[1]):
             keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
             q_KND, do_KND = _rows(q_KRTD, block), _rows(do_KRTD, block)
-            probs_KNS = _probabilities(q_KND, keys_KSD, block, ctx.scale)
-            dp_KNS = torch.bmm(do_KND, values_KSD.transpose(1, 2)).to(exact)
+            probs_KNS = _probabilities(q_KND, keys_KSD, block)
+            dp_KNS = torch.bmm(do_KND, values_KSD.transpose(1, 2))
             # d scores = probs (d probs - sum of probs d probs)
-            ds_KNS = torch._softmax_backward_data(dp_KNS, probs_KNS, -1, exact).mul_(ctx.scale).to(query.dtype)
+            ds_KNS = torch._softmax_backward_data(dp_KNS, probs_KNS, -1, query.dtype)
             dq_KND = torch.bmm(ds_KNS, keys_KSD)
             dq_KRTD[:, :, block.start : block.end] = dq_KND.view(*dq_KRTD.shape[:2], -1, dq_KRTD.shape[-1])
             _collect(grad_key, block, torch.bmm(ds_KNS.transpose(1, 2), q_KND))
-            _collect(grad_value, block, torch.bmm(probs_KNS.to(value.dtype).transpose(1, 2), do_KND))
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+            _collect(grad_value, block, torch.bmm(probs_KNS.transpose(1, 2), do_KND))
+        return grad_query.mul_(ctx.scale), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
 def block_attention(query, key, value, spans, scale: float) -> torch.Tensor:
@@ -126,10 +125,9 @@ def _collect(grad_1KTD: torch.Tensor, block: Block, seen_KSD: torch.Tensor) -> N
     grad_1KTD[0, :, block.own_start : block.end] += seen_KSD[:, prefix:]
 
 
-def _probabilities(q_KND: torch.Tensor, keys_KSD: torch.Tensor, block: Block, scale: float) -> torch.Tensor:
-    """(K, R * N, S) in float32 or finer; a query sees no key behind it."""
+def _probabilities(q_KND: torch.Tensor, keys_KSD: torch.Tensor, block: Block) -> torch.Tensor:
+    """(K, R * N, S), of scaled queries; a query sees no key behind it."""
     scores_KNS = torch.bmm(q_KND, keys_KSD.transpose(1, 2))
-    scores_KNS = scores_KNS.to(torch.promote_types(scores_KNS.dtype, torch.float32)).mul_(scale)
     n = block.end - block.start
     later_NN = torch.ones(n, n, dtype=torch.bool, device=scores_KNS.device).triu(1)
     scores_KNS.unflatten(1, (-1, n))[..., -n:].masked_fill_(later_NN, float("-inf"))
