@@ -159,6 +159,15 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
     if config["overlap_generation"]:
         check_overlap(config)
+    if config["use_vllm_server"] and not config.get("vllm_server_base_url"):
+        raise ValueError(
+            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
+        )
+    if config.get("vllm_tensor_parallel_size", 1) > 1 and not config["use_vllm_server"]:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={config['vllm_tensor_parallel_size']}: engines in process are one to a rank; "
+            "launch_with_server.sh has servers with tensor parallelism"
+        )
     if config["trainer"] == "grpo":
         check_functions(config["reward_functions"])
 
@@ -173,6 +182,17 @@ def check_overlap(config: dict[str, Any]) -> None:
         raise ValueError(
             "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
         )
+
+
+def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:
+    """What several processes, or a model in shards, cannot do."""
+    if devices > 1 and config.get("overlap_generation"):
+        raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
+    if sharding not in ("zero3", "offload", "fsdp"):
+        return
+    for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
+        if config[key]:
+            raise ValueError(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
 
 
 def check_functions(paths: list[str] | None) -> None:

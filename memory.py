@@ -18,6 +18,9 @@ ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for th
 CHECKPOINT_BYTES = 4  # the same with gradient checkpointing: a layer's input
 HEAD_BYTES = 2**26 * 6  # logits held at once (logprobs/head.py), in bfloat16 and float32
 ADAPTER_SHARE = 0.02  # of the policy's parameters, for rank 16 on all linear layers
+WEIGHTS_SHARDED = ("zero3", "offload", "fsdp")
+GRADIENTS_SHARDED = ("zero2", *WEIGHTS_SHARDED)
+STATE_SHARDED = ("zero1", *GRADIENTS_SHARDED)
 RESERVE = 0.92  # of a GPU's memory: the rest is its context and what lies between blocks
 
 
@@ -67,30 +70,36 @@ def shape_of(config: dict[str, Any]) -> Shape:
     return Shape(size, found["hidden_size"], found["num_hidden_layers"])
 
 
-def estimate_memory(config: dict[str, Any], gpu_gib: float | None = None) -> dict[str, float]:
+def estimate_memory(
+    config: dict[str, Any], gpu_gib: float | None = None, devices: int = 1, sharding: str = "ddp"
+) -> dict[str, float]:
     """GiB of one device by phase, at the longest batch.
 
     Weights, gradients and optimizer state by their bytes per parameter; activations by bytes per hidden unit, layer and
     token, measured (the term is that of arXiv 2205.05198, eq. 1, without its quadratic part, which our attention does
-    not keep). Sharding is not counted: this is what one device without it would hold.
+    not keep). Shards are as in ZeRO (arXiv 1910.02054): of the optimizer's state, of gradients, of weights.
 
     Args:
         config: the flat configuration.
         gpu_gib: of the GPU; gives the engine its share of it. None: the engine's weights alone are counted.
+        devices: that the run has.
+        sharding: over them, one of `launching.SHARDINGS`.
     """
     shape = shape_of(config)
-    policy, training = _policy_bytes(config, shape), _training_bytes(config, shape)
-    update = policy + training + _activation_bytes(config, shape) + HEAD_BYTES
+    weights, gradients, state = _held_bytes(config, shape, devices, sharding)
+    gathered = 2 * 4 * shape.parameters / shape.layers if sharding in WEIGHTS_SHARDED else 0.0  # two layers at once
+    resident = weights + state + gathered
+    update = resident + gradients + _activation_bytes(config, shape) + HEAD_BYTES
     if config["trainer"] == "sft":
         return {"update (policy, optimizer)": update / GIB}
-    frozen = (0.0 if config["use_peft"] or not config["beta"] else shape.parameters * 4) + (
-        shape.parameters * 2 if config.get("student_model") else 0.0
-    )
+    reference = 0.0 if config["use_peft"] or not config["beta"] else shape.parameters * 4
+    reference /= devices if sharding in WEIGHTS_SHARDED else 1
+    frozen = reference + (shape.parameters * 2 if config.get("student_model") else 0.0)
     engine = 0.0
     if config["use_vllm"] and not config["use_vllm_server"]:
         engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * 2
     asleep = config["vllm_enable_sleep_mode"]
-    resident = policy + training - _gradient_bytes(config, shape) + (0.0 if asleep else engine)
+    resident += 0.0 if asleep else engine
     stays = 0.0 if config["offload_untrained_models"] else frozen
     reading = token_budget(config) * shape.hidden * 40 + HEAD_BYTES
     phases = {
@@ -125,12 +134,31 @@ def _gradient_bytes(config: dict[str, Any], shape: Shape) -> float:
     return _trained(config, shape) * (4 if config["use_peft"] else 6)
 
 
-def _training_bytes(config: dict[str, Any], shape: Shape) -> float:
-    """Gradients, optimizer state, and an adapter's own float32 weights."""
+def _state_bytes(config: dict[str, Any], shape: Shape) -> float:
+    """Optimizer state, and an adapter's own float32 weights."""
     optimizer = str(config.get("optim"))
     state = 0 if "paged" in optimizer else 2 if "8bit" in optimizer else 8
     adapter = 4 if config["use_peft"] else 0
-    return _gradient_bytes(config, shape) + _trained(config, shape) * (state + adapter)
+    return _trained(config, shape) * (state + adapter)
+
+
+def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: str) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state on one device."""
+    weights, gradients, state = (
+        _policy_bytes(config, shape),
+        _gradient_bytes(config, shape),
+        _state_bytes(config, shape),
+    )
+    if sharding in STATE_SHARDED and sharding != "fsdp" and config["bf16"] is not False and not config["use_peft"]:
+        # DeepSpeed trains in bfloat16 and counts the float32 masters among the optimizer's state.
+        weights, gradients, state = shape.parameters * 2, shape.parameters * 2, state + shape.parameters * 4
+    if sharding in STATE_SHARDED:
+        state /= devices
+    if sharding in GRADIENTS_SHARDED:
+        gradients /= devices
+    if sharding in WEIGHTS_SHARDED:
+        weights /= devices
+    return (0.0, gradients, 0.0) if sharding == "offload" else (weights, gradients, state)
 
 
 def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:

@@ -25,6 +25,7 @@ from checks import (
     check_keys,
     check_lengths,
     check_reward,
+    check_sharding,
 )
 from data.formats import load_format
 from data.sources import inspect_source, load_rows
@@ -40,7 +41,7 @@ CONTINUABLE = frozenset(
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
         *("save_steps", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
-        *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+        *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
     }
 )
 NETWORK_TIMEOUT_S = 3.0
@@ -97,13 +98,16 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def make_plan(config: dict[str, Any], devices: int = 1, pending_warmup: str | None = None) -> Plan:
+def make_plan(
+    config: dict[str, Any], devices: int = 1, pending_warmup: str | None = None, sharding: str = "ddp"
+) -> Plan:
     """Check a resolved configuration and work out its arithmetic.
 
     Args:
         config: the flat configuration, interpolations resolved.
         devices: processes that train.
         pending_warmup: a run that will first make the model at `model_name_or_path`.
+        sharding: over the devices, one of `launching.SHARDINGS`.
 
     Raises:
         ValueError: one line on the first thing that cannot work. What this machine merely lacks (files, network, a
@@ -117,15 +121,13 @@ def make_plan(config: dict[str, Any], devices: int = 1, pending_warmup: str | No
         check_groups(config, devices, generation)
         check_lengths(config)
         check_combinations(config)
-        if config["overlap_generation"] and devices > 1:
-            raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
+    check_sharding(config, devices, sharding)
     if config["trainer"] == "teacher_grpo":
         check_reward(config)
     check_common(config)
     load_format(config["reasoning_format"])
-    plan = Plan(
-        config, devices, gpus, accumulation, generation, estimate_memory(config, gpu_memory_gib()), [], pending_warmup
-    )
+    memory = estimate_memory(config, gpu_memory_gib(), devices, sharding)
+    plan = Plan(config, devices, gpus, accumulation, generation, memory, [], pending_warmup)
     for check in (check_device, check_data, check_models, check_output, check_disk):
         try:
             check(plan)

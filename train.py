@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -23,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from checks import check_keys, key_names, known_keys
+from launching import PREEMPTED, folder_lock
 from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
 from plan import Plan, make_plan
@@ -141,9 +143,10 @@ def apply_warmup(config: dict, given: list[str]) -> str | None:
 def prepare_output(config: dict) -> None:
     """Make the output folder, or empty it when asked to, and write the resolved configuration into it."""
     folder = Path(config["output_dir"])
-    if config["overwrite_output_dir"] and (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if config["overwrite_output_dir"] and (folder / "config.yaml").is_file():
+        for path in folder.iterdir():  # not the folder itself, which is locked
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shown = {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
     aside = folder / "config.yaml.tmp"
     aside.write_text(yaml.safe_dump({**shown, "overwrite_output_dir": False}, sort_keys=True))
@@ -173,7 +176,9 @@ def prepare_wandb(config: dict) -> None:
 def finish(trainer, config: dict) -> None:
     """The final model and tokenizer, adapters merged on request, and the marker that says so."""
     folder = Path(config["output_dir"])
-    trainer.save_model(str(folder))
+    trainer.save_model(str(folder))  # together with all ranks
+    if not trainer.is_world_process_zero():
+        return
     trainer.processing_class.save_pretrained(str(folder))
     if config["save_merged_model"] and config["use_peft"]:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
@@ -183,23 +188,43 @@ def finish(trainer, config: dict) -> None:
 
 
 def train(plan: Plan) -> None:
-    """Run a plan to its end and say what came of it."""
-    config = plan.config
-    prepare_output(config)
-    prepare_wandb(config)
+    """Run a plan to its end, as one process or as one rank of several, and say what came of it.
+
+    A run that is asked to stop exits with `PREEMPTED`, once it has saved.
+    """
+    from trainers.preemption import StopOnSignal
+
+    with StopOnSignal() as stop:
+        trainer, evaluation = _train(plan, stop)
+        if stop.stopped:
+            if trainer.is_world_process_zero():
+                logger.warning("stopped after step %d and saved: the same command continues", trainer.state.global_step)
+            sys.exit(PREEMPTED)
+        finish(trainer, plan.config)
+    if not trainer.is_world_process_zero():
+        return
+    sentence = evaluation.sentence() if evaluation else None
+    result = f"{plan.config['run_name']}: {trainer.state.global_step} steps, model in {plan.config['output_dir']}"
+    sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
+
+
+def _train(plan: Plan, stop):
+    """The trainer, once it has trained, and its held-out evaluation."""
     from trainers.build import build_trainer, quiet_libraries
     from trainers.checkpoints import last_checkpoint
+    from trainers.ranks import RollCall, is_one_of_several, meet
 
     quiet_libraries()
+    if is_one_of_several():
+        meet(plan.config)
     trainer, evaluation = build_trainer(plan)
-    checkpoint = config["resume_from"] or last_checkpoint(config["output_dir"])
+    for callback in (stop, *([RollCall()] if is_one_of_several() else [])):
+        trainer.add_callback(callback)
+    checkpoint = plan.config["resume_from"] or last_checkpoint(plan.config["output_dir"])
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finish(trainer, config)
-    sentence = evaluation.sentence() if evaluation else None
-    result = f"{config['run_name']}: {trainer.state.global_step} steps, model in {config['output_dir']}"
-    sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
+    return trainer, evaluation
 
 
 def is_complete(config: dict) -> bool:
@@ -227,7 +252,10 @@ def run(config: dict, given: list[str]) -> None:
     if warmup is not None:
         logger.info("warm-up first: %s", warmup)
         subprocess.run([sys.executable, str(ROOT / "train.py"), f"run_cfg={warmup}"], check=True)
-    train(plan)
+    with folder_lock(config["output_dir"]):
+        prepare_output(config)
+        prepare_wandb(config)
+        train(plan)
 
 
 def _sweeps(override: str) -> bool:
@@ -260,7 +288,22 @@ def fail(error: ValueError) -> None:
     sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def main() -> None:
+def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
+    """The resolved, flat configuration of a command line, and its overrides.
+
+    Raises:
+        ValueError: as `rewrite_arguments`.
+    """
+    overrides = rewrite_arguments(arguments)
+    with initialize_config_dir(str(CFGS), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        full = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in full.items() if key != "hydra"}, overrides
+
+
+def prepare() -> None:
+    """What every process of a run does first."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO)
     for library in ("bitsandbytes", "trl", "torchao", "vllm"):
@@ -270,6 +313,10 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for line in check_versions(requirements_file()):
         logger.warning("%s", line)
+
+
+def main() -> None:
+    prepare()
     try:
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     except ValueError as error:

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from harness import MODEL, ROOT, Setting, alternate, figure, main, peak_memory_gib, rows_of, write_report
+from harness import MODEL, Setting, alternate, figure, main, peak_memory_gib, rows_of, write_report
 
 VARIANTS = {
     "full": [],
@@ -20,14 +20,10 @@ VARIANTS = {
 
 def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
     """A tiny teacher run whose every prompt and completion is as long as the plan reckons with."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
     from data.prompts import prompt_token_ids
     from models.embedded import embedded_model_path
     from models.loading import load_tokenizer
-    from train import rewrite_arguments
+    from train import compose_config
 
     tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
     rows = rows_of(setting, tokenizer)
@@ -47,11 +43,7 @@ def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
         *["max_steps=2", "eval_size=0", "dataset_size=null", "use_vllm=false", "report_to=null", "save_steps=100"],
         *overrides,
     ]
-    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        cfg = compose("train", rewrite_arguments(arguments), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        full = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in full.items() if key != "hydra"}
+    return compose_config(arguments)[0]
 
 
 def worker(variant: str, setting: Setting) -> dict:

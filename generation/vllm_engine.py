@@ -43,9 +43,6 @@ class VLLMEngine(VLLMGeneration):
     def _init_vllm(self):
         # Overridden because TRL's constructor call has no place for what the CPU backend needs, and asks for an engine
         # that is quantised when the policy is, which takes neither 8-bit weights nor merged ones.
-        if self.mode == "server" or self.tensor_parallel_size > 1:
-            super()._init_vllm()
-            return
         threads = torch.get_num_threads()
         self.llm = LLM(**self._llm_options())
         torch.set_num_threads(threads)  # which the CPU backend replaces

@@ -110,7 +110,7 @@ def token_log_probs(
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):
                 for member, part in zip(members, values.split(sizes), strict=True):
-                    store[member] = part
+                    store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
         for _ in range(lacking):
             nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 from plan import make_plan
-from train import prepare_output, rewrite_arguments
+from train import compose_config, prepare_output
 from trainers.build import build_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,11 +92,7 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
 
 def config_of(*overrides: str) -> dict:
     """The resolved, flat configuration of a command line."""
-    with initialize_config_dir(str(ROOT / "cfgs"), version_base="1.3"):
-        cfg = compose("train", rewrite_arguments(list(overrides)), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        full = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in full.items() if key != "hydra"}
+    return compose_config(list(overrides))[0]
 
 
 @pytest.fixture

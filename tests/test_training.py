@@ -142,6 +142,7 @@ def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in
     overrides = ["use_peft=true", "lora_r=4", "max_steps=1", "eval_size=0", "student_model=null", *bits]
     merged = [] if bits else ["save_merged_model=true"]
     plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", *overrides, *merged))
+    prepare_output(plan.config)
     train(plan)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(merged)
@@ -151,6 +152,7 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     plan = make_plan(
         config_of(*tiny_run, f"output_dir={tmp_path}", "max_steps=3", "save_steps=1", "save_total_limit=2")
     )
+    prepare_output(plan.config)
     train(plan)
     left = {p.name for p in tmp_path.iterdir()}
     assert {"config.yaml", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png", "COMPLETE"} <= left
@@ -182,6 +184,7 @@ def test_plain_grpo_takes_a_users_reward_function(tiny_run, tmp_path, in_root):
     plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
     data = "dataset_id_or_path=reasoning_gym/gcd"
     plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, "max_steps=1", f"output_dir={tmp_path}"))
+    prepare_output(plan.config)
     train(plan)
     evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert set(evaluated["reward"]) <= {0.0, 0.5, 1.0}

@@ -21,6 +21,7 @@ from trainers.evaluation import HeldOutEvaluation
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.host_memory import ReturnFreedMemory
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
+from trainers.ranks import let_fsdp_run_on_cpu
 from trainers.rows import load_split_rows, question_rows, teaching_rows
 from trainers.sft import SFTConfig, SFTTrainer, teaching_example
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -122,8 +123,9 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
     if not fitting:
         raise ValueError(f"max_length={config['max_length']}: every row is longer")
-    policy, adapter = build_policy(config)
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
+    let_fsdp_run_on_cpu()
+    policy, adapter = build_policy(config)
     trainer = SFTTrainer(
         model=policy,
         args=arguments,
@@ -146,14 +148,16 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
 
     evaluation = HeldOutEvaluation(prepare(eval_rows) if eval_rows else [], config["output_dir"])
     completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
+    student = build_student(config) if is_teacher else None
+    # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
+    arguments = GRPOConfig(**trainer_arguments(plan))
+    let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
+    attention = policy.config.get_text_config()._attn_implementation
+    arguments.model_init_kwargs = {"attn_implementation": attention}
     shared = {
         "model": policy,
-        # TRL loads the reference model itself.
-        "args": GRPOConfig(
-            **trainer_arguments(plan),
-            model_init_kwargs={"attn_implementation": policy.config.get_text_config()._attn_implementation},
-        ),
+        "args": arguments,
         "train_dataset": Dataset.from_list(prepare(train_rows)),
         "processing_class": tokenizer,
         "peft_config": adapter,
@@ -162,7 +166,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     }
     if is_teacher:
         trainer = TeacherGRPOTrainer(
-            student=build_student(config), style=style, reward_config=pick(config, TeacherRewardConfig), **shared
+            student=student, style=style, reward_config=pick(config, TeacherRewardConfig), **shared
         )
     else:
         trainer = GRPOTrainer(reward_funcs=[load_function(path) for path in config["reward_functions"]], **shared)

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and that hold all a run needs to go on bit for bit.
 
-Mixed into TRL's trainers. Beside what `Trainer` saves (weights, optimizer, scheduler, random generators, state) a
-checkpoint of GRPO holds the buffered generations, the micro-step, and the reference model where it moves.
+Mixed into TRL's trainers. Beside what `Trainer` saves (weights, scheduler, random generators, state) a checkpoint holds
+the optimizer's state in a form that any sharding reads; one of GRPO the buffered generations, the micro-step, and the
+reference model where it moves.
 """
 
 import os
@@ -9,9 +10,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import torch
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from trainers.sharding import load_training_state, training_state
+
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
+TRAINING_STATE = "training_state.pt"
 KILL_VARIABLE = "RLT_KILL_AT"  # "saving:2" kills the process when that point is reached for the second time
 
 _reached: dict[str, int] = {}
@@ -65,10 +71,27 @@ class AtomicCheckpoints:
             shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(str(output_dir), save_total_limit=self.args.save_total_limit)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_extra_state(Path(checkpoint))
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.
+        state = training_state(self.model_wrapped, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, TRAINING_STATE))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        # Overridden for the same reason: what is wrapped and sharded by now is loaded from the one form that is kept.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, folder: Path) -> None:
+        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
+        load_training_state(self.model_wrapped, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self._load_extra_state(folder)
 
     def _save_extra_state(self, folder: Path) -> None:
         """For subclasses: more files of a checkpoint."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 RESAMPLES = 10_000
@@ -48,7 +49,7 @@ def _nanmean(values) -> float:
 
 @torch.no_grad()
 def evaluate_held_out(trainer, rows: list[dict]) -> dict:
-    """Sample and score `num_generations_eval` completions per question.
+    """Sample and score `num_generations_eval` completions per question, each rank its share of the questions.
 
     Returns:
         `step`, and per quantity (reward, its parts, format_rate, length) one mean per question, in the rows' order.
@@ -57,24 +58,32 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     was_training = model.training
     model.eval()
     repeats = trainer.num_generations_eval
-    inputs = [row for row in rows for _ in range(repeats)]
+    inputs = [row for row in _share(rows, trainer.accelerator) for _ in range(repeats)]
     prompts = [row["prompt"] for row in inputs]
     _, completion_ids, _, completions, *_ = trainer._generate(prompts)
-    rewards = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)
-    columns = {"reward": (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()}
-    columns.update(trainer._pending_extra_logs)
+    rewards = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)  # of all ranks
+    columns = dict(trainer._pending_extra_logs)
     trainer._pending_extra_logs = defaultdict(list)
     trainer._pending_metrics = defaultdict(list)
     trainer._metrics["eval"].clear()
     columns["length"] = [len(ids) for ids in completion_ids]
     if "match_reward" in columns:
         columns["format_rate"] = [float(v == 0) for v in columns["match_reward"]]
+    columns = {name: gather_object(list(values)) for name, values in columns.items()}
+    columns["reward"] = (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()
     model.train(was_training)
     per_question = {
-        name: [_nanmean(values[i : i + repeats]) for i in range(0, len(values), repeats)]
+        name: [_nanmean(values[i : i + repeats]) for i in range(0, len(rows) * repeats, repeats)]
         for name, values in columns.items()
     }
     return {"step": trainer.state.global_step, **per_question}
+
+
+def _share(rows: list[dict], accelerator) -> list[dict]:
+    """This rank's questions, as many as every other's; the last ones are asked again where they do not go round."""
+    count = -(-len(rows) // accelerator.num_processes)
+    start = accelerator.process_index * count
+    return [rows[min(place, len(rows) - 1)] for place in range(start, start + count)]
 
 
 class HeldOutEvaluation(TrainerCallback):
@@ -104,7 +113,9 @@ class HeldOutEvaluation(TrainerCallback):
         self._write()
         means = {f"eval/{k}": _nanmean(v) for k, v in self.records[-1].items() if k != "step"}
         trainer = self.trainer
+        step_is_logged = trainer.control.should_log  # which the handler takes for done
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, means)
+        trainer.control.should_log = step_is_logged
 
     def _write(self) -> None:
         if not self.trainer.is_world_process_zero():

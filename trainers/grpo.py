@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import trl
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
@@ -28,6 +28,7 @@ from logprobs import token_log_probs
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.overlap import OverlappedGeneration
+from trainers.sharding import full_weights, load_full_weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ class GRPOConfig(trl.GRPOConfig):
         default=False,
         metadata={"help": "The next batch is written while this one is trained on."},
     )
+    vllm_server_base_url: str | list | None = field(
+        default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
+    )
     offload_untrained_models: bool = field(
         default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
     )
@@ -73,7 +77,8 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
-    """Group-relative policy optimisation with one of two ways to generate: vLLM in process, or Hugging Face.
+    """Group-relative policy optimisation with one of three ways to generate: vLLM in process, on servers, or
+    Hugging Face.
 
     Args:
         engine_dtype: of vLLM on the CPU, "bfloat16" or "float32".
@@ -82,9 +87,8 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def __init__(self, *args, engine_dtype: str = "auto", **kwargs):
         config: GRPOConfig = kwargs["args"]
-        in_process = config.use_vllm and config.vllm_mode == "colocate"
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
-        config.use_vllm = config.use_vllm and not in_process
+        with_engine, config.use_vllm = config.use_vllm, False
         self._awaited_passes: deque[Literal["policy", "reference"]] = deque()
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
@@ -92,7 +96,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         self._reference_waits = config.offload_untrained_models and not config.sync_ref_model and not self._sharded
         if self._reference_waits and self.ref_model is not None:
             self.ref_model.to("cpu")
-        if in_process:
+        if with_engine:
             config.use_vllm = self.use_vllm = True
             self._last_loaded_step = -1
             self.vllm_generation = self._build_engine(config, engine_dtype)
@@ -100,9 +104,15 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     def _build_engine(self, config: GRPOConfig, engine_dtype: str):
         # Importing vLLM takes seconds that other runs need not spend.
         from generation.engine_process import EngineProcess
+        from generation.server_engine import ServerEngine
         from generation.vllm_engine import VLLMEngine
 
-        return (EngineProcess if config.overlap_generation else VLLMEngine)(
+        kind = EngineProcess if config.overlap_generation else VLLMEngine
+        if config.vllm_mode == "server":
+            urls = config.vllm_server_base_url
+            urls = [urls] if isinstance(urls, str) else urls
+            kind = partial(ServerEngine, urls=urls, limit_s=config.vllm_server_timeout)
+        return kind(
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,
@@ -148,16 +158,13 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
         kill_point("generation")
         start = time.perf_counter()
-        where = (self.args.seed, *self._phase(), self.accelerator.process_index)
         if not self.use_vllm:
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(request_seed(*where))
+                torch.manual_seed(request_seed(self.args.seed, *self._phase(), self.accelerator.process_index))
                 written = super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, **kwargs
                 )
-        elif self.vllm_mode == "server" or self.vllm_generation.tensor_parallel_size > 1:
-            written = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
         elif self.args.overlap_generation and self.model.training:
             written = self._generate_ahead(prompt_ids)
         else:
@@ -170,8 +177,12 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         return ("train", self._step) if self.model.training else ("eval", self.state.global_step)
 
     def _request_seeds(self, count: int, phase: tuple[str, int] | None = None) -> list[int]:
-        where = (self.args.seed, *(phase or self._phase()), self.accelerator.process_index)
-        return [request_seed(*where, i) for i in range(count)]
+        """By a completion's question and place among all ranks', so that it is the same on any number of them."""
+        phase = phase or self._phase()
+        size = self.num_generations if phase[0] == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * count
+        places = [divmod(place, size) for place in range(first, first + count)]
+        return [request_seed(self.args.seed, *phase, question) + member for question, member in places]
 
     def _sync_engine(self) -> None:
         if self.state.global_step != self._last_loaded_step:
@@ -334,25 +345,38 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     # Resume
 
     def _save_extra_state(self, folder: Path) -> None:
-        if not self.args.should_save:
-            return
         # A buffer that the next micro-step replaces anyway need not be kept.
         unfinished = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {
             "step": self._step,
+            "accumulation": self.args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
             "buffer": self._buffered_inputs if unfinished else None,
             "ahead": self._written_ahead(),
         }
-        torch.save(state, folder / "rollouts.pt")
+        torch.save(state, folder / f"rollouts-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model:
-            save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
+            reference = full_weights(self.ref_model)
+            if self.args.should_save:
+                save_file(reference, folder / "reference.safetensors")
 
     def _load_extra_state(self, folder: Path) -> None:
-        state = torch.load(folder / "rollouts.pt", map_location=self.accelerator.device, weights_only=True)
-        self._step, self._buffered_inputs = state["step"], state["buffer"]
-        self._take_up(state.get("ahead"))
+        before, now = self._read_rollouts(folder, 0), self.accelerator.num_processes
+        self._step = before["step"] * self.args.gradient_accumulation_steps // before["accumulation"]
+        if before["processes"] == now:
+            mine = self._read_rollouts(folder, self.accelerator.process_index)
+            self._buffered_inputs = mine["buffer"]
+            self._take_up(mine["ahead"])
+        elif before["buffer"] is not None:
+            raise ValueError(
+                f"{folder} stands between two optimizer steps of one generation batch, which is on "
+                f"{before['processes']} processes: continue on as many, not on {now}"
+            )
         if self.args.sync_ref_model:
-            load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / "reference.safetensors"))
+            load_full_weights(self.ref_model, load_file(folder / "reference.safetensors"))
+
+    def _read_rollouts(self, folder: Path, rank: int) -> dict:
+        return torch.load(folder / f"rollouts-{rank}.pt", map_location=self.accelerator.device, weights_only=True)
 
 
 def _members(groups: list[Hashable]) -> list[list[int]]:

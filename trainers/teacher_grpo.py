@@ -5,8 +5,10 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 """
 
 import logging
+from functools import partial
 
 import torch
+from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import use_adapter
 
 from data.formats import ReasoningFormat
@@ -156,7 +158,9 @@ class TeacherGRPOTrainer(GRPOTrainer):
         # Neighbours answer one question; those that do not share a prefix simply share nothing.
         size = self._group_size()
         groups = [range(start, min(start + size, len(sequences))) for start in range(0, len(sequences), size)]
-        log_probs, _ = token_log_probs(
+        sharded = self._sharded and model is not self.student
+        compute = partial(
+            token_log_probs,
             model,
             sequences,
             counted,
@@ -164,9 +168,10 @@ class TeacherGRPOTrainer(GRPOTrainer):
             temperature=temperature,
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
-            agree_on_forwards=self._agree_on_forwards if self._sharded and model is not self.student else None,
+            agree_on_forwards=self._agree_on_forwards if sharded else None,
         )
-        return log_probs
+        # FSDP gathers only for what runs inside the forward that it knows.
+        return (_ForwardRedirection()(model, model, compute) if sharded else compute())[0]
 
 
 def _places(sampled: list[int], counted: list[int], reading: Reading) -> list[int] | None:

@@ -1,0 +1,64 @@
+"""A vLLM server for one run: `python -m generation.serve PLAN PORT HOST LAUNCHER`, started by launch.py.
+
+Becomes vLLM's own server, with what the run's configuration says of model, lengths and precision.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launching.lifetime import end_with
+from models.loading import resolve_model_path, supports_bfloat16
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = ROOT / "generation" / "vllm_plugin"
+
+
+def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
+    """Of vLLM's server, but for where it listens."""
+    arguments = {
+        "model": model,
+        "served-model-name": "policy",
+        "max-model-len": config["max_prompt_length"] + config["max_completion_length"],
+        "dtype": dtype,
+        "tensor-parallel-size": config.get("vllm_tensor_parallel_size", 1),
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        "weight-transfer-config": '{"backend": "file"}',
+        "load-format": "dummy",  # the trainer's weights arrive before the first request
+        "middleware": "generation.guard.KeyGuard",
+        "uvicorn-log-level": "warning",
+    }
+    flags = ["--trust-remote-code"] if config["trust_remote_code"] else []
+    if on_cpu:  # as in generation/vllm_engine.py
+        arguments |= {"block-size": 32, "hf-overrides": '{"tie_word_embeddings": false}'}
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    else:
+        arguments["gpu-memory-utilization"] = 0.9  # it has its devices to itself
+    return [*(word for key, value in arguments.items() for word in (f"--{key}", str(value))), *flags]
+
+
+def main() -> None:
+    end_with(int(sys.argv[4]))
+    config = json.loads(Path(sys.argv[1]).read_text())["config"]
+    on_cpu = not torch.cuda.is_available()
+    low = supports_bfloat16("cpu") if config["bf16"] is None else config["bf16"]
+    dtype = "auto" if not on_cpu else "bfloat16" if low else "float32"
+    arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)
+    os.environ |= {
+        "VLLM_SERVER_DEV_MODE": "1",  # the paths that take weights
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(PLUGIN), os.environ.get("PYTHONPATH", "")]),
+    }
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    place = ["--port", sys.argv[2], "--host", sys.argv[3]]
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place])
+
+
+if __name__ == "__main__":
+    main()

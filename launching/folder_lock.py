@@ -1,0 +1,26 @@
+"""One run at a time in an output folder."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir={folder} is in use by another run: wait for it, or choose another") from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,51 @@
+"""Processes that end with the one that started them."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TIDY_UP_S = 5.0
+
+
+def end_with(launcher: int) -> None:
+    """However the launcher ends, this process does not stay behind; it holds for what the process becomes, too."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        sys.exit(1)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Of a process that leads a group and was not yet waited for, so that the group's id cannot be another's."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_followers(process: subprocess.Popen) -> None:
+    """The same once the leader has ended: what it started may tidy up (shared memory, for one) before it is killed."""
+    for pid in _followers(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    give_up = time.monotonic() + TIDY_UP_S
+    while _followers(process.pid) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    end_group(process)
+
+
+def _followers(leader: int) -> list[int]:
+    """Living processes of a group but for its leader."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(group) == leader and state != "Z" and int(path.parent.name) != leader:
+            found.append(int(path.parent.name))
+    return found

@@ -1,0 +1,25 @@
+"""One rank of a run: `python -m launching.rank PLAN LAUNCHER`, started by launch.py.
+
+PLAN is the file of a plan, LAUNCHER the id of the process that started this one, with which this one ends.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from launching.lifetime import end_with
+from plan import Plan
+from train import fail, prepare, train
+
+
+def main() -> None:
+    end_with(int(sys.argv[2]))
+    prepare()
+    try:
+        train(Plan(**json.loads(Path(sys.argv[1]).read_text())))
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Starts the ranks of this machine and answers for their end.
+
+Each rank leads a process group of its own, so that what it started ends with it; no other process is ever touched.
+Rank 0 speaks on the terminal, every rank in `logs/rank-N.log` of the output folder.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launching.lifetime import end_followers, end_group
+
+PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): the same command continues it
+GRACE_S = 20.0  # for the others, once one rank has failed; collectives that lost a peer mostly end by themselves
+LAST_WORDS = 15  # lines
+
+
+@dataclass
+class Rank:
+    number: int
+    process: subprocess.Popen
+    log: Path
+
+
+class Supervisor:
+    """`supervise` as an object: its threads put each rank's end into a queue, in the order in which they ended."""
+
+    def __init__(self, logs: Path):
+        self.logs = logs
+        self.ranks: list[Rank] = []
+        self.ended: queue.SimpleQueue[tuple[Rank, int]] = queue.SimpleQueue()
+        self.stops = 0
+
+    def start(self, command: list[str], environments: list[dict[str, str]]) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for environment in environments:
+            number = int(environment["RANK"])
+            log = self.logs / f"rank-{number}.log"
+            shown = environment["LOCAL_RANK"] == "0"
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if shown else file,
+                    stderr=subprocess.PIPE if shown else file,
+                    start_new_session=True,
+                )
+            rank = Rank(number, process, log)
+            self.ranks.append(rank)
+            if shown:
+                threading.Thread(target=_copy, args=(process.stderr, log), daemon=True).start()
+            threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()
+
+    def _wait_for(self, rank: Rank) -> None:
+        os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)
+        end_followers(rank.process)  # while its id is still its own
+        self.ended.put((rank, rank.process.wait()))
+
+    def stop(self, number: int, frame) -> None:
+        """A signal to this process: the ranks are asked to save and stop; the second time, they are ended."""
+        self.stops += 1
+        for rank in self.ranks:
+            if self.stops > 1:
+                end_group(rank.process)
+            else:
+                _signal(rank, signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The run's exit code, once no rank is left."""
+        failed: tuple[Rank, int] | None = None
+        left, give_up = len(self.ranks), None
+        while left:
+            try:
+                rank, code = self.ended.get(timeout=0.5)
+            except queue.Empty:
+                if give_up is not None and time.monotonic() > give_up:
+                    for rank in self.ranks:
+                        end_group(rank.process)
+                continue
+            left -= 1
+            asked = self.stops and code in (PREEMPTED, -signal.SIGTERM, -signal.SIGKILL)
+            if code and not asked and failed is None:
+                failed = (rank, code)
+                give_up = time.monotonic() + GRACE_S
+        if failed is not None:
+            if failed[1] == PREEMPTED:
+                return PREEMPTED
+            sys.stderr.write(last_words(*failed))
+            return failed[1] if failed[1] > 0 else 128 - failed[1]
+        return PREEMPTED if any(rank.process.returncode for rank in self.ranks) else 0
+
+
+def supervise(command: list[str], environments: list[dict[str, str]], logs: Path) -> int:
+    """Run a command once for each environment (with RANK and LOCAL_RANK) until all have ended.
+
+    SIGTERM, SIGINT and SIGHUP to this process ask the ranks to save and stop. When one rank fails, the others have
+    `GRACE_S` seconds; its last words are printed last.
+
+    Returns:
+        0, `PREEMPTED`, or the exit code of the rank that failed first.
+    """
+    supervisor = Supervisor(logs)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, supervisor.stop) for number in numbers]
+    try:
+        supervisor.start(command, environments)
+        return supervisor.wait()
+    finally:
+        for rank in supervisor.ranks:
+            end_group(rank.process)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def last_words(rank: Rank, code: int) -> str:
+    """What the log of a failed rank ends with, and how it ended."""
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    text = rank.log.read_bytes().decode(errors="replace").replace("\r", "\n")
+    lines = [line for line in text.splitlines() if line.strip()][-LAST_WORDS:]
+    return "\n".join([f"\nrank {rank.number} ended first, with {how} (all of it in {rank.log}):", *lines, ""])
+
+
+def _copy(source, log: Path) -> None:
+    """What a rank says, to the terminal (while there is one) and to its log."""
+    with log.open("ab", buffering=0) as file:
+        while chunk := os.read(source.fileno(), 65536):
+            file.write(chunk)
+            with contextlib.suppress(OSError):
+                os.write(2, chunk)
+
+
+def _signal(rank: Rank, number: int) -> None:
+    if rank.process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.process.pid, number)

@@ -1,0 +1,154 @@
+"""The launcher: what it refuses, and that at any end nothing is left and the same command continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+
+from launch import read_arguments, read_machines
+from launching import PREEMPTED
+
+LIMIT_S = 240
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch.py"), *arguments]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes whose command line names the launcher."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "launching.rank" in words and str(launcher) in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition, limit_s: float = LIMIT_S) -> None:
+    give_up = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < give_up, "nothing came of it"
+        time.sleep(0.2)
+
+
+def reached(folder: Path, step: int) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.is_file() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "usage: ./launch.sh DEVICES"),
+        (("teacher_rlt_tiny",), "usage: ./launch.sh DEVICES"),
+        (("2", "zero3", "ddp"), "zero3 and ddp: name one sharding"),
+        (("4096", "teacher_rlt_tiny"), "4096 processes asked for"),
+        (("2", "teacher_rlt_tiny", "train_batch_size=9"), "train_batch_size must be a multiple of 2 devices"),
+        (("2", "teacher_rlt_tiny", "zero3", "use_peft=true", "load_in_4bit=true"), "load_in_4bit=true with zero3"),
+        (("2", "teacher_rlt_tiny", "overlap_generation=true"), "overlap_generation=true with 2 devices"),
+        (("2", "no_such_run"), "run_cfg=no_such_run does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
+    done = launch("launch.py", *arguments, *(["max_steps=1", f"output_dir={tmp_path / 'run'}"] if arguments else []))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "host0"}, "needs NODE_RANK"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=2"),
+        ({"NNODES": "two"}, "NNODES=two is not a number"),
+    ],
+)
+def test_machines_that_do_not_go_together(environment, said):
+    with pytest.raises(ValueError, match=said):
+        read_machines(environment)
+
+
+def test_arguments_are_devices_a_run_a_sharding_and_keys():
+    assert read_arguments(["8", "teacher_rlt", "offload", "learning_rate=2e-6"], on_cpu=False) == (
+        8,
+        "offload",
+        ["teacher_rlt", "learning_rate=2e-6"],
+    )
+    assert read_arguments(["8"], on_cpu=False)[1] == "zero3"
+    assert read_arguments(["2"], on_cpu=True)[1] == "ddp"
+
+
+def test_a_dry_run_counts_all_devices():
+    done = launch("launch.py", "8", "teacher_rlt", "dry_run=true", NNODES="2", NODE_RANK="0", MASTER_ADDR="host0")
+    assert done.returncode == 0, done.stderr
+    assert "per device                4 x 16 devices x 16 accumulated" in done.stdout
+
+
+def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run, tmp_path):
+    run = [*tiny_run, "max_steps=6", "save_steps=100", "eval_size=0", f"output_dir={tmp_path}"]
+    first = start("2", *run)
+    wait_until(lambda: reached(tmp_path, 1))
+    second = launch("launch.py", "2", *run)
+    assert second.returncode == 1
+    assert "is in use by another run" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=LIMIT_S)
+    assert first.returncode == PREEMPTED, said[-3000:]
+    assert "the same command continues" in said
+    assert not ranks_of(first.pid)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    done = launch("launch.py", "2", *run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming from {checkpoint}" in done.stderr
+    assert "6 steps" in done.stdout
+
+
+def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path):
+    run = [*tiny_run, "max_steps=50", "eval_size=0", f"output_dir={tmp_path}"]
+    launcher = start("2", *run)
+    wait_until(lambda: reached(tmp_path, 1))
+    ranks = {int(_environment_of(pid)["RANK"]): pid for pid in ranks_of(launcher.pid)}
+    os.kill(ranks[1], signal.SIGKILL)
+    since = time.monotonic()
+    _, said = launcher.communicate(timeout=LIMIT_S)
+    assert time.monotonic() - since < 60
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "rank 1 ended first, with signal SIGKILL" in said.split("\n\n")[-1]
+    assert not ranks_of(launcher.pid)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tiny_run, tmp_path):
+    launcher = start("2", *tiny_run, "max_steps=50", "eval_size=0", f"output_dir={tmp_path}")
+    wait_until(lambda: len(ranks_of(launcher.pid)) == 2)
+    launcher.kill()
+    launcher.communicate(timeout=LIMIT_S)
+    wait_until(lambda: not ranks_of(launcher.pid), 30)
+
+
+def _environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)

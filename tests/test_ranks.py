@@ -1,0 +1,88 @@
+"""Two processes are one: the same losses and weights under every sharding, and checkpoints that go either way."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, config_of
+from safetensors.torch import load_file
+
+from launching import RankPlace, rank_environment, supervise
+from launching.environment import free_port
+from plan import make_plan
+from train import prepare_output
+
+STEPS, SAVED = 5, 3
+SLOW = pytest.mark.slow  # as long again each; CI has one of each kind
+SHARDINGS = [
+    "ddp",
+    "zero3",
+    "fsdp",
+    *(pytest.param(name, marks=SLOW) for name in ("zero1", "zero2", "offload")),
+]
+
+
+@pytest.fixture(scope="module")
+def run_steps(tiny_run, tmp_path_factory, module_environment):
+    """Trains on made-up completions, with `processes` under a sharding; the output folder."""
+
+    def run(processes: int, sharding: str, *overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{sharding}-{processes}")
+        steps = [f"max_steps={STEPS}", f"save_steps={SAVED}", "save_total_limit=null", "max_completion_length=40"]
+        config = config_of(*tiny_run, *steps, f"output_dir={folder}", "eval_size=0", *overrides)
+        plan = make_plan(config, processes, sharding=sharding)
+        prepare_output(config)
+        (folder / "plan.json").write_text(json.dumps(asdict(plan)))
+        port = free_port()
+        places = [RankPlace(local, processes, 0, 1, "127.0.0.1", port) for local in range(processes)]
+        script = [sys.executable, str(ROOT / "tests/fixed_rank.py"), str(folder / "plan.json"), module_environment]
+        code = supervise(script, [rank_environment(sharding, p, on_cpu=True) for p in places], folder / "logs")
+        assert code == 0, (folder / "logs/rank-0.log").read_text()[-3000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def module_environment():
+    """The id of this process, from the project's folder, where `-m` and plain scripts find its modules."""
+    import os
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield str(os.getpid())
+
+
+@pytest.fixture(scope="module")
+def alone(run_steps):
+    return run_steps(1, "ddp")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    ours, theirs = losses(folder), losses(expected)
+    assert STEPS in ours and ours.keys() <= theirs.keys()
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], abs=1e-4)
+    a, b = (load_file(f / "model.safetensors") for f in (folder, expected))
+    start = load_file(next(expected.glob("checkpoint-3")) / "model.safetensors")
+    assert a.keys() >= b.keys()  # DeepSpeed saves a tied head twice
+    assert any((b[name] - start[name]).abs().max() > 1e-3 for name in b)  # there was something to learn
+    for name in b:
+        torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run_steps):
+    together = run_steps(2, sharding)
+    assert_same(together, alone)
+    assert_same(run_steps(1, "ddp", f"resume_from={together}/checkpoint-{SAVED}"), alone)
+    assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)

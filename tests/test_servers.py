@@ -1,0 +1,126 @@
+"""Servers as a run has them: the same completions as in process, new weights that agree, and a death in between."""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+
+import pytest
+import requests
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, config_of, launch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from generation.guard import KEY_VARIABLE
+from generation.server_engine import ServerEngine
+from generation.vllm_engine import VLLMEngine
+from generation.weight_files import checksum, write_chunks
+from launching.servers import Servers
+
+PROMPTS = [[100, 200, 300, 400]] * 3 + [[500, 600]] * 2
+SEEDS = [11, 12, 13, 7, 8]
+
+
+def engine_of(kind, path: str, **options):
+    return kind(
+        model=AutoModelForCausalLM.from_pretrained(path),
+        accelerator=Accelerator(cpu=True),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        mode="colocate",
+        engine_dtype="float32",
+        max_model_length=64,
+        max_num_seqs=8,
+        temperature=0.7,
+        top_k=0,
+        max_completion_length=12,
+        generation_kwargs={},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48")
+        (folder / "plan.json").write_text(json.dumps({"config": config}))
+        servers = Servers([""], 1, folder)
+        patch.setenv(KEY_VARIABLE, servers.key)
+        servers.start(folder / "plan.json")
+        try:
+            yield servers
+        finally:
+            servers.close()
+    assert servers.processes[0].returncode is not None
+
+
+@pytest.fixture(scope="module")
+def served(server, tiny_teacher):
+    return engine_of(ServerEngine, tiny_teacher, urls=server.urls, limit_s=60)
+
+
+def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(served, tiny_teacher):
+    inside = engine_of(VLLMEngine, tiny_teacher)
+    inside.model = served.model
+    for _ in range(2):
+        for engine in (served, inside):
+            engine.sync_weights()
+        (ours, our_values), (theirs, their_values) = (e.generate_seeded(PROMPTS, SEEDS) for e in (served, inside))
+        assert ours == theirs
+        for a, b in zip(our_values, their_values, strict=True):
+            assert a == pytest.approx(b, abs=2e-4)
+        with torch.no_grad():
+            for parameter in served.model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served, server):
+    served.sync_weights()
+    before = served.generate_seeded(PROMPTS, SEEDS)
+    killed = server.processes[0]
+    os.kill(killed.pid, signal.SIGKILL)
+    assert served.generate_seeded(PROMPTS, SEEDS) == before
+    assert server.processes[0].pid != killed.pid
+
+
+def test_nothing_but_the_health_check_is_open_without_the_key(served, server):
+    url = server.urls[0]
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
+    for path in ("/weight_info", "/v1/models"):
+        assert requests.get(url + path, timeout=10).status_code == 401
+    assert requests.post(f"{url}/start_weight_update", json={}, timeout=10).status_code == 401
+
+
+def test_a_completion_of_other_weights_is_refused(served):
+    served.number += 1
+    server = served.servers[0]
+    with pytest.raises(RuntimeError, match="of the weights"):
+        served._complete_on(server, PROMPTS[0], 1, 3, served._sampling(4))
+    served.number -= 1
+
+
+def test_chunks_carry_all_weights_and_their_sums(tmp_path, monkeypatch):
+    monkeypatch.setattr("generation.weight_files.CHUNK_BYTES", 64)
+    weights = {f"w{i}": torch.arange(10, dtype=torch.float32) + i for i in range(5)}
+    updates = [asdict(update) for update in write_chunks(iter(weights.items()), tmp_path)]
+    assert len(updates) == 3
+    assert checksum({"a": torch.tensor([1, 2, 3], dtype=torch.int32)}) == 6
+    assert checksum({"a": torch.tensor([1, 2, 3], dtype=torch.uint8)}) == 6
+
+
+def test_a_run_with_a_server_is_the_run_with_its_engine_in_process(tiny_run, tmp_path):
+    run = [*tiny_run, "use_vllm=true", "max_steps=3", "eval_size=2", "report_to=null", "save_steps=100"]
+    found, before = {}, set(os.listdir("/dev/shm"))
+    for name, start in {"inside": ("train.py",), "served": ("launch.py", "--servers=1", "1")}.items():
+        script, *first = start
+        done = launch(script, *first, *run, f"output_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [(r["loss"], r["completions/mean_length"]) for r in records if "loss" in r]
+    assert len(found["served"]) == 3
+    for (ours, length), (theirs, expected_length) in zip(found["served"], found["inside"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert length == expected_length
+    assert set(os.listdir("/dev/shm")) <= before

@@ -1,0 +1,35 @@
+"""A run that is asked to stop (SIGTERM, Ctrl-C) ends its step, saves a checkpoint, and stops; asked again, at once."""
+
+import signal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from transformers import TrainerCallback
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(TrainerCallback):
+    """Listens inside its `with` block. All ranks stop after the same step, whichever was asked."""
+
+    def __init__(self):
+        self.asked = False
+        self.stopped = False  # before the run's end, with a checkpoint
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C; SIGTERM may come from many sides
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor([self.asked], device=PartialState().device)
+        if bool(gather(asked).any()) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
