@@ -211,7 +211,7 @@ def train(plan: Plan) -> None:
 def _train(plan: Plan, stop):
     """The trainer, once it has trained, and its held-out evaluation."""
     from trainers.build import build_trainer, quiet_libraries
-    from trainers.checkpoints import last_checkpoint
+    from trainers.checkpoints import damage_of, last_checkpoint
     from trainers.ranks import RollCall, is_one_of_several, meet
 
     quiet_libraries()
@@ -222,6 +222,8 @@ def _train(plan: Plan, stop):
         trainer.add_callback(callback)
     checkpoint = plan.config["resume_from"] or last_checkpoint(plan.config["output_dir"])
     if checkpoint:
+        if damage := damage_of(Path(checkpoint)):
+            raise ValueError(f"resume_from={checkpoint} is damaged: {damage}")
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer, evaluation

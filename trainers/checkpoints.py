@@ -5,6 +5,8 @@ the optimizer's state in a form that any sharding reads; one of GRPO the buffere
 reference model where it moves.
 """
 
+import json
+import logging
 import os
 import shutil
 import signal
@@ -18,24 +20,55 @@ from trainers.sharding import load_training_state, training_state
 
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 TRAINING_STATE = "training_state.pt"
+MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
 KILL_VARIABLE = "RLT_KILL_AT"  # "saving:2" kills the process when that point is reached for the second time
+SIGNAL_VARIABLE = "RLT_SIGNAL_AT"  # "saving:2:SIGTERM" sends the signal to the process that started this one
+RANK_VARIABLE = "RLT_KILL_RANK"  # of several processes, the one that is meant; 0 unless set
 
 _reached: dict[str, int] = {}
 
+logger = logging.getLogger(__name__)
+
 
 def kill_point(name: str) -> None:
-    """A marked place where a test may end the process, as a power cut would."""
+    """A marked place where a test may end the process, as a power cut would, or have it asked to stop."""
+    if os.environ.get("RANK", "0") != os.environ.get(RANK_VARIABLE, "0"):
+        return
+    _reached[name] = _reached.get(name, 0) + 1
+    here = [name, str(_reached[name])]
     wanted, _, times = os.environ.get(KILL_VARIABLE, "").partition(":")
-    if wanted == name:
-        _reached[name] = _reached.get(name, 0) + 1
-        if _reached[name] == int(times or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+    if [wanted, times or "1"] == here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    *place, number = os.environ.get(SIGNAL_VARIABLE, "").split(":")
+    if place == here:
+        os.kill(os.getppid(), signal.Signals[number])
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
+    """The newest checkpoint of a run whose files are all there in full."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        if (damage := damage_of(folder)) is None:
+            return folder
+        logger.warning("%s is damaged (%s): the one before it is used", folder, damage)
+    return None
+
+
+def damage_of(folder: Path) -> str | None:
+    """What a checkpoint lacks; None when it is whole."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"no {MANIFEST}"
+    for name, size in json.loads(manifest.read_text()).items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def _write_manifest(folder: Path) -> None:
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
 
 
 class AtomicCheckpoints:
@@ -66,6 +99,7 @@ class AtomicCheckpoints:
         kill_point("saving")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            _write_manifest(aside / name)
             shutil.rmtree(output_dir / name, ignore_errors=True)  # the same step, saved by an earlier life of the run
             os.rename(aside / name, output_dir / name)
             shutil.rmtree(aside, ignore_errors=True)

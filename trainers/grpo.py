@@ -28,6 +28,7 @@ from logprobs import token_log_probs
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.overlap import OverlappedGeneration
+from trainers.ranks import slowest
 from trainers.sharding import full_weights, load_full_weights
 
 logger = logging.getLogger(__name__)
@@ -331,7 +332,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Extended by the alarm on disagreement between engine and trainer.
+        # Extended by the alarm on disagreement between engine and trainer, and by what differs between ranks.
         gaps = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if gaps and max(gaps) > MISMATCH_ALARM:
             logger.warning(
@@ -340,6 +341,9 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
                 max(gaps),
                 MISMATCH_ALARM,
             )
+        if self.accelerator.num_processes > 1 and "loss" in logs:
+            spent = self._metrics["train"]["generation/seconds"]
+            logs |= slowest(sum(spent), self.accelerator.device)
         super().log(logs, start_time)
 
     # Resume

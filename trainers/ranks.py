@@ -5,9 +5,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather, gather_object
 from transformers import TrainerCallback
 
 
@@ -36,6 +37,27 @@ def meet(config: dict[str, Any]) -> None:
             f"output_dir={config['output_dir']} on rank {state.process_index} is not the folder of rank 0: "
             "choose one that all machines share"
         )
+
+
+def slowest(seconds: float, device: torch.device) -> dict[str, float]:
+    """How unevenly a phase took the ranks, and the most memory that any of them holds (GiB).
+
+    Args:
+        seconds: of the phase, on this rank.
+        device: of this rank.
+    """
+    on_gpu = device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
+    mine = torch.tensor([[seconds, psutil.Process().memory_info().rss / 2**30, allocated]], device=device)
+    seconds_R, host_R, device_R = gather(mine).T.tolist()
+    longest = max(seconds_R)
+    return {
+        "ranks/slowest": float(seconds_R.index(longest)),
+        "ranks/seconds": longest,
+        "ranks/waiting_share": 1 - sum(seconds_R) / (len(seconds_R) * longest) if longest else 0.0,
+        "ranks/host_gib": max(host_R),
+        **({"ranks/device_gib": max(device_R)} if on_gpu else {}),
+    }
 
 
 class RollCall(TrainerCallback):

@@ -19,7 +19,7 @@ def inner_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def full_weights(model: torch.nn.Module) -> Tensors:
-    """Copies of all parameters on the CPU."""
+    """All parameters on the CPU; not copies, where they are whole and there already."""
     return {name: _whole(parameter) for name, parameter in inner_model(model).named_parameters()}
 
 
@@ -36,7 +36,7 @@ def _is_zero3(parameter: torch.Tensor) -> bool:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU."""
+    """On the CPU."""
     if _is_zero3(tensor):
         import deepspeed
 
@@ -44,7 +44,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to("cpu", copy=True)
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().cpu()
 
 
 def _put(parameter: torch.Tensor, value: torch.Tensor) -> None:
