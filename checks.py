@@ -188,6 +188,11 @@ def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
     if devices > 1 and config.get("overlap_generation"):
         raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
+    optimizer = str(config.get("optim"))
+    if sharding != "ddp" and ("8bit" in optimizer or "paged" in optimizer):
+        raise ValueError(
+            f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp"
+        )
     if sharding not in ("zero3", "offload", "fsdp"):
         return
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):

@@ -10,12 +10,13 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
-from generation.guard import KEY_VARIABLE
+from checks import check_keys
 from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, supervise
 from launching.environment import check_port, free_port
 from launching.servers import Servers
@@ -32,13 +33,14 @@ from train import (
 )
 
 DEFAULT_PORT = 29500
+STARTING = "http://127.0.0.1:0"  # until servers have their ports
 
 logger = logging.getLogger("launch")
 
 
 @dataclass(frozen=True)
 class Machines:
-    """This machine among those of the run."""
+    """This machine among those of the run; port 0: any that is free."""
 
     nodes: int
     node: int
@@ -58,16 +60,20 @@ def read_machines(environment: dict[str, str]) -> Machines:
             raise ValueError(f"{name}={text} is not a number")
         return int(text)
 
-    nodes, node = number("NNODES", 1), number("NODE_RANK", 0)
-    if not 0 <= node < max(nodes, 1):
+    nodes, node, port = number("NNODES", 1), number("NODE_RANK", 0), number("MASTER_PORT", 0)
+    if nodes < 1:
+        raise ValueError(f"NNODES={nodes} must be above 0")
+    if port >= 2**16:
+        raise ValueError(f"MASTER_PORT={port} must be below {2**16}")
+    if not 0 <= node < nodes:
         raise ValueError(f"NODE_RANK={node} with NNODES={nodes}: it must be in 0 to {nodes - 1}")
     if nodes == 1:
-        return Machines(1, 0, "127.0.0.1", number("MASTER_PORT", 0) or free_port())
+        return Machines(1, 0, "127.0.0.1", port)
     if "MASTER_ADDR" not in environment:
         raise ValueError(f"NNODES={nodes} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
     if "NODE_RANK" not in environment:
         raise ValueError(f"NNODES={nodes} needs NODE_RANK, 0 to {nodes - 1}, another on each machine")
-    return Machines(nodes, node, environment["MASTER_ADDR"], number("MASTER_PORT", DEFAULT_PORT))
+    return Machines(nodes, node, environment["MASTER_ADDR"], port or DEFAULT_PORT)
 
 
 def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
@@ -95,8 +101,10 @@ def read_arguments(arguments: list[str], on_cpu: bool) -> tuple[int, str, list[s
     named = [word for word in arguments[1:] if word in SHARDINGS]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)}: name one sharding")
-    if "-m" in arguments or "--multirun" in arguments:
-        raise ValueError("-m runs one process: launch the runs of a sweep one by one")
+    if flags := [word for word in arguments if word.startswith("-")]:
+        raise ValueError(
+            f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]"
+        )
     sharding = named[0] if named else "ddp" if on_cpu else "zero3"
     return int(arguments[0]), sharding, [word for word in arguments[1:] if word not in SHARDINGS]
 
@@ -113,54 +121,51 @@ def check_devices(devices: int, gpus: int, requires: str | None) -> None:
         raise ValueError(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
 
 
-def plan_servers(config: dict, server_devices: int, devices: int, gpus: int) -> Servers | None:
-    """Servers on the devices behind those that train; the configuration learns where they are.
-
-    Raises:
-        ValueError: they do not fit the run, or tensor parallelism does not fit them.
+def check_servers(config: dict, server_devices: int) -> None:
     """
-    if not server_devices:
-        return None
+    Raises:
+        ValueError: servers do not fit the run, or tensor parallelism does not fit them.
+    """
     if not config.get("use_vllm"):
         raise ValueError(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
-    parallel = config.get("vllm_tensor_parallel_size") or 1
-    if server_devices % parallel:
-        fits = [size for size in range(1, server_devices + 1) if server_devices % size == 0]
+    parallel = config.get("vllm_tensor_parallel_size", 1)
+    fits = [size for size in range(1, server_devices + 1) if server_devices % size == 0]
+    if parallel not in fits:
         raise ValueError(
             f"vllm_tensor_parallel_size={parallel} does not divide the {server_devices} devices of the servers: "
             f"use one of {fits}"
         )
+
+
+def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path) -> Servers:
+    """On the devices behind those that train."""
+    parallel = plan.config.get("vllm_tensor_parallel_size", 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = (visible.split(",") if visible else [str(i) for i in range(gpus)])[devices:] if gpus else []
+    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
-    servers = Servers(groups, threads, Path(config["output_dir"]) / "logs")
-    config |= {"use_vllm_server": True, "vllm_server_base_url": servers.urls}
-    return servers
+    return Servers(groups, threads, Path(plan.config["output_dir"]) / "logs", plan_file)
 
 
-def start_ranks(plan: Plan, devices: int, machines: Machines, sharding: str, servers: Servers | None) -> int:
+def start_ranks(plan: Plan, devices: int, machines: Machines, sharding: str, server_devices: int) -> int:
     """Run a plan on this machine's devices; the exit code."""
-    if machines.node == 0 and machines.nodes > 1:
-        check_port(machines.master_addr, machines.master_port)
+    if machines.node == 0 and machines.master_port:
+        check_port(machines.master_port)
+    port = machines.master_port or free_port()
     places = [
-        RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, machines.master_port)
-        for local in range(devices)
+        RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, port) for local in range(devices)
     ]
     shared = rank_environment(sharding, places[0], on_cpu=not plan.gpus)
-    environments = [{**shared, "RANK": str(p.rank), "LOCAL_RANK": str(p.local)} for p in places]
     with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder:
         file = Path(folder) / "plan.json"
+        servers = servers_of(plan, server_devices, devices, file) if server_devices else None
+        if servers is not None:
+            plan.config["vllm_server_base_url"] = servers.urls
+            shared |= servers.environment
         file.write_text(json.dumps(asdict(plan)))
+        environments = [{**shared, "RANK": str(p.rank), "LOCAL_RANK": str(p.local)} for p in places]
         command = [sys.executable, "-m", "launching.rank", str(file), str(os.getpid())]
-        logs = Path(plan.config["output_dir"]) / "logs"
-        if servers is None:
-            return supervise(command, environments, logs)
-        servers.start(file)
-        try:
-            return supervise(command, [{**e, KEY_VARIABLE: servers.key} for e in environments], logs)
-        finally:
-            servers.close()
+        return supervise(command, environments, Path(plan.config["output_dir"]) / "logs", servers)
 
 
 def launch(devices: int, sharding: str, arguments: list[str], server_devices: int = 0) -> int:
@@ -168,9 +173,14 @@ def launch(devices: int, sharding: str, arguments: list[str], server_devices: in
     config, given = compose_config(arguments)
     if not config["dry_run"]:
         check_devices(devices + server_devices, count_gpus(), config["requires"])
-    apply_memory_profile(config, given)
+    apply_memory_profile(config, given, devices * machines.nodes, sharding)
+    check_keys(config)
     warmup = apply_warmup(config, given)
-    servers = plan_servers(config, server_devices, devices, count_gpus())
+    if server_devices and machines.nodes > 1:
+        raise ValueError(f"NNODES={machines.nodes} with servers: for now they and all ranks share one machine")
+    if server_devices:
+        check_servers(config, server_devices)
+        config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
     plan = make_plan(config, devices * machines.nodes, pending_warmup=warmup, sharding=sharding)
     if config["dry_run"]:
         sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
@@ -183,12 +193,13 @@ def launch(devices: int, sharding: str, arguments: list[str], server_devices: in
         logger.info("warm-up first: %s", warmup)
         if code := launch(devices, sharding, [f"run_cfg={warmup}"]):
             return code
-    with folder_lock(config["output_dir"]):
-        if machines.node == 0:
+    first = machines.node == 0
+    with folder_lock(config["output_dir"]) if first else nullcontext():
+        if first:
             prepare_output(config)
-        prepare_wandb(config)
+            prepare_wandb(config)
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())
-        return start_ranks(plan, devices, machines, sharding, servers)
+        return start_ranks(plan, devices, machines, sharding, server_devices)
 
 
 def main() -> None:

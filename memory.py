@@ -188,7 +188,11 @@ def gpu_memory_gib() -> float | None:
 
 
 def choose_profile(
-    config: dict[str, Any], profiles: dict[str, dict[str, Any]], gpu_gib: float
+    config: dict[str, Any],
+    profiles: dict[str, dict[str, Any]],
+    gpu_gib: float,
+    devices: int = 1,
+    sharding: str = "ddp",
 ) -> tuple[str, dict[str, Any], float]:
     """The largest profile that fits a GPU; the smallest where none does.
 
@@ -196,6 +200,7 @@ def choose_profile(
         config: the flat configuration that a profile is laid over.
         profiles: settings by name; a name begins with the GB of the card it is made for.
         gpu_gib: the card's memory.
+        devices, sharding: as in `estimate_memory`.
 
     Returns:
         its name, the configuration with it, and the estimate's largest phase in GiB.
@@ -203,7 +208,7 @@ def choose_profile(
     by_size = sorted(profiles, key=lambda name: int(name.removesuffix("gb")), reverse=True)
     for name in by_size:
         merged = {**config, **profiles[name]}
-        peak = max(estimate_memory(merged, gpu_gib).values())
+        peak = max(estimate_memory(merged, gpu_gib, devices, sharding).values())
         made_for_less = int(name.removesuffix("gb")) <= gpu_gib * 1.1  # a card of "24 GB" shows 22.5 to 24
         if name == by_size[-1] or (made_for_less and peak <= gpu_gib * RESERVE):
             return name, merged, peak

@@ -45,6 +45,7 @@ CONTINUABLE = frozenset(
     }
 )
 NETWORK_TIMEOUT_S = 3.0
+BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def make_plan(
     load_format(config["reasoning_format"])
     memory = estimate_memory(config, gpu_memory_gib(), devices, sharding)
     plan = Plan(config, devices, gpus, accumulation, generation, memory, [], pending_warmup)
-    for check in (check_device, check_data, check_models, check_output, check_disk):
+    for check in (check_device, check_servers, check_data, check_models, check_output, check_disk):
         try:
             check(plan)
         except ValueError as error:
@@ -146,6 +147,17 @@ def make_plan(
 def check_device(plan: Plan) -> None:
     if plan.config["requires"] == "gpu" and not plan.gpus:
         raise ValueError(f"run {plan.config['run_name']} needs a GPU and none is visible (requires=null tries the CPU)")
+
+
+def check_servers(plan: Plan) -> None:
+    """Servers that are said to be there already; those that the launcher starts have no port yet."""
+    named = plan.config.get("vllm_server_base_url") if plan.config.get("use_vllm_server") else None
+    for url in [named] if isinstance(named, str) else named or []:
+        address = urlsplit(url)
+        if address.hostname is None or address.port is None:
+            raise ValueError(f"vllm_server_base_url={url} is no address such as http://host:8000")
+        if address.port and not _answers(address.hostname, address.port):
+            raise ValueError(f"vllm_server_base_url={url} does not answer")
 
 
 def check_data(plan: Plan) -> None:
@@ -233,7 +245,7 @@ def check_output(plan: Plan) -> None:
         raise ValueError(f"resume_from={config['resume_from']} is not a checkpoint folder")
     if not saved.is_file():
         folder = Path(config["output_dir"])
-        if folder.is_dir() and any(path.name != "config.yaml.tmp" for path in folder.iterdir()):
+        if folder.is_dir() and any(path.name not in BEFORE_A_RUN for path in folder.iterdir()):
             raise ValueError(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
         return
     if config["overwrite_output_dir"] or config["resume_from"] is not None:
@@ -254,7 +266,7 @@ def check_disk(plan: Plan) -> None:
     while not folder.exists():
         folder = folder.parent
     trained = parameters(config) * (0.02 if config["use_peft"] else 1)
-    per_checkpoint = trained * 12 + (parameters(config) * 4 if config.get("sync_ref_model") else 0)
+    per_checkpoint = trained * 16 + (parameters(config) * 4 if config.get("sync_ref_model") else 0)
     needed = per_checkpoint * ((config["save_total_limit"] or 5) + 1) + parameters(config) * 4
     free = shutil.disk_usage(folder).free
     if needed > free:

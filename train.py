@@ -27,7 +27,7 @@ from checks import check_keys, key_names, known_keys
 from launching import PREEMPTED, folder_lock
 from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
-from plan import Plan, make_plan
+from plan import BEFORE_A_RUN, Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
@@ -96,7 +96,7 @@ def memory_profiles() -> dict[str, dict]:
     return {path.stem: yaml.safe_load(path.read_text()) for path in files}
 
 
-def apply_memory_profile(config: dict, given: list[str]) -> None:
+def apply_memory_profile(config: dict, given: list[str], devices: int = 1, sharding: str = "ddp") -> None:
     """Lay the chosen profile over the run, under what the command line names; keys of other trainers are left out."""
     chosen = config.pop("memory_profile", None)
     if chosen is None:
@@ -123,7 +123,7 @@ def apply_memory_profile(config: dict, given: list[str]) -> None:
         logger.info("memory_cfg=auto: no GPU, the run stays as it is")
         return
     profiles = {name: of_this_run(profile) for name, profile in memory_profiles().items()}
-    name, merged, peak = choose_profile(config, profiles, gpu_gib)
+    name, merged, peak = choose_profile(config, profiles, gpu_gib, devices, sharding)
     config.update(merged)
     logger.info("memory_cfg=auto: %s, about %.1f of the GPU's %.1f GiB", name, peak, gpu_gib)
     if peak > gpu_gib:
@@ -146,6 +146,8 @@ def prepare_output(config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config["overwrite_output_dir"] and (folder / "config.yaml").is_file():
         for path in folder.iterdir():  # not the folder itself, which is locked
+            if path.name in BEFORE_A_RUN:
+                continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shown = {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
     aside = folder / "config.yaml.tmp"
@@ -211,7 +213,7 @@ def train(plan: Plan) -> None:
 def _train(plan: Plan, stop):
     """The trainer, once it has trained, and its held-out evaluation."""
     from trainers.build import build_trainer, quiet_libraries
-    from trainers.checkpoints import damage_of, last_checkpoint
+    from trainers.checkpoints import damage_of, last_checkpoint, newest
     from trainers.ranks import RollCall, is_one_of_several, meet
 
     quiet_libraries()
@@ -220,7 +222,7 @@ def _train(plan: Plan, stop):
     trainer, evaluation = build_trainer(plan)
     for callback in (stop, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
-    checkpoint = plan.config["resume_from"] or last_checkpoint(plan.config["output_dir"])
+    checkpoint = newest(plan.config["resume_from"], last_checkpoint(plan.config["output_dir"]))
     if checkpoint:
         if damage := damage_of(Path(checkpoint)):
             raise ValueError(f"resume_from={checkpoint} is damaged: {damage}")

@@ -18,7 +18,6 @@ def worker(variant: str, setting: Setting) -> dict:
     import torch
     from accelerate import Accelerator
 
-    from generation.guard import KEY_VARIABLE
     from generation.server_engine import ServerEngine
     from launching.servers import Servers
     from models.embedded import embedded_model_path
@@ -31,10 +30,10 @@ def worker(variant: str, setting: Setting) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps({"config": config}))
-        servers = Servers([""], torch.get_num_threads(), Path(folder))
-        os.environ[KEY_VARIABLE] = servers.key
+        servers = Servers([""], torch.get_num_threads(), Path(folder), file)
+        os.environ |= servers.environment
         start = time.perf_counter()
-        servers.start(file)
+        servers.start()
         try:
             model = load_policy(path)
             engine = ServerEngine(
@@ -48,7 +47,7 @@ def worker(variant: str, setting: Setting) -> dict:
                 top_k=0,
                 generation_kwargs={},
                 urls=servers.urls,
-                limit_s=120,
+                start_limit_s=120,
             )
             if variant == "start":
                 return {"seconds": time.perf_counter() - start, "difference": 0.0}

@@ -7,7 +7,6 @@ and ends with an error when the process is gone; the process ends when the train
 import multiprocessing
 import shutil
 import signal
-import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -18,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import LLM
 
+from generation.shared_memory import weights_folder
 from generation.vllm_engine import Completions, VLLMEngine, generate, load_weights, prepare_bfloat16
 
 START_LIMIT_S = 600
 ANSWER_LIMIT_S = 3600
 END_LIMIT_S = 10
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class EngineProcess(VLLMEngine):
@@ -34,7 +33,7 @@ class EngineProcess(VLLMEngine):
         options = self._llm_options()
         threads = max(1, torch.get_num_threads() // 2)  # on a CPU both sides compute at once
         torch.set_num_threads(threads)
-        self._folder = Path(tempfile.mkdtemp(prefix="rlt-weights-", dir=_roomy_place(self.model)))
+        self._folder = weights_folder(sum(parameter.numel() * 4 for parameter in self.model.parameters()))
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, options, threads, self._folder), daemon=True)
@@ -100,13 +99,6 @@ class EngineProcess(VLLMEngine):
         self._process.join(END_LIMIT_S)
         code = self._process.exitcode
         return RuntimeError(f"the engine's process has ended with exit code {code}; what it said stands above")
-
-
-def _roomy_place(model: torch.nn.Module) -> Path | None:
-    """Shared memory where it has room for the weights (a container's often has not), else the usual place for files."""
-    size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
-    return SHARED_MEMORY if roomy else None
 
 
 def _end(process, pipe, folder: Path) -> None:

@@ -8,7 +8,6 @@ had the version that was sent last.
 import fcntl
 import os
 import shutil
-import tempfile
 import threading
 import time
 import weakref
@@ -24,11 +23,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from generation.guard import KEY_VARIABLE
+from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from generation.vllm_engine import Completions, VLLMEngine
 from generation.weight_files import FileUpdate, write_chunks
 
 MODEL = "policy"  # the name under which servers know it
-START_LIMIT_S = 600
+ANSWER_LIMIT_S = 3600  # one group's completions
 PAUSE_S = 1.0
 REQUESTS_AT_ONCE = 64
 
@@ -51,7 +51,9 @@ class Server:
         """
         limit = limit_s or self.limit_s
         try:
-            answer = requests.request(method, self.url + path, json=body, headers=self.headers, timeout=limit)
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy between this machine and itself, no other key from ~/.netrc
+                answer = session.request(method, self.url + path, json=body, headers=self.headers, timeout=limit)
         except requests.RequestException as error:
             raise ServerError(f"{self.url}{path}: {error}") from error
         if not answer.ok:
@@ -97,12 +99,13 @@ class ServerEngine(VLLMEngine):
 
     Args:
         urls: of the servers; they share memory, or a disk under TMPDIR, with rank 0.
-        limit_s: for one answer.
+        start_limit_s: for a server to be ready, at first and after it died.
         other arguments: as in `VLLMEngine`.
     """
 
-    def __init__(self, *args, urls: list[str], limit_s: float, **kwargs):
-        self.servers = [Server(url, limit_s) for url in urls]
+    def __init__(self, *args, urls: list[str], start_limit_s: float, **kwargs):
+        self.servers = [Server(url, ANSWER_LIMIT_S) for url in urls]
+        self.start_limit_s = start_limit_s
         self.lock = threading.Lock()
         self.number = 0
         super().__init__(*args, **kwargs)
@@ -110,30 +113,49 @@ class ServerEngine(VLLMEngine):
     def _init_vllm(self):
         # Overridden: the engines are elsewhere.
         for server in self.servers:
-            server.wait_until_ready(START_LIMIT_S)
-        main = self.accelerator.is_main_process
-        made = tempfile.mkdtemp(prefix="rlt-weights-", dir=_shared_memory()) if main else None
-        self.folder = Path(broadcast_object_list([made])[0])
-        if main:
-            self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            server.wait_until_ready(self.start_limit_s)
+        self.folder = self._find_folder()
+
+    def _find_folder(self) -> Path:
+        """The launcher's, or one of this process where servers were there before."""
+        if WEIGHTS_VARIABLE in os.environ:
+            return Path(os.environ[WEIGHTS_VARIABLE])
+        made = weights_folder() if self.accelerator.is_main_process else None
+        if made:
+            self.close = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return Path(broadcast_object_list([str(made)])[0])
 
     def sync_weights(self):
         # Overridden: gathered by all ranks, written by one, read by every server.
         self.number += 1
         new, old = self._weights_folder(self.number), self._weights_folder(self.number - 1)
-        dtype = getattr(torch, self.engine_dtype) if self.on_cpu else self.model.dtype
+        low = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else self.model.dtype
+        dtype = getattr(torch, self.engine_dtype) if self.on_cpu else low  # of forward passes, not of master weights
         weights = ((name, w.to("cpu", dtype, copy=True)) for name, w in self._iter_engine_params())
         if self.accelerator.is_main_process:
             new.mkdir()
             updates = list(write_chunks(weights, new))
             torch.save([asdict(update) for update in updates], new / "updates.pt")
             for server in self.servers:
-                self._bring_up_to_date(server)
+                try:
+                    self._bring_up_to_date(server)
+                except ServerError:
+                    self._recover(server)
             shutil.rmtree(old, ignore_errors=True)
         else:
             for _ in weights:  # takes part in gathering
                 pass
         self.accelerator.wait_for_everyone()
+
+    def _recover(self, server: Server) -> None:
+        """Wait for a server that failed or was started again, and give it the weights."""
+        server.wait_until_ready(self.start_limit_s)
+        self._bring_up_to_date(server)
+
+    @property
+    def version(self) -> str:
+        """Of the weights that were sent last; another run's are others, whatever their number."""
+        return f"{self.folder.name}-{self.number}"
 
     def _weights_folder(self, number: int) -> Path:
         return self.folder / str(number)
@@ -141,9 +163,9 @@ class ServerEngine(VLLMEngine):
     def _bring_up_to_date(self, server: Server) -> None:
         """By one rank at a time."""
         with _locked(self.folder / f"{self.servers.index(server)}.lock"):
-            if server.version() != str(self.number):
+            if server.version() != self.version:
                 updates = torch.load(self._weights_folder(self.number) / "updates.pt", weights_only=True)
-                server.take_weights([FileUpdate(**update) for update in updates], str(self.number))
+                server.take_weights([FileUpdate(**update) for update in updates], self.version)
 
     def generate_seeded(self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None) -> Completions:
         # Overridden: requests go to the server that owes the fewest tokens.
@@ -161,14 +183,14 @@ class ServerEngine(VLLMEngine):
         """Asked once more, with the weights sent again, when the server fails."""
         cost = len(ids) + count * sampling["max_tokens"]
         with self.lock:
-            server = min(self.servers, key=lambda each: each.owes)
+            first = self.accelerator.process_index % len(self.servers)  # ranks begin with different ones
+            server = min(self.servers[first:] + self.servers[:first], key=lambda each: each.owes)
             server.owes += cost
         try:
             try:
                 return self._complete_on(server, ids, count, seed, sampling)
             except ServerError:
-                server.wait_until_ready(START_LIMIT_S)
-                self._bring_up_to_date(server)
+                self._recover(server)
                 return self._complete_on(server, ids, count, seed, sampling)
         finally:
             with self.lock:
@@ -177,13 +199,9 @@ class ServerEngine(VLLMEngine):
     def _complete_on(self, server: Server, *request) -> Completions:
         completions = server.complete(*request)
         version = server.version()
-        if version != str(self.number):
-            raise ServerError(f"{server.url} has version {version} of the weights, {self.number} was sent")
+        if version != self.version:
+            raise ServerError(f"{server.url} has version {version} of the weights, {self.version} was sent")
         return completions
-
-
-def _shared_memory() -> str | None:
-    return os.environ.get("TMPDIR") or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
 
 
 @contextmanager

@@ -101,13 +101,15 @@ class VLLMEngine(VLLMGeneration):
         yield from merged_params(policy) if quantised else super()._iter_named_params()
 
     def _iter_engine_params(self):
-        names = set()
+        policy = self.accelerator.unwrap_model(self.model)
+        base = policy.get_base_model() if is_peft_model(policy) else policy
+        embedding = base.get_input_embeddings().weight
+        tied = base.get_output_embeddings().weight is embedding
+        embedding_name = next(name for name, param in base.named_parameters() if param is embedding)
         for name, param in self._iter_named_params():
-            names.add(name)
             yield name, param.detach()
-        if "lm_head.weight" not in names:
-            base = self.accelerator.unwrap_model(self.model)
-            yield "lm_head.weight", base.get_output_embeddings().weight.detach()
+            if tied and name == embedding_name:  # while it is gathered, where it is in shards
+                yield "lm_head.weight", param.detach()
 
     def sync_weights(self):
         # Overridden because the CPU backend re-packs weights after loading: they can be reloaded, not written into.

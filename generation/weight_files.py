@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 BACKEND = "file"
-CHUNK_BYTES = 2**28  # of a file: what is held twice at once
+CHUNK_BYTES = 2**28  # of a file: what a side holds beside its model
 
 
 @dataclass
@@ -44,7 +44,7 @@ def checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def write_chunks(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterator[FileUpdate]:
-    """Files of about `CHUNK_BYTES`, each to be read before the next is written."""
+    """Files of about `CHUNK_BYTES`."""
     chunk: dict[str, torch.Tensor] = {}
     number = size = 0
     for name, tensor in weights:

@@ -5,6 +5,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 SHARDINGS = {
     "ddp": "ddp",
@@ -48,6 +50,8 @@ def rank_environment(sharding: str, place: RankPlace, on_cpu: bool) -> dict[str,
         "RLT_SHARDING": sharding,
         "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // place.local_size),
     }
+    if place.nodes > 1 and (name := interface_to(place.master_addr)):
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", name)
     if on_cpu:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {**_of_accelerate(sharding), **{name: str(value) for name, value in variables.items()}}
@@ -70,13 +74,29 @@ def _of_accelerate(sharding: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
+def interface_to(address: str) -> str | None:
+    """The network interface by which another machine is reached; gloo would take that of this host's name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            raise ValueError(f"MASTER_ADDR={address} cannot be reached from this machine") from None
+        mine = probe.getsockname()[0]
+    if mine.startswith("127."):
+        raise ValueError(
+            f"MASTER_ADDR={address} is this machine's loopback address: name one that the others can reach"
+        )
+    found = (name for name, places in psutil.net_if_addrs().items() if any(p.address == mine for p in places))
+    return next(found, None)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
-def check_port(address: str, port: int) -> None:
+def check_port(port: int) -> None:
     """
     Raises:
         ValueError: somebody listens there already.

@@ -11,6 +11,13 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIDY_UP_S = 5.0
+LAST_LINES = 15
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log that say something."""
+    text = log.read_bytes().decode(errors="replace").replace("\r", "\n") if log.is_file() else ""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-LAST_LINES:])
 
 
 def end_with(launcher: int) -> None:

@@ -4,16 +4,19 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from generation.guard import KEY_VARIABLE
+from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching.environment import free_port
-from launching.lifetime import end_followers, end_group
+from launching.lifetime import end_followers, end_group, end_of
 
 LOOPBACK = "127.0.0.1"
 RESTARTS = 3
@@ -24,37 +27,55 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Servers:
-    """One server for each entry of `devices` (the value of CUDA_VISIBLE_DEVICES there; empty: the CPU)."""
+    """One server for each entry of `devices` (the value of CUDA_VISIBLE_DEVICES there; empty: the CPU).
+
+    Args:
+        threads: of each, on a CPU.
+        plan_file: what `generation.serve` reads.
+    """
 
     devices: list[str]
-    threads: int  # of each, on a CPU
+    threads: int
     logs: Path
-    ports: list[int] = field(default_factory=list)
+    plan_file: Path
     key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self):
         self.ports = [free_port() for _ in self.devices]
-        self.closing = threading.Event()
+        self.closing, self.given_up = threading.Event(), threading.Event()
         self.processes: dict[int, subprocess.Popen] = {}
-        self.threads_watching: list[threading.Thread] = []
+        self.watching: list[threading.Thread] = []
+        self.lock = threading.Lock()  # no server starts once they are being closed
+        self.failed: int | None = None
+        self.weights = weights_folder()
 
     @property
     def urls(self) -> list[str]:
         return [f"http://{LOOPBACK}:{port}" for port in self.ports]
 
-    def start(self, plan_file: Path) -> None:
+    @property
+    def environment(self) -> dict[str, str]:
+        """What ranks have to know."""
+        return {KEY_VARIABLE: self.key, WEIGHTS_VARIABLE: str(self.weights)}
+
+    def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         for number in range(len(self.devices)):
-            self._start_one(number, plan_file)
-            watching = threading.Thread(target=self._keep_alive, args=(number, plan_file), daemon=True)
-            watching.start()
-            self.threads_watching.append(watching)
+            self._start_one(number)
+            thread = threading.Thread(target=self._keep_alive, args=(number,), daemon=True)
+            thread.start()
+            self.watching.append(thread)
 
-    def _start_one(self, number: int, plan_file: Path) -> None:
+    def _log(self, number: int) -> Path:
+        return self.logs / f"server-{number}.log"
+
+    def _start_one(self, number: int) -> None:
         place = [str(self.ports[number]), LOOPBACK, str(os.getpid())]
-        with (self.logs / f"server-{number}.log").open("ab") as log:
+        with self.lock, self._log(number).open("ab") as log:
+            if self.closing.is_set():
+                return
             self.processes[number] = subprocess.Popen(
-                [sys.executable, "-m", "generation.serve", str(plan_file), *place],
+                [sys.executable, "-m", "generation.serve", str(self.plan_file), *place],
                 env={
                     **os.environ,
                     KEY_VARIABLE: self.key,
@@ -67,26 +88,36 @@ class Servers:
                 start_new_session=True,
             )
 
-    def _keep_alive(self, number: int, plan_file: Path) -> None:
-        for _ in range(RESTARTS + 1):
+    def _keep_alive(self, number: int) -> None:
+        for restart in range(RESTARTS + 1):
             process = self.processes[number]
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             end_followers(process)  # while its id is still its own
             code = process.wait()
             if self.closing.is_set():
                 return
-            log = self.logs / f"server-{number}.log"
-            logger.warning("server %d ended with exit code %d (%s), and is started again", number, code, log)
-            self._start_one(number, plan_file)
-        logger.error("server %d was started again %d times, and is left", number, RESTARTS)
+            if restart == RESTARTS:
+                break
+            logger.warning("server %d ended with code %d (%s), and is started again", number, code, self._log(number))
+            time.sleep(restart)
+            self._start_one(number)
+        self.failed = number
+        self.given_up.set()
+
+    def last_words(self) -> str:
+        log = self._log(self.failed)
+        return f"\nserver {self.failed} ended {RESTARTS + 1} times (all of it in {log}):\n{end_of(log)}\n"
 
     def close(self) -> None:
-        self.closing.set()
+        with self.lock:
+            self.closing.set()
         for process in self.processes.values():
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-        for watching in self.threads_watching:
-            watching.join(END_LIMIT_S)
+            with contextlib.suppress(ProcessLookupError):
+                if process.returncode is None:
+                    os.kill(process.pid, signal.SIGTERM)
+        give_up = time.monotonic() + END_LIMIT_S
+        for thread in self.watching:
+            thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
+        shutil.rmtree(self.weights, ignore_errors=True)

@@ -15,11 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launching.lifetime import end_followers, end_group
+from launching.lifetime import end_followers, end_group, end_of
+from launching.servers import Servers
 
 PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): the same command continues it
 GRACE_S = 20.0  # for the others, once one rank has failed; collectives that lost a peer mostly end by themselves
-LAST_WORDS = 15  # lines
+COPY_LIMIT_S = 2.0  # for what a rank wrote last
 
 
 @dataclass
@@ -27,13 +28,14 @@ class Rank:
     number: int
     process: subprocess.Popen
     log: Path
+    copying: threading.Thread | None  # to the terminal
 
 
 class Supervisor:
     """`supervise` as an object: its threads put each rank's end into a queue, in the order in which they ended."""
 
-    def __init__(self, logs: Path):
-        self.logs = logs
+    def __init__(self, logs: Path, servers: Servers | None):
+        self.logs, self.servers = logs, servers
         self.ranks: list[Rank] = []
         self.ended: queue.SimpleQueue[tuple[Rank, int]] = queue.SimpleQueue()
         self.stops = 0
@@ -53,11 +55,14 @@ class Supervisor:
                     stderr=subprocess.PIPE if shown else file,
                     start_new_session=True,
                 )
-            rank = Rank(number, process, log)
+            copying = threading.Thread(target=_copy, args=(process.stderr, log), daemon=True) if shown else None
+            rank = Rank(number, process, log, copying)
             self.ranks.append(rank)
-            if shown:
-                threading.Thread(target=_copy, args=(process.stderr, log), daemon=True).start()
+            if copying:
+                copying.start()
             threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()
+            if self.stops:  # asked before this rank was there
+                _signal(rank, signal.SIGTERM)
 
     def _wait_for(self, rank: Rank) -> None:
         os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)
@@ -67,65 +72,80 @@ class Supervisor:
     def stop(self, number: int, frame) -> None:
         """A signal to this process: the ranks are asked to save and stop; the second time, they are ended."""
         self.stops += 1
-        for rank in self.ranks:
-            if self.stops > 1:
-                end_group(rank.process)
-            else:
+        if self.stops > 1:
+            self.end_all()
+        else:
+            for rank in self.ranks:
                 _signal(rank, signal.SIGTERM)
+
+    def end_all(self) -> None:
+        for rank in self.ranks:
+            end_group(rank.process)
 
     def wait(self) -> int:
         """The run's exit code, once no rank is left."""
         failed: tuple[Rank, int] | None = None
-        left, give_up = len(self.ranks), None
+        left, give_up, codes = len(self.ranks), None, []
         while left:
+            if self.servers is not None and self.servers.given_up.is_set():
+                self.end_all()
+            if give_up is not None and time.monotonic() > give_up:
+                self.end_all()
             try:
                 rank, code = self.ended.get(timeout=0.5)
             except queue.Empty:
-                if give_up is not None and time.monotonic() > give_up:
-                    for rank in self.ranks:
-                        end_group(rank.process)
                 continue
             left -= 1
-            asked = self.stops and code in (PREEMPTED, -signal.SIGTERM, -signal.SIGKILL)
-            if code and not asked and failed is None:
+            codes.append(code)
+            if code not in (0, PREEMPTED) and failed is None:
                 failed = (rank, code)
                 give_up = time.monotonic() + GRACE_S
-        if failed is not None:
-            if failed[1] == PREEMPTED:
-                return PREEMPTED
+        if self.servers is not None and self.servers.given_up.is_set():
+            sys.stderr.write(self.servers.last_words())
+            return 1
+        if failed is None:
+            return PREEMPTED if PREEMPTED in codes else 0
+        if self.stops < 2:
             sys.stderr.write(last_words(*failed))
-            return failed[1] if failed[1] > 0 else 128 - failed[1]
-        return PREEMPTED if any(rank.process.returncode for rank in self.ranks) else 0
+        return failed[1] if failed[1] > 0 else 128 - failed[1]
 
 
-def supervise(command: list[str], environments: list[dict[str, str]], logs: Path) -> int:
+def supervise(
+    command: list[str], environments: list[dict[str, str]], logs: Path, servers: Servers | None = None
+) -> int:
     """Run a command once for each environment (with RANK and LOCAL_RANK) until all have ended.
 
     SIGTERM, SIGINT and SIGHUP to this process ask the ranks to save and stop. When one rank fails, the others have
     `GRACE_S` seconds; its last words are printed last.
 
+    Args:
+        servers: started before the ranks, and ended after them.
+
     Returns:
-        0, `PREEMPTED`, or the exit code of the rank that failed first.
+        0, `PREEMPTED` when the ranks stopped and saved, or the exit code of the rank that failed first.
     """
-    supervisor = Supervisor(logs)
+    supervisor = Supervisor(logs, servers)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, supervisor.stop) for number in numbers]
     try:
+        if servers is not None:
+            servers.start()
         supervisor.start(command, environments)
         return supervisor.wait()
     finally:
-        for rank in supervisor.ranks:
-            end_group(rank.process)
+        supervisor.end_all()
+        if servers is not None:
+            servers.close()
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
 def last_words(rank: Rank, code: int) -> str:
     """What the log of a failed rank ends with, and how it ended."""
+    if rank.copying is not None:
+        rank.copying.join(COPY_LIMIT_S)
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    text = rank.log.read_bytes().decode(errors="replace").replace("\r", "\n")
-    lines = [line for line in text.splitlines() if line.strip()][-LAST_WORDS:]
-    return "\n".join([f"\nrank {rank.number} ended first, with {how} (all of it in {rank.log}):", *lines, ""])
+    return f"\nrank {rank.number} ended first, with {how} (all of it in {rank.log}):\n{end_of(rank.log)}\n"
 
 
 def _copy(source, log: Path) -> None:

@@ -27,6 +27,7 @@ def completions(folder) -> list[list[str]]:
     return [pandas.read_parquet(path)["completion"].tolist() for path in sorted(folder.glob("completions/*.parquet"))]
 
 
+@pytest.mark.slow
 def test_batches_are_one_step_behind_and_a_killed_run_goes_on_with_them(with_engine, tmp_path):
     run = [*with_engine, "overlap_generation=true", "max_steps=3", "save_steps=1", "eval_size=0"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, config_of
+from conftest import ROOT, config_of, launch
 from safetensors.torch import load_file
 
 from launching import RankPlace, rank_environment, supervise
@@ -16,13 +16,8 @@ from plan import make_plan
 from train import prepare_output
 
 STEPS, SAVED = 5, 3
-SLOW = pytest.mark.slow  # as long again each; CI has one of each kind
-SHARDINGS = [
-    "ddp",
-    "zero3",
-    "fsdp",
-    *(pytest.param(name, marks=SLOW) for name in ("zero1", "zero2", "offload")),
-]
+OFTEN, SELDOM = ("zero3", "fsdp"), ("ddp", "zero1", "zero2", "offload")
+SHARDINGS = [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +81,31 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(together, alone)
     assert_same(run_steps(1, "ddp", f"resume_from={together}/checkpoint-{SAVED}"), alone)
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_warm_up_of_two_processes_is_that_of_one(sharding, tiny_teacher, tmp_path):
+    rows = ["train_batch_size=8", "per_device_train_batch_size=2", "max_steps=3", "save_steps=100", "bf16=false"]
+    run = ["teacher_sft_tiny", f"model_name_or_path={tiny_teacher}", *rows, "report_to=null", "learning_rate=1e-3"]
+    for processes, kind in (("1", "ddp"), ("2", sharding)):
+        done = launch("launch.py", processes, kind, *run, f"output_dir={tmp_path / processes}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert [losses(two)[step] for step in sorted(losses(two))] == pytest.approx(
+        [losses(one)[step] for step in sorted(losses(one))], abs=1e-4
+    )
+    a, b, start = (load_file(Path(folder) / "model.safetensors") for folder in (two, one, tiny_teacher))
+    assert any((b[name] - start[name]).abs().max() > 1e-3 for name in b)
+    for name in b:
+        torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, tiny_run, tmp_path):
+    run = ["use_vllm=true", "max_steps=2", "eval_size=3", "save_steps=100", "report_to=null"]
+    done = launch("launch.py", "2", sharding, *tiny_run, *run, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    gaps = [r["sampling/sampling_logp_difference/mean"] for r in records if "loss" in r]
+    assert len(gaps) == 2
+    assert max(gaps) < 2e-4

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from conftest import ROOT, config_of, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation.guard import KEY_VARIABLE
 from generation.server_engine import ServerEngine
 from generation.vllm_engine import VLLMEngine
 from generation.weight_files import checksum, write_chunks
@@ -46,19 +45,21 @@ def server(tiny_run, tmp_path_factory):
         patch.chdir(ROOT)
         config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48")
         (folder / "plan.json").write_text(json.dumps({"config": config}))
-        servers = Servers([""], 1, folder)
-        patch.setenv(KEY_VARIABLE, servers.key)
-        servers.start(folder / "plan.json")
+        servers = Servers([""], 1, folder, folder / "plan.json")
+        for name, value in servers.environment.items():
+            patch.setenv(name, value)
+        servers.start()
         try:
             yield servers
         finally:
             servers.close()
     assert servers.processes[0].returncode is not None
+    assert not servers.weights.exists()
 
 
 @pytest.fixture(scope="module")
 def served(server, tiny_teacher):
-    return engine_of(ServerEngine, tiny_teacher, urls=server.urls, limit_s=60)
+    return engine_of(ServerEngine, tiny_teacher, urls=server.urls, start_limit_s=120)
 
 
 def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(served, tiny_teacher):

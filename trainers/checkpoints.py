@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 import torch
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from trainers.sharding import load_training_state, training_state
@@ -50,8 +50,20 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         if (damage := damage_of(folder)) is None:
             return folder
-        logger.warning("%s is damaged (%s): the one before it is used", folder, damage)
+        logger.warning("%s is damaged (%s): one before it is used, or the start", folder, damage)
     return None
+
+
+def newest(resume_from: str | None, own: Path | None) -> Path | None:
+    """The checkpoint to start from, unless the run has made one behind it since."""
+    if resume_from is None or own is None:
+        return own if resume_from is None else Path(resume_from)
+    return max(Path(resume_from), own, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    state = folder / TRAINER_STATE_NAME
+    return json.loads(state.read_text())["global_step"] if state.is_file() else -1
 
 
 def damage_of(folder: Path) -> str | None:
@@ -107,7 +119,7 @@ class AtomicCheckpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.
-        state = training_state(self.model_wrapped, self.optimizer)
+        state = training_state(self.model_wrapped, self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, TRAINING_STATE))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))

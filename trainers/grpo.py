@@ -19,7 +19,6 @@ import torch
 import trl
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from data.prompts import prompt_token_ids
@@ -28,7 +27,7 @@ from logprobs import token_log_probs
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.overlap import OverlappedGeneration
-from trainers.ranks import slowest
+from trainers.ranks import agree_on_forwards, inside_forward, is_sharded, slowest
 from trainers.sharding import full_weights, load_full_weights
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         self._awaited_passes: deque[Literal["policy", "reference"]] = deque()
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
-        self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self._sharded = is_sharded(self.accelerator)
         self._reference_waits = config.offload_untrained_models and not config.sync_ref_model and not self._sharded
         if self._reference_waits and self.ref_model is not None:
             self.ref_model.to("cpu")
@@ -112,7 +111,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         if config.vllm_mode == "server":
             urls = config.vllm_server_base_url
             urls = [urls] if isinstance(urls, str) else urls
-            kind = partial(ServerEngine, urls=urls, limit_s=config.vllm_server_timeout)
+            kind = partial(ServerEngine, urls=urls, start_limit_s=config.vllm_server_timeout)
         return kind(
             model=self.model,
             accelerator=self.accelerator,
@@ -175,7 +174,14 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         return written
 
     def _phase(self) -> tuple[str, int]:
-        return ("train", self._step) if self.model.training else ("eval", self.state.global_step)
+        if self.model.training:
+            return "train", self._questions_before(self._step)
+        return "eval", self.state.global_step
+
+    def _questions_before(self, micro_step: int) -> int:
+        """How many were answered before a micro-step, by all ranks."""
+        each = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return micro_step * each // self.num_generations
 
     def _request_seeds(self, count: int, phase: tuple[str, int] | None = None) -> list[int]:
         """By a completion's question and place among all ranks', so that it is the same on any number of them."""
@@ -228,12 +234,10 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
             entropy=entropy,
-            agree_on_forwards=self._agree_on_forwards if self._sharded else None,
+            agree_on_forwards=agree_on_forwards(self.accelerator),
         )
         with resident(model, self.accelerator.device, offload) if offload else nullcontext():
-            # DDP, ZeRO and FSDP gather and reduce only for what runs inside the forward that they know.
-            wrapped = self._sharded or inner is not model
-            log_probs, entropies = _ForwardRedirection()(model, inner, compute) if wrapped else compute()
+            log_probs, entropies = inside_forward(model, inner, self._sharded, compute)
         rows = len(sequences)
         if which:
             self._take(which, log_probs[:rows], log_probs[rows:])
@@ -253,9 +257,6 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _take(self, which: str, log_probs: list[torch.Tensor], of_riders: list[torch.Tensor]) -> None:
         """What came of it: log-probs of the completions (with `PROMPT_TAIL`, the policy's) and of the riders."""
-
-    def _agree_on_forwards(self, count: int) -> int:
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     @staticmethod
     def _unpadded(input_ids, attention_mask, logits_to_keep: int, tail: int):
@@ -360,21 +361,23 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         }
         torch.save(state, folder / f"rollouts-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model:
-            reference = full_weights(self.ref_model)
+            reference = full_weights(self.ref_model, keep=self.args.should_save)
             if self.args.should_save:
                 save_file(reference, folder / "reference.safetensors")
 
     def _load_extra_state(self, folder: Path) -> None:
         before, now = self._read_rollouts(folder, 0), self.accelerator.num_processes
         self._step = before["step"] * self.args.gradient_accumulation_steps // before["accumulation"]
-        if before["processes"] == now:
+        same = (before["processes"], before["accumulation"]) == (now, self.args.gradient_accumulation_steps)
+        if same:
             mine = self._read_rollouts(folder, self.accelerator.process_index)
             self._buffered_inputs = mine["buffer"]
             self._take_up(mine["ahead"])
         elif before["buffer"] is not None:
             raise ValueError(
-                f"{folder} stands between two optimizer steps of one generation batch, which is on "
-                f"{before['processes']} processes: continue on as many, not on {now}"
+                f"{folder} stands between two optimizer steps of one generation batch: continue on "
+                f"{before['processes']} processes with {before['accumulation']} micro-batches a step, not on {now} "
+                f"with {self.args.gradient_accumulation_steps}"
             )
         if self.args.sync_ref_model:
             load_full_weights(self.ref_model, load_file(folder / "reference.safetensors"))

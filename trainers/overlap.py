@@ -37,7 +37,7 @@ class OverlappedGeneration:
         if following < self.state.max_steps * self.args.gradient_accumulation_steps:
             self._sync_engine()
             prompts = self._tokenize_prompts([row["prompt"] for row in self._rows_at(following)])[0]
-            self._ahead = Ahead(prompts, step, self._submit(prompts, ("train", following)))
+            self._ahead = Ahead(prompts, step, self._submit(prompts, ("train", self._questions_before(following))))
         return written
 
     def _submit(self, prompt_ids: list[list[int]], phase: tuple[str, int]) -> int:

@@ -1,6 +1,7 @@
 """Several processes of one run: how they meet, and what accelerate leaves out on a CPU."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather, gather_object
 from transformers import TrainerCallback
+from trl.models.utils import _ForwardRedirection
 
 
 def is_one_of_several() -> bool:
@@ -24,7 +26,8 @@ def meet(config: dict[str, Any]) -> None:
     """
     limit = timedelta(seconds=config.get("ddp_timeout", 1800))
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=limit)
-    first, *others = gather_object([config])
+    started = {"sharding": os.environ["RLT_SHARDING"], "devices": os.environ["LOCAL_WORLD_SIZE"]}
+    first, *others = gather_object([{**config, **started}])
     for rank, other in enumerate(others, start=1):
         for key in sorted({*first, *other}):
             if first.get(key) != other.get(key):
@@ -58,6 +61,25 @@ def slowest(seconds: float, device: torch.device) -> dict[str, float]:
         "ranks/host_gib": max(host_R),
         **({"ranks/device_gib": max(device_R)} if on_gpu else {}),
     }
+
+
+def inside_forward(model, inner, sharded: bool, compute: Callable[[], Any]) -> Any:
+    """Run `compute` as part of the forward pass of what is wrapped around `inner`.
+
+    DDP, ZeRO and FSDP gather weights and reduce gradients only for what runs inside a forward pass that they know.
+    """
+    return _ForwardRedirection()(model, inner, compute) if sharded or inner is not model else compute()
+
+
+def agree_on_forwards(accelerator) -> Callable[[int], int] | None:
+    """For models in shards, whose passes are collective: from this rank's number of them to the largest of all."""
+    if not is_sharded(accelerator):
+        return None
+    return lambda count: int(gather(torch.tensor([count], device=accelerator.device)).max())
+
+
+def is_sharded(accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 class RollCall(TrainerCallback):

@@ -4,6 +4,7 @@ Loss only on what comes after the explanation's start tag, and the head only the
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import trl
@@ -11,6 +12,7 @@ import trl
 from data.prompts import prompt_token_ids
 from logprobs import token_log_probs
 from trainers.checkpoints import AtomicCheckpoints, kill_point
+from trainers.ranks import agree_on_forwards, inside_forward, is_sharded
 
 
 @dataclass
@@ -31,17 +33,23 @@ class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
         labels, mask = inputs["labels"], inputs["attention_mask"].bool()
         sequences = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
         counted = [(row[m] != -100).nonzero().flatten().tolist() for row, m in zip(labels, mask, strict=True)]
-        log_probs, _ = token_log_probs(
-            self.accelerator.unwrap_model(model),
+        inner = self.accelerator.unwrap_model(model)
+        compute = partial(
+            token_log_probs,
+            inner,
             sequences,
             counted,
             [[row] for row in range(len(sequences))],
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
+            agree_on_forwards=agree_on_forwards(self.accelerator),
         )
-        total = -torch.cat(log_probs).sum()
-        tokens = sum(map(len, counted)) if num_items_in_batch is None else num_items_in_batch
-        loss = total / tokens
+        log_probs, _ = inside_forward(model, inner, is_sharded(self.accelerator), compute)
+        loss = -torch.cat(log_probs).sum()
+        if num_items_in_batch is None:
+            loss = loss / sum(map(len, counted))
+        else:  # of all ranks, over which gradients are averaged
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
 

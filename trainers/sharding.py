@@ -4,6 +4,7 @@ What is kept so continues on any number of processes and under any sharding: one
 Every function is collective: all ranks call it, with the same model.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,22 @@ def inner_model(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "module", model)
 
 
-def full_weights(model: torch.nn.Module) -> Tensors:
-    """All parameters on the CPU; not copies, where they are whole and there already."""
-    return {name: _whole(parameter) for name, parameter in inner_model(model).named_parameters()}
+def full_weights(model: torch.nn.Module, keep: bool = True) -> Tensors:
+    """All parameters on the CPU; not copies, where they are whole and there already.
+
+    Args:
+        keep: on this rank; the others only take part in gathering, and get nothing.
+    """
+    return _gathered(inner_model(model).named_parameters(), _whole, keep)
+
+
+def _gathered(named: Iterable[tuple[str, torch.Tensor]], gather: Callable, keep: bool) -> Tensors:
+    found = {}
+    for name, tensor in named:
+        whole = gather(tensor)
+        if keep:
+            found[name] = whole.cpu()
+    return found
 
 
 @torch.no_grad()
@@ -64,35 +78,43 @@ def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def training_state(model: torch.nn.Module, optimizer) -> dict[str, Any]:
-    """Trained weights in the optimizer's precision, and the optimizer's states, both by parameter name."""
+def training_state(model: torch.nn.Module, optimizer, keep: bool = True) -> dict[str, Any]:
+    """Trained weights in the optimizer's precision, and the optimizer's states, both by parameter name.
+
+    Args:
+        model: as the trainer wrapped it.
+        optimizer: its optimizer; under ZeRO, DeepSpeed's.
+        keep: on this rank, as in `full_weights`.
+    """
     trained = _trained(model)
     if _is_zero(model):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        _link_states(model.optimizer)
-        base = model.optimizer.optimizer
-        step = next((float(state["step"]) for state in base.state.values() if "step" in state), 0.0)
-        keys = {key for state in base.state.values() for key, value in state.items() if _is_moment(value)}
-        return {
-            "weights": {name: safe_get_full_fp32_param(p).cpu() for name, p in trained.items()},
-            "optimizer": {
-                name: {
-                    "step": torch.tensor(step),
-                    **{key: safe_get_full_optimizer_state(p, key).cpu() for key in sorted(keys)},
-                }
-                for name, p in trained.items()
-            },
-        }
+        return _zero_state(model, trained, keep)
     states = _torch_optimizer(optimizer).state
+    kept = {}
+    for name, parameter in trained.items():
+        values = states.get(parameter, {})
+        tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        whole = _gathered(tensors.items(), _whole, keep)
+        kept[name] = {**values, **whole} if keep else {}
+    return {"weights": _gathered(trained.items(), _whole, keep), "optimizer": kept}
+
+
+def _zero_state(engine, trained: dict[str, torch.nn.Parameter], keep: bool) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    _link_states(engine.optimizer)
+    base = engine.optimizer.optimizer
+    step = next((float(state["step"]) for state in base.state.values() if "step" in state), 0.0)
+    keys = sorted({key for state in base.state.values() for key, value in state.items() if _is_moment(value)})
+    moments = {
+        key: _gathered(trained.items(), partial(safe_get_full_optimizer_state, optim_state_key=key), keep)
+        for key in keys
+    }
     return {
-        "weights": {name: _whole(p) for name, p in trained.items()},
+        "weights": _gathered(trained.items(), safe_get_full_fp32_param, keep),
         "optimizer": {
-            name: {
-                key: _whole(value) if isinstance(value, torch.Tensor) else value
-                for key, value in states.get(p, {}).items()
-            }
-            for name, p in trained.items()
+            name: {"step": torch.tensor(step), **{key: moments[key][name] for key in keys}}
+            for name in (trained if keep else ())
         },
     }
 
@@ -133,7 +155,8 @@ def _load_zero(engine, trained: dict[str, torch.nn.Parameter], state: dict[str, 
     step = moments["step"]
     for shard in shards:  # DeepSpeed makes them in the first step, which is behind
         zero.optimizer.state[shard] = {
-            "step": step.clone() if isinstance(zero.optimizer, torch.optim.AdamW) else int(step),
+            # A fused optimizer reads it on the device.
+            "step": step.to(shard.device, copy=True) if isinstance(zero.optimizer, torch.optim.AdamW) else int(step),
             **{key: torch.zeros_like(shard) for key, value in moments.items() if key != "step"},
         }
     _link_states(zero)

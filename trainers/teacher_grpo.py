@@ -8,7 +8,6 @@ import logging
 from functools import partial
 
 import torch
-from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import use_adapter
 
 from data.formats import ReasoningFormat
@@ -17,6 +16,7 @@ from models.residence import resident
 from rewards import Reading, Scored, TeacherReward
 from schema import TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
+from trainers.ranks import agree_on_forwards, inside_forward
 
 ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 
@@ -168,10 +168,9 @@ class TeacherGRPOTrainer(GRPOTrainer):
             temperature=temperature,
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
-            agree_on_forwards=self._agree_on_forwards if sharded else None,
+            agree_on_forwards=agree_on_forwards(self.accelerator) if sharded else None,
         )
-        # FSDP gathers only for what runs inside the forward that it knows.
-        return (_ForwardRedirection()(model, model, compute) if sharded else compute())[0]
+        return inside_forward(model, model, sharded, compute)[0]
 
 
 def _places(sampled: list[int], counted: list[int], reading: Reading) -> list[int] | None:
