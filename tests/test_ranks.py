@@ -16,8 +16,12 @@ from plan import make_plan
 from train import prepare_output
 
 STEPS, SAVED = 5, 3
-OFTEN, SELDOM = ("zero3", "fsdp"), ("ddp", "zero1", "zero2", "offload")
-SHARDINGS = [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
+ALL = ("zero3", "fsdp", "ddp", "zero1", "zero2", "offload")
+
+
+def shardings(*often: str) -> list:
+    """All of them; what is not tried often is marked slow."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def assert_same(folder: Path, expected: Path) -> None:
         torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", shardings("zero3", "fsdp"))
 def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run_steps):
     together = run_steps(2, sharding)
     assert_same(together, alone)
@@ -83,7 +87,7 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", shardings("zero3"))
 def test_a_warm_up_of_two_processes_is_that_of_one(sharding, tiny_teacher, tmp_path):
     rows = ["train_batch_size=8", "per_device_train_batch_size=2", "max_steps=3", "save_steps=100", "bf16=false"]
     run = ["teacher_sft_tiny", f"model_name_or_path={tiny_teacher}", *rows, "report_to=null", "learning_rate=1e-3"]
@@ -100,7 +104,7 @@ def test_a_warm_up_of_two_processes_is_that_of_one(sharding, tiny_teacher, tmp_p
         torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", shardings("zero3"))
 def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, tiny_run, tmp_path):
     run = ["use_vllm=true", "max_steps=2", "eval_size=3", "save_steps=100", "report_to=null"]
     done = launch("launch.py", "2", sharding, *tiny_run, *run, f"output_dir={tmp_path}")
