@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from conftest import launch
 from test_faults import weights
 from test_launch import command, reached, wait_until
@@ -62,7 +63,8 @@ def test_two_machines_train_as_two_processes_of_one(hosts, tiny_run, tmp_path):
     done = launch("launch.py", "2", *run, f"output_dir={tmp_path / 'together'}")
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = weights(tmp_path / "apart"), weights(tmp_path / "together")
-    assert all(a[name].equal(b[name]) for name in b)
+    for name in b:  # sums differ in their last bits with the number of threads
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
 
 
 def test_a_cut_link_ends_both_with_the_reason(hosts, tiny_run, tmp_path):
