@@ -163,11 +163,6 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    if config.get("vllm_tensor_parallel_size", 1) > 1 and not config["use_vllm_server"]:
-        raise ValueError(
-            f"vllm_tensor_parallel_size={config['vllm_tensor_parallel_size']}: engines in process are one to a rank; "
-            "launch_with_server.sh has servers with tensor parallelism"
-        )
     if config["trainer"] == "grpo":
         check_functions(config["reward_functions"])
 
@@ -188,6 +183,13 @@ def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
     if devices > 1 and config.get("overlap_generation"):
         raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
+    parallel = config.get("vllm_tensor_parallel_size", 1)
+    if config.get("use_vllm") and not config["use_vllm_server"] and devices % parallel:
+        fits = [size for size in range(1, devices + 1) if devices % size == 0]
+        raise ValueError(
+            f"vllm_tensor_parallel_size={parallel} does not divide the {devices} devices, whose neighbours share an "
+            f"engine: use one of {fits}"
+        )
     optimizer = str(config.get("optim"))
     if sharding != "ddp" and ("8bit" in optimizer or "paged" in optimizer):
         raise ValueError(

@@ -11,15 +11,18 @@ import os
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from checks import check_keys
+from generation.guard import KEY_VARIABLE
+from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, supervise
-from launching.environment import check_port, free_port
-from launching.servers import Servers
+from launching.environment import free_port
+from launching.machines import Link, Machines, read_machines
+from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
 from plan import Plan, count_gpus, make_plan
 from train import (
     apply_memory_profile,
@@ -32,48 +35,9 @@ from train import (
     prepare_wandb,
 )
 
-DEFAULT_PORT = 29500
 STARTING = "http://127.0.0.1:0"  # until servers have their ports
 
 logger = logging.getLogger("launch")
-
-
-@dataclass(frozen=True)
-class Machines:
-    """This machine among those of the run; port 0: any that is free."""
-
-    nodes: int
-    node: int
-    master_addr: str
-    master_port: int
-
-
-def read_machines(environment: dict[str, str]) -> Machines:
-    """
-    Raises:
-        ValueError: NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT do not go together.
-    """
-
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, str(default))
-        if not text.isdigit():
-            raise ValueError(f"{name}={text} is not a number")
-        return int(text)
-
-    nodes, node, port = number("NNODES", 1), number("NODE_RANK", 0), number("MASTER_PORT", 0)
-    if nodes < 1:
-        raise ValueError(f"NNODES={nodes} must be above 0")
-    if port >= 2**16:
-        raise ValueError(f"MASTER_PORT={port} must be below {2**16}")
-    if not 0 <= node < nodes:
-        raise ValueError(f"NODE_RANK={node} with NNODES={nodes}: it must be in 0 to {nodes - 1}")
-    if nodes == 1:
-        return Machines(1, 0, "127.0.0.1", port)
-    if "MASTER_ADDR" not in environment:
-        raise ValueError(f"NNODES={nodes} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
-    if "NODE_RANK" not in environment:
-        raise ValueError(f"NNODES={nodes} needs NODE_RANK, 0 to {nodes - 1}, another on each machine")
-    return Machines(nodes, node, environment["MASTER_ADDR"], port or DEFAULT_PORT)
 
 
 def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
@@ -96,7 +60,7 @@ def read_arguments(arguments: list[str], on_cpu: bool) -> tuple[int, str, list[s
     Raises:
         ValueError: the first word is not a number of devices, or two shardings are named.
     """
-    if not arguments or not arguments[0].isdigit() or int(arguments[0]) < 1:
+    if not arguments or not arguments[0].isdigit():
         raise ValueError("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
     named = [word for word in arguments[1:] if word in SHARDINGS]
     if len(named) > 1:
@@ -137,35 +101,78 @@ def check_servers(config: dict, server_devices: int) -> None:
         )
 
 
-def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path) -> Servers:
+def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path) -> Servers:
     """On the devices behind those that train."""
     parallel = plan.config.get("vllm_tensor_parallel_size", 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
-    return Servers(groups, threads, Path(plan.config["output_dir"]) / "logs", plan_file)
+    return Servers(groups, threads, logs, plan_file, **address_of_servers(dict(os.environ)))
 
 
-def start_ranks(plan: Plan, devices: int, machines: Machines, sharding: str, server_devices: int) -> int:
+def address_of_servers(environment: dict[str, str]) -> dict:
+    """
+    Raises:
+        ValueError: other machines could reach them, and no key is set.
+    """
+    host, port = environment.get(HOST_VARIABLE, LOOPBACK), environment.get(PORT_VARIABLE, "0")
+    if not port.isdigit() or int(port) >= 2**16:
+        raise ValueError(f"{PORT_VARIABLE}={port} is no port")
+    if not host.startswith("127.") and not environment.get(KEY_VARIABLE):
+        raise ValueError(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
+    return {"host": host, "first_port": int(port)}
+
+
+def serve(devices: int, arguments: list[str]) -> int:
+    """Servers alone, for a run on other machines, until a signal comes; the exit code."""
+    config, _ = compose_config(arguments)
+    check_keys(config)
+    check_servers(config, devices)
+    check_devices(devices, count_gpus(), config["requires"])
+    plan = make_plan({**config, "overwrite_output_dir": True})  # its folder is the trainer's
+    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
+        file = Path(folder) / "plan.json"
+        file.write_text(json.dumps(asdict(plan)))
+        servers = servers_of(plan, devices, 0, file, Path(folder))
+        return serve_until_stopped(servers, config["vllm_server_timeout"])
+
+
+def start_ranks(
+    plan: Plan, devices: int, machines: Machines, sharding: str, server_devices: int, link: Link | None
+) -> int:
     """Run a plan on this machine's devices; the exit code."""
-    if machines.node == 0 and machines.master_port:
-        check_port(machines.master_port)
-    port = machines.master_port or free_port()
+    port = free_port()
+    if link is not None:
+        port = link.agree(port)
+        check_shared(plan.config["output_dir"])
     places = [
         RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, port) for local in range(devices)
     ]
     shared = rank_environment(sharding, places[0], on_cpu=not plan.gpus)
-    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder:
+    served = nullcontext() if not plan.config.get("use_vllm_server") else weights_folder()
+    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
         file = Path(folder) / "plan.json"
-        servers = servers_of(plan, server_devices, devices, file) if server_devices else None
+        logs = Path(plan.config["output_dir"]) / "logs"
+        servers = servers_of(plan, server_devices, devices, file, logs) if server_devices else None
         if servers is not None:
             plan.config["vllm_server_base_url"] = servers.urls
-            shared |= servers.environment
+            shared[KEY_VARIABLE] = servers.key
+        if weights is not None:
+            shared[WEIGHTS_VARIABLE] = weights
         file.write_text(json.dumps(asdict(plan)))
         environments = [{**shared, "RANK": str(p.rank), "LOCAL_RANK": str(p.local)} for p in places]
         command = [sys.executable, "-m", "launching.rank", str(file), str(os.getpid())]
-        return supervise(command, environments, Path(plan.config["output_dir"]) / "logs", servers)
+        return supervise(command, environments, logs, servers, link)
+
+
+def check_shared(folder: str) -> None:
+    """
+    Raises:
+        ValueError: node 0 has written its configuration elsewhere.
+    """
+    if not (Path(folder) / "config.yaml").is_file():
+        raise ValueError(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
 
 
 def launch(devices: int, sharding: str, arguments: list[str], server_devices: int = 0) -> int:
@@ -177,7 +184,10 @@ def launch(devices: int, sharding: str, arguments: list[str], server_devices: in
     check_keys(config)
     warmup = apply_warmup(config, given)
     if server_devices and machines.nodes > 1:
-        raise ValueError(f"NNODES={machines.nodes} with servers: for now they and all ranks share one machine")
+        raise ValueError(
+            f"NNODES={machines.nodes} with servers of its own: start those with ./launch_with_server.sh "
+            f"{server_devices} 0, and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
+        )
     if server_devices:
         check_servers(config, server_devices)
         config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
@@ -193,13 +203,16 @@ def launch(devices: int, sharding: str, arguments: list[str], server_devices: in
         logger.info("warm-up first: %s", warmup)
         if code := launch(devices, sharding, [f"run_cfg={warmup}"]):
             return code
-    first = machines.node == 0
+    first, link = machines.node == 0, None
     with folder_lock(config["output_dir"]) if first else nullcontext():
+        if machines.nodes > 1:
+            link = Link(machines, config.get("ddp_timeout", 1800))
+            link.meet({**config, "sharding": sharding, "devices": devices})
         if first:
             prepare_output(config)
             prepare_wandb(config)
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())
-        return start_ranks(plan, devices, machines, sharding, server_devices)
+        return start_ranks(plan, devices, machines, sharding, server_devices, link)
 
 
 def main() -> None:
@@ -207,7 +220,12 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     try:
         servers, words = read_servers(sys.argv[1:])
-        sys.exit(launch(*read_arguments(words, on_cpu=not count_gpus()), servers))
+        devices, sharding, rest = read_arguments(words, on_cpu=not count_gpus())
+        if servers and not devices:
+            sys.exit(serve(servers, rest))
+        if not devices:
+            raise ValueError("0 devices: only servers can do without (./launch_with_server.sh SERVER_DEVICES 0 RUN)")
+        sys.exit(launch(devices, sharding, rest, servers))
     except ValueError as error:
         fail(error)
 

@@ -158,6 +158,8 @@ def check_servers(plan: Plan) -> None:
             raise ValueError(f"vllm_server_base_url={url} is no address such as http://host:8000")
         if address.port and not _answers(address.hostname, address.port):
             raise ValueError(f"vllm_server_base_url={url} does not answer")
+        if address.port and not os.environ.get("RLT_SERVER_KEY"):
+            raise ValueError(f"vllm_server_base_url={url}: set RLT_SERVER_KEY to the servers' key")
 
 
 def check_data(plan: Plan) -> None:

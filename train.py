@@ -218,7 +218,7 @@ def _train(plan: Plan, stop):
 
     quiet_libraries()
     if is_one_of_several():
-        meet(plan.config)
+        meet(plan.config.get("ddp_timeout", 1800))
     trainer, evaluation = build_trainer(plan)
     for callback in (stop, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)

@@ -1,6 +1,7 @@
 """New weights of the embedded model to a CPU server, and how far its log-probs are from the trainer's afterwards.
 
-The peer is the whole start of the server, which is what new weights would cost without a transfer.
+Each side has one thread, as the launcher gives them on two cores. The peer is the whole start of the server, which is
+what new weights would cost without a transfer.
 """
 
 import json
@@ -24,14 +25,15 @@ def worker(variant: str, setting: Setting) -> dict:
     from models.loading import load_policy, load_tokenizer
     from train import compose_config
 
+    torch.set_num_threads(1)
     path = str(embedded_model_path(MODEL))
     config, _ = compose_config(["run_cfg=teacher_rlt_tiny", f"model_name_or_path={MODEL}", "bf16=false"])
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps({"config": config}))
-        servers = Servers([""], torch.get_num_threads(), Path(folder), file)
-        os.environ |= servers.environment
+        servers = Servers([""], 1, Path(folder), file)
+        os.environ["RLT_SERVER_KEY"] = servers.key
         start = time.perf_counter()
         servers.start()
         try:

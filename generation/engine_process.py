@@ -33,7 +33,8 @@ class EngineProcess(VLLMEngine):
         options = self._llm_options()
         threads = max(1, torch.get_num_threads() // 2)  # on a CPU both sides compute at once
         torch.set_num_threads(threads)
-        self._folder = weights_folder(sum(parameter.numel() * 4 for parameter in self.model.parameters()))
+        self._shared = weights_folder(sum(parameter.numel() * 4 for parameter in self.model.parameters()))
+        self._folder = Path(self._shared.name)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, options, threads, self._folder), daemon=True)

@@ -28,7 +28,7 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
         "tensor-parallel-size": config.get("vllm_tensor_parallel_size", 1),
         "generation-config": "vllm",
         "logprobs-mode": "processed_logprobs",
-        "weight-transfer-config": '{"backend": "file"}',
+        "weight-transfer-config": '{"backend": "chunks"}',
         "load-format": "dummy",  # the trainer's weights arrive before the first request
         "middleware": "generation.guard.KeyGuard",
         "uvicorn-log-level": "warning",

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
-Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the log-prob of each
+from generation.server import Completions
 
 QUANTISED = (Linear4bit, Linear8bitLt)
 UNITS = 1024  # inputs of a layer whose weights are asked for at once
@@ -43,6 +43,10 @@ class VLLMEngine(VLLMGeneration):
     def _init_vllm(self):
         # Overridden because TRL's constructor call has no place for what the CPU backend needs, and asks for an engine
         # that is quantised when the policy is, which takes neither 8-bit weights nor merged ones.
+        size, ranks = self.tensor_parallel_size, self.accelerator.num_processes
+        if size > 1:  # neighbours share an engine
+            groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
+            self.tp_group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
         threads = torch.get_num_threads()
         self.llm = LLM(**self._llm_options())
         torch.set_num_threads(threads)  # which the CPU backend replaces
@@ -55,11 +59,19 @@ class VLLMEngine(VLLMGeneration):
         return {
             "model": self.model.name_or_path,
             "max_model_len": self.max_model_length,
-            "max_num_seqs": self.max_num_seqs,
+            "max_num_seqs": self.max_num_seqs * self.tensor_parallel_size,
             "logprobs_mode": "processed_logprobs",
             "model_impl": self.model_impl,
             "trust_remote_code": self.trust_remote_code,
+            **(self._for_a_group() if self.tensor_parallel_size > 1 else {}),
             **(self._for_the_cpu() if self.on_cpu else self._for_a_gpu()),
+        }
+
+    def _for_a_group(self) -> dict:
+        return {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "distributed_executor_backend": "external_launcher",
+            "seed": self.accelerator.process_index // self.tensor_parallel_size,
         }
 
     def _for_the_cpu(self) -> dict:
@@ -90,7 +102,7 @@ class VLLMEngine(VLLMGeneration):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "enable_sleep_mode": self.enable_sleep_mode,
             "distributed_executor_backend": "external_launcher",
-            "seed": accelerator.process_index,
+            "seed": accelerator.process_index // self.tensor_parallel_size,
             "max_num_batched_tokens": 4096,  # the engine's memory profile takes its high default for need
         }
 
@@ -132,11 +144,23 @@ class VLLMEngine(VLLMGeneration):
             if self._llm_weights_sleeping:
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
-        written = generate(self.llm, prompts, seeds, self._sampling(max_tokens))
+        prompts, seeds, mine = self._of_the_group(prompts, seeds)
+        ids, log_probs = generate(self.llm, prompts, seeds, self._sampling(max_tokens))
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
-        return written
+        return ids[mine], log_probs[mine]
+
+    def _of_the_group(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[list[int]], list[int], slice]:
+        """What all ranks of an engine ask for (each runs it on its share of the weights), and its own part."""
+        if self.tensor_parallel_size == 1:
+            return prompts, seeds, slice(None)
+        asked: list = [None] * self.tensor_parallel_size
+        torch.distributed.all_gather_object(asked, (prompts, seeds), group=self.tp_group)
+        place = self.accelerator.process_index % self.tensor_parallel_size
+        first = sum(len(p) for p, _ in asked[:place])
+        mine = slice(first, first + len(prompts))
+        return [ids for p, _ in asked for ids in p], [seed for _, s in asked for seed in s], mine
 
     def _sampling(self, max_tokens: int | None) -> dict:
         return {

@@ -90,20 +90,16 @@ def interface_to(address: str) -> str | None:
     return next(found, None)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def free_port(wanted: int = 0, host: str = "") -> int:
+    """A port that nobody listens at; any when 0 is wanted.
 
-
-def check_port(port: int) -> None:
-    """
     Raises:
-        ValueError: somebody listens there already.
+        ValueError: the one that is wanted cannot be had.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
-        except OSError:
-            raise ValueError(f"MASTER_PORT={port} is in use on this machine: name another") from None
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise ValueError(f"{host or 'port'}:{wanted} cannot be had ({error.strerror}): name another") from None
+        return probe.getsockname()[1]

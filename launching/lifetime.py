@@ -12,6 +12,8 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIDY_UP_S = 5.0
 LAST_LINES = 15
+SHARED_MEMORY = Path("/dev/shm")
+SEGMENTS = ("psm_", "sem.mp-")  # as multiprocessing names them
 
 
 def end_of(log: Path) -> str:
@@ -36,13 +38,27 @@ def end_group(process: subprocess.Popen) -> None:
 
 def end_followers(process: subprocess.Popen) -> None:
     """The same once the leader has ended: what it started may tidy up (shared memory, for one) before it is killed."""
-    for pid in _followers(process.pid):
+    followers = _followers(process.pid)
+    segments = set().union(*map(_segments_of, followers))
+    for pid in followers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     give_up = time.monotonic() + TIDY_UP_S
     while _followers(process.pid) and time.monotonic() < give_up:
         time.sleep(0.1)
     end_group(process)
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _segments_of(pid: int) -> set[Path]:
+    """Python's shared memory and semaphores that a process has mapped."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # it has just ended
+        return set()
+    mapped = (Path(words[5]) for words in map(str.split, lines) if len(words) > 5)
+    return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENTS)}
 
 
 def _followers(leader: int) -> list[int]:

@@ -4,21 +4,21 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from generation.guard import KEY_VARIABLE
-from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching.environment import free_port
 from launching.lifetime import end_followers, end_group, end_of
 
 LOOPBACK = "127.0.0.1"
+HOST_VARIABLE, PORT_VARIABLE = "SERVER_HOST", "SERVER_PORT"  # where servers listen, when not on the loopback address
 RESTARTS = 3
 END_LIMIT_S = 20
 
@@ -32,31 +32,30 @@ class Servers:
     Args:
         threads: of each, on a CPU.
         plan_file: what `generation.serve` reads.
+        host: the address at which they listen.
+        first_port: of the first, the others' follow; 0: any that is free.
+        key: what they ask for.
     """
 
     devices: list[str]
     threads: int
     logs: Path
     plan_file: Path
-    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    host: str = LOOPBACK
+    first_port: int = 0
+    key: str = field(default_factory=lambda: os.environ.get(KEY_VARIABLE) or secrets.token_hex(16))
 
     def __post_init__(self):
-        self.ports = [free_port() for _ in self.devices]
+        self.ports = [free_port(self.first_port and self.first_port + i, self.host) for i in range(len(self.devices))]
         self.closing, self.given_up = threading.Event(), threading.Event()
         self.processes: dict[int, subprocess.Popen] = {}
         self.watching: list[threading.Thread] = []
         self.lock = threading.Lock()  # no server starts once they are being closed
         self.failed: int | None = None
-        self.weights = weights_folder()
 
     @property
     def urls(self) -> list[str]:
-        return [f"http://{LOOPBACK}:{port}" for port in self.ports]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What ranks have to know."""
-        return {KEY_VARIABLE: self.key, WEIGHTS_VARIABLE: str(self.weights)}
+        return [f"http://{self.host}:{port}" for port in self.ports]
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ class Servers:
         return self.logs / f"server-{number}.log"
 
     def _start_one(self, number: int) -> None:
-        place = [str(self.ports[number]), LOOPBACK, str(os.getpid())]
+        place = [str(self.ports[number]), self.host, str(os.getpid())]
         with self.lock, self._log(number).open("ab") as log:
             if self.closing.is_set():
                 return
@@ -108,7 +107,7 @@ class Servers:
         log = self._log(self.failed)
         return f"\nserver {self.failed} ended {RESTARTS + 1} times (all of it in {log}):\n{end_of(log)}\n"
 
-    def close(self) -> None:
+    def close(self, well: bool = True) -> None:
         with self.lock:
             self.closing.set()
         for process in self.processes.values():
@@ -120,4 +119,40 @@ class Servers:
             thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
-        shutil.rmtree(self.weights, ignore_errors=True)
+
+
+def serve_until_stopped(servers: Servers, limit_s: float) -> int:
+    """Servers without ranks: says where they are once they are ready; the exit code after SIGTERM or Ctrl-C.
+
+    Args:
+        limit_s: for them to be ready.
+    """
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        servers.start()
+        give_up = time.monotonic() + limit_s
+        while not all(_is_healthy(url) for url in servers.urls):
+            if servers.given_up.is_set() or stopped.wait(1.0):
+                break
+            if time.monotonic() > give_up:
+                raise ValueError(f"servers are not ready after vllm_server_timeout={limit_s:.0f} seconds")
+        else:
+            logger.warning("ready; train with use_vllm_server=true vllm_server_base_url=[%s]", ",".join(servers.urls))
+        while not servers.given_up.is_set() and not stopped.wait(0.5):
+            pass
+    finally:
+        servers.close()
+    if servers.given_up.is_set():
+        sys.stderr.write(servers.last_words())
+        return 1
+    return 0
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launching.lifetime import end_followers, end_group, end_of
+from launching.machines import Link
 from launching.servers import Servers
 
 PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): the same command continues it
@@ -34,8 +35,9 @@ class Rank:
 class Supervisor:
     """`supervise` as an object: its threads put each rank's end into a queue, in the order in which they ended."""
 
-    def __init__(self, logs: Path, servers: Servers | None):
-        self.logs, self.servers = logs, servers
+    def __init__(self, logs: Path, servers: Servers | None, link: Link | None):
+        self.logs, self.link = logs, link
+        self.companions = [each for each in (servers, link) if each is not None]
         self.ranks: list[Rank] = []
         self.ended: queue.SimpleQueue[tuple[Rank, int]] = queue.SimpleQueue()
         self.stops = 0
@@ -87,9 +89,7 @@ class Supervisor:
         failed: tuple[Rank, int] | None = None
         left, give_up, codes = len(self.ranks), None, []
         while left:
-            if self.servers is not None and self.servers.given_up.is_set():
-                self.end_all()
-            if give_up is not None and time.monotonic() > give_up:
+            if self._lost() or (give_up is not None and time.monotonic() > give_up):
                 self.end_all()
             try:
                 rank, code = self.ended.get(timeout=0.5)
@@ -100,18 +100,26 @@ class Supervisor:
             if code not in (0, PREEMPTED) and failed is None:
                 failed = (rank, code)
                 give_up = time.monotonic() + GRACE_S
-        if self.servers is not None and self.servers.given_up.is_set():
-            sys.stderr.write(self.servers.last_words())
-            return 1
-        if failed is None:
-            return PREEMPTED if PREEMPTED in codes else 0
-        if self.stops < 2:
+                if self.link is not None and not self._lost():
+                    self.link.announce(_how_it_ended(rank, code))
+        if failed is not None and self.stops < 2:
             sys.stderr.write(last_words(*failed))
-        return failed[1] if failed[1] > 0 else 128 - failed[1]
+        for companion in self._lost():
+            sys.stderr.write(companion.last_words())
+        if failed is not None:
+            return failed[1] if failed[1] > 0 else 128 - failed[1]
+        return 1 if self._lost() else PREEMPTED if PREEMPTED in codes else 0
+
+    def _lost(self) -> list[Servers | Link]:
+        return [companion for companion in self.companions if companion.given_up.is_set()]
 
 
 def supervise(
-    command: list[str], environments: list[dict[str, str]], logs: Path, servers: Servers | None = None
+    command: list[str],
+    environments: list[dict[str, str]],
+    logs: Path,
+    servers: Servers | None = None,
+    link: Link | None = None,
 ) -> int:
     """Run a command once for each environment (with RANK and LOCAL_RANK) until all have ended.
 
@@ -120,22 +128,25 @@ def supervise(
 
     Args:
         servers: started before the ranks, and ended after them.
+        link: to the other machines, whose failures end the ranks here.
 
     Returns:
         0, `PREEMPTED` when the ranks stopped and saved, or the exit code of the rank that failed first.
     """
-    supervisor = Supervisor(logs, servers)
+    supervisor = Supervisor(logs, servers, link)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, supervisor.stop) for number in numbers]
+    code = 1
     try:
-        if servers is not None:
-            servers.start()
+        for companion in supervisor.companions:
+            companion.start()
         supervisor.start(command, environments)
-        return supervisor.wait()
+        code = supervisor.wait()
+        return code
     finally:
         supervisor.end_all()
-        if servers is not None:
-            servers.close()
+        for companion in supervisor.companions:
+            companion.close(code in (0, PREEMPTED))
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
@@ -144,8 +155,12 @@ def last_words(rank: Rank, code: int) -> str:
     """What the log of a failed rank ends with, and how it ended."""
     if rank.copying is not None:
         rank.copying.join(COPY_LIMIT_S)
+    return f"\n{_how_it_ended(rank, code)} (all of it in {rank.log}):\n{end_of(rank.log)}\n"
+
+
+def _how_it_ended(rank: Rank, code: int) -> str:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"\nrank {rank.number} ended first, with {how} (all of it in {rank.log}):\n{end_of(rank.log)}\n"
+    return f"rank {rank.number} ended first, with {how}"
 
 
 def _copy(source, log: Path) -> None:

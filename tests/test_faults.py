@@ -18,7 +18,7 @@ from conftest import launch
 from safetensors.torch import load_file
 from test_launch import ranks_of, reached, start, wait_until
 
-from generation.server_engine import Server, ServerError
+from generation.server import Server, ServerError
 from launching import PREEMPTED
 
 pytestmark = pytest.mark.slow

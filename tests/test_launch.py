@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, launch
 
-from launch import read_arguments, read_machines
+from launch import address_of_servers, read_arguments, read_machines
 from launching import PREEMPTED
 
 LIMIT_S = 240
@@ -67,6 +67,9 @@ def reached(folder: Path, step: int) -> bool:
         (("2", "teacher_rlt_tiny", "train_batch_size=9"), "train_batch_size must be a multiple of 2 devices"),
         (("2", "teacher_rlt_tiny", "zero3", "use_peft=true", "load_in_4bit=true"), "load_in_4bit=true with zero3"),
         (("2", "teacher_rlt_tiny", "overlap_generation=true"), "overlap_generation=true with 2 devices"),
+        (("2", "teacher_rlt_tiny", "vllm_tensor_parallel_size=3"), "does not divide the 2 devices"),
+        (("--servers=1", "1", "teacher_rlt_tiny", "vllm_tensor_parallel_size=2"), "use one of [1]"),
+        (("0", "teacher_rlt_tiny"), "0 devices: only servers"),
         (("2", "no_such_run"), "run_cfg=no_such_run does not exist"),
     ],
 )
@@ -81,6 +84,7 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "host0", "MASTER_PORT": "70000"}, "must be below 65536"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "host0"}, "needs NODE_RANK"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=2"),
@@ -90,6 +94,16 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
 def test_machines_that_do_not_go_together(environment, said):
     with pytest.raises(ValueError, match=said):
         read_machines(environment)
+
+
+def test_servers_that_others_can_reach_need_a_key():
+    assert address_of_servers({}) == {"host": "127.0.0.1", "first_port": 0}
+    with pytest.raises(ValueError, match="SERVER_HOST=0.0.0.0 is open to others: set RLT_SERVER_KEY"):
+        address_of_servers({"SERVER_HOST": "0.0.0.0"})
+    assert address_of_servers({"SERVER_HOST": "10.0.0.1", "SERVER_PORT": "8000", "RLT_SERVER_KEY": "k"}) == {
+        "host": "10.0.0.1",
+        "first_port": 8000,
+    }
 
 
 def test_arguments_are_devices_a_run_a_sharding_and_keys():

@@ -57,8 +57,9 @@ def test_naming_one_kind_of_weights_leaves_all_of_them_to_the_command_line():
 
 
 def test_a_profile_changes_the_micro_batch_and_not_how_many_completions_are_made_at_once():
-    run = config_of("teacher_rlt_mono")
-    config = profiled("teacher_rlt_mono", "memory_cfg=12gb")
+    run = config_of("teacher_rlt_mono", "generation_aggregation_steps=8")
+    config = config_of("teacher_rlt_mono", "memory_cfg=12gb", "generation_aggregation_steps=8")
+    apply_memory_profile(config, ["teacher_rlt_mono", "memory_cfg=12gb"])  # as if the run's file said eight
     for c in (run, config):
         assert c["per_device_train_batch_size"] * c["generation_aggregation_steps"] == 32
 

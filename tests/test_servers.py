@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import requests
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation.server_engine import ServerEngine
 from generation.vllm_engine import VLLMEngine
-from generation.weight_files import checksum, write_chunks
+from generation.weight_files import ChunkFiles, checksum, read_chunk
+from generation.weight_service import WeightService
 from launching.servers import Servers
 
 PROMPTS = [[100, 200, 300, 400]] * 3 + [[500, 600]] * 2
@@ -46,15 +47,13 @@ def server(tiny_run, tmp_path_factory):
         config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48")
         (folder / "plan.json").write_text(json.dumps({"config": config}))
         servers = Servers([""], 1, folder, folder / "plan.json")
-        for name, value in servers.environment.items():
-            patch.setenv(name, value)
+        patch.setenv("RLT_SERVER_KEY", servers.key)
         servers.start()
         try:
             yield servers
         finally:
             servers.close()
     assert servers.processes[0].returncode is not None
-    assert not servers.weights.exists()
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +102,38 @@ def test_a_completion_of_other_weights_is_refused(served):
 
 
 def test_chunks_carry_all_weights_and_their_sums(tmp_path, monkeypatch):
-    monkeypatch.setattr("generation.weight_files.CHUNK_BYTES", 64)
-    weights = {f"w{i}": torch.arange(10, dtype=torch.float32) + i for i in range(5)}
-    updates = [asdict(update) for update in write_chunks(iter(weights.items()), tmp_path)]
-    assert len(updates) == 3
-    assert checksum({"a": torch.tensor([1, 2, 3], dtype=torch.int32)}) == 6
-    assert checksum({"a": torch.tensor([1, 2, 3], dtype=torch.uint8)}) == 6
+    monkeypatch.setattr("generation.weight_files.CHUNK_BYTES", 128)
+    weights = {f"w{i}": torch.arange(10, dtype=torch.float32) + i for i in range(5)}  # 40 bytes each, padded to 64
+    tied = {**weights, "w5": weights["w4"]}
+    files = ChunkFiles(tmp_path)
+    for _ in range(2):  # the same files again
+        updates = list(files.write(iter(tied.items()), torch.float32))
+        assert [len(update.tensors) for update in updates] == [2, 2, 2]
+        assert [update.size for update in updates] == [128, 128, 64]
+        last = read_chunk(updates[-1])
+        assert [tensor["offset"] for tensor in updates[-1].tensors] == [0, 0]
+        torch.testing.assert_close(last[:40].view(torch.float32), weights["w4"])
+    assert checksum(torch.tensor([1, 2, 3]).view(torch.uint8)) == 6
+    (tmp_path / "0.chunk").write_bytes(bytes(128))
+    with pytest.raises(ValueError, match="sum to 0, sent were"):
+        read_chunk(updates[0])
+
+
+def test_chunks_are_fetched_with_the_key_where_memory_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLT_SERVER_KEY", "right")
+    service = WeightService([], tmp_path, "127.0.0.1", 1.0)
+    weights = torch.arange(10, dtype=torch.float32)
+    service.updates = list(service.chunks.write(iter([("w", weights)]), torch.float32))
+    away = replace(service.updates[0], source=f"{service.url}/0.chunk")
+    try:
+        torch.testing.assert_close(read_chunk(away)[:40].view(torch.float32), weights)
+        with pytest.raises(requests.HTTPError, match="404"):
+            read_chunk(replace(away, source=f"{service.url}/1.chunk"))
+        monkeypatch.setattr("generation.weight_files.KEY_VARIABLE", "NO_SUCH_VARIABLE")
+        with pytest.raises(requests.HTTPError, match="401"):
+            read_chunk(away)
+    finally:
+        service.close()
 
 
 def test_a_run_with_a_server_is_the_run_with_its_engine_in_process(tiny_run, tmp_path):

@@ -3,13 +3,12 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather, gather_object
+from accelerate.utils import DistributedType, gather
 from transformers import TrainerCallback
 from trl.models.utils import _ForwardRedirection
 
@@ -18,28 +17,9 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def meet(config: dict[str, Any]) -> None:
-    """Wait for the other ranks, for `ddp_timeout` seconds at most, and compare what they were started with.
-
-    Raises:
-        ValueError: another configuration somewhere, or an output folder that this machine does not share.
-    """
-    limit = timedelta(seconds=config.get("ddp_timeout", 1800))
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=limit)
-    started = {"sharding": os.environ["RLT_SHARDING"], "devices": os.environ["LOCAL_WORLD_SIZE"]}
-    first, *others = gather_object([{**config, **started}])
-    for rank, other in enumerate(others, start=1):
-        for key in sorted({*first, *other}):
-            if first.get(key) != other.get(key):
-                raise ValueError(
-                    f"{key}={first.get(key)} on rank 0 and {other.get(key)} on rank {rank}: "
-                    "start every machine with the same command"
-                )
-    if not (Path(config["output_dir"]) / "config.yaml").is_file():
-        raise ValueError(
-            f"output_dir={config['output_dir']} on rank {state.process_index} is not the folder of rank 0: "
-            "choose one that all machines share"
-        )
+def meet(limit_s: int) -> None:
+    """Wait for the other ranks, for `limit_s` seconds at most."""
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=limit_s))
 
 
 def slowest(seconds: float, device: torch.device) -> dict[str, float]:
