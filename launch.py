@@ -85,11 +85,16 @@ def check_devices(devices: int, gpus: int, requires: str | None) -> None:
         raise ValueError(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
 
 
-def check_servers(config: dict, server_devices: int) -> None:
+def check_servers(config: dict, server_devices: int, nodes: int = 1) -> None:
     """
     Raises:
         ValueError: servers do not fit the run, or tensor parallelism does not fit them.
     """
+    if nodes > 1:
+        raise ValueError(
+            f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
+            "and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
+        )
     if not config.get("use_vllm"):
         raise ValueError(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
     parallel = config.get("vllm_tensor_parallel_size", 1)
@@ -176,20 +181,36 @@ def check_shared(folder: str) -> None:
 
 
 def launch(devices: int, sharding: str, arguments: list[str], server_devices: int = 0) -> int:
+    """Plan a run and start it on this machine's devices, together with the other machines; the exit code."""
     machines = read_machines(dict(os.environ))
     config, given = compose_config(arguments)
+    if machines.nodes == 1 or config["dry_run"]:
+        return launch_here(config, given, devices, sharding, server_devices, machines, None)
+    link = Link(machines, config.get("ddp_timeout", 1800))
+    link.meet({**config, "sharding": sharding, "devices": devices})
+    try:
+        return launch_here(config, given, devices, sharding, server_devices, machines, link)
+    except ValueError as error:
+        link.announce(str(error))
+        raise
+
+
+def launch_here(
+    config: dict,
+    given: list[str],
+    devices: int,
+    sharding: str,
+    server_devices: int,
+    machines: Machines,
+    link: Link | None,
+) -> int:
     if not config["dry_run"]:
         check_devices(devices + server_devices, count_gpus(), config["requires"])
     apply_memory_profile(config, given, devices * machines.nodes, sharding)
     check_keys(config)
     warmup = apply_warmup(config, given)
-    if server_devices and machines.nodes > 1:
-        raise ValueError(
-            f"NNODES={machines.nodes} with servers of its own: start those with ./launch_with_server.sh "
-            f"{server_devices} 0, and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
-        )
     if server_devices:
-        check_servers(config, server_devices)
+        check_servers(config, server_devices, machines.nodes)
         config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
     plan = make_plan(config, devices * machines.nodes, pending_warmup=warmup, sharding=sharding)
     if config["dry_run"]:
@@ -203,11 +224,8 @@ def launch(devices: int, sharding: str, arguments: list[str], server_devices: in
         logger.info("warm-up first: %s", warmup)
         if code := launch(devices, sharding, [f"run_cfg={warmup}"]):
             return code
-    first, link = machines.node == 0, None
+    first = machines.node == 0
     with folder_lock(config["output_dir"]) if first else nullcontext():
-        if machines.nodes > 1:
-            link = Link(machines, config.get("ddp_timeout", 1800))
-            link.meet({**config, "sharding": sharding, "devices": devices})
         if first:
             prepare_output(config)
             prepare_wandb(config)

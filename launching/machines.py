@@ -105,10 +105,16 @@ class Link:
         """
         if self.machines.node == 0:
             self._wait_for_others(started_with)
+            self._say_to_all(ALIVE)
             return
         line = Line(self._reach_first(), self.limit_s)
         line.say(json.dumps({"node": self.machines.node, "started_with": started_with}))
         self.lines[0] = line
+        if (said := self._hear_first()) != ALIVE:
+            raise ValueError(said)
+
+    def _hear_first(self) -> str:
+        return self.lines[0].hear() or "NODE_RANK=0 ended before the run began"
 
     def _wait_for_others(self, started_with: dict[str, Any]) -> None:
         give_up = time.monotonic() + self.limit_s
@@ -145,7 +151,7 @@ class Link:
     def _refuse(self, reason: str) -> None:
         for line in self.lines.values():
             with suppress(OSError):
-                line.say(json.dumps({"error": reason}))
+                line.say(reason)
             line.close()
         raise ValueError(reason)
 
@@ -162,19 +168,19 @@ class Link:
             time.sleep(RETRY_S)
 
     def agree(self, port: int) -> int:
-        """The port at which ranks meet: node 0 names it to the others.
+        """The port at which ranks meet: node 0 names it to the others, once nothing stands in the way.
 
         Raises:
             ValueError: node 0 refused, or is gone.
         """
         if self.machines.node == 0:
             for line in self.lines.values():
-                line.say(json.dumps({"port": port}))
+                line.say(str(port))
             return port
-        answer = json.loads(self.lines[0].hear() or '{"error": "NODE_RANK=0 ended before the run began"}')
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        return answer["port"]
+        said = self._hear_first()
+        if not said.isdigit():
+            raise ValueError(said)
+        return int(said)
 
     def start(self) -> None:
         for node, line in self.lines.items():
