@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
+from generation.adapters import adapter_tensors, travels_alone
 from generation.server import Completions, Server, ServerError, own_address
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from generation.vllm_engine import VLLMEngine
@@ -63,10 +64,13 @@ class ServerEngine(VLLMEngine):
     def sync_weights(self):
         # Overridden: gathered by all ranks, sent by one, taken by every server.
         self.number += 1
+        policy = self.accelerator.unwrap_model(self.model)
+        alone = travels_alone(policy)
+        weights = adapter_tensors(policy, self._dist.gather_params) if alone else self._iter_engine_params()
         if self.service is not None:
-            self.service.send(self._iter_engine_params(), self._dtype(), self.version)
+            self.service.send(weights, torch.float32 if alone else self._dtype(), self.version, alone)
         else:
-            for _ in self._iter_engine_params():  # takes part in gathering
+            for _ in weights:  # takes part in gathering
                 pass
         self.accelerator.wait_for_everyone()
 

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from generation.adapters import adapted_weights
 from generation.guard import KEY_VARIABLE
 
 BACKEND = "chunks"
@@ -49,6 +50,7 @@ class ChunkUpdate(WeightTransferUpdateInfo):
     size: int
     tensors: list[dict]
     checksum: int
+    adapter: bool = False  # the factors of one (adapters.py), not weights
 
 
 def checksum(chunk_Z: torch.Tensor) -> int:
@@ -66,14 +68,16 @@ class ChunkFiles:
     def path(self, number: int) -> Path:
         return self.folder / f"{number}.chunk"
 
-    def write(self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[ChunkUpdate]:
+    def write(
+        self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, adapter: bool = False
+    ) -> Iterator[ChunkUpdate]:
         """Each tensor is copied once, and a neighbour with the same memory (a tied head) not again."""
         number, end, packed, before = 0, 0, [], None
         for name, tensor in weights:
             shares = before is not None and before.data_ptr() == tensor.data_ptr() and before.shape == tensor.shape
             size = _padded(tensor.numel() * dtype.itemsize)
             if packed and not shares and end + size > CHUNK_BYTES:
-                yield self._finished(number, end, packed)
+                yield self._finished(number, end, packed, adapter)
                 number, end, packed = number + 1, 0, []
             if not shares:
                 buffer = self._buffer(number, max(CHUNK_BYTES, size))
@@ -82,7 +86,7 @@ class ChunkFiles:
             packed.append(Packed(name, str(dtype).removeprefix("torch."), list(tensor.shape), end - size))
             before = tensor
         if packed:
-            yield self._finished(number, end, packed)
+            yield self._finished(number, end, packed, adapter)
 
     def content(self, update: ChunkUpdate) -> memoryview:
         number = next(n for n in range(len(self._buffers)) if str(self.path(n)) == update.source)
@@ -96,9 +100,9 @@ class ChunkFiles:
             self._buffers[number] = mapped
         return self._buffers[number]
 
-    def _finished(self, number: int, end: int, packed: list[Packed]) -> ChunkUpdate:
+    def _finished(self, number: int, end: int, packed: list[Packed], adapter: bool) -> ChunkUpdate:
         total = checksum(self._buffers[number][:end])
-        return ChunkUpdate(str(self.path(number)), end, [vars(tensor) for tensor in packed], total)
+        return ChunkUpdate(str(self.path(number)), end, [vars(tensor) for tensor in packed], total, adapter)
 
 
 def read_chunk(update: ChunkUpdate) -> torch.Tensor:
@@ -147,6 +151,7 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self.factors: dict[str, torch.Tensor] = {}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -155,12 +160,18 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
 
     def receive_weights(self, update_info: ChunkUpdate) -> None:
         chunk_Z = read_chunk(update_info)
-        tensors = [Packed(**tensor) for tensor in update_info.tensors]
-        self.model.load_weights((t.name, _view(chunk_Z, t.offset, getattr(torch, t.dtype), t.shape)) for t in tensors)
+        packed = [Packed(**tensor) for tensor in update_info.tensors]
+        tensors = ((t.name, _view(chunk_Z, t.offset, getattr(torch, t.dtype), t.shape)) for t in packed)
+        if update_info.adapter:
+            self.factors |= {name: tensor.clone() for name, tensor in tensors}  # the file will hold others
+        else:
+            self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        if self.factors:
+            self.model.load_weights(adapted_weights(self.model_config.model, self.factors))
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:

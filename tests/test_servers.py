@@ -10,6 +10,7 @@ import requests
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, config_of, launch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation.server_engine import ServerEngine
@@ -74,6 +75,26 @@ def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(s
         with torch.no_grad():
             for parameter in served.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def test_of_an_adapter_only_the_factors_travel(served, tiny_teacher, monkeypatch):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), config)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    inside = engine_of(VLLMEngine, tiny_teacher)
+    plain = inside.generate_seeded(PROMPTS, SEEDS)
+    monkeypatch.setattr(served, "model", policy)
+    inside.model = policy
+    for engine in (served, inside):
+        engine.sync_weights()
+    sent = {tensor["name"] for update in served.service.updates for tensor in update.tensors}
+    assert sent and all(name.endswith((".lora_A", ".lora_B")) for name in sent)
+    (ours, our_values), (theirs, their_values) = (e.generate_seeded(PROMPTS, SEEDS) for e in (served, inside))
+    assert ours == theirs != plain[0]
+    for a, b in zip(our_values, their_values, strict=True):
+        assert a == pytest.approx(b, abs=2e-4)
 
 
 def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served, server):
