@@ -6,17 +6,40 @@ plan.py calls these before it looks at the machine. Each raises a `ValueError` o
 import difflib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from schema import DataConfig, GRPOKeys, ModelConfig, RunConfig, StudentConfig, TeacherRewardConfig
+from schema import (
+    DataConfig,
+    EvaluationConfig,
+    GRPOKeys,
+    JobConfig,
+    ModelConfig,
+    PipelineConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherRewardConfig,
+    TraceConfig,
+    VerifiedRewardConfig,
+)
 from trainers.config_fields import fields_of, read_table
 
 TRAINER_KEYS: dict[str, tuple[type, ...]] = {
     "sft": (RunConfig, ModelConfig, DataConfig),
-    "grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys),
-    "teacher_grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys, TeacherRewardConfig, StudentConfig),
+    "grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys, VerifiedRewardConfig),
+    "teacher_grpo": (
+        *(RunConfig, ModelConfig, DataConfig, GRPOKeys),
+        *(TeacherRewardConfig, StudentConfig, VerifiedRewardConfig),
+    ),
+    "student_sft": (RunConfig, ModelConfig, DataConfig),
+    "collect": (JobConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
+    "evaluate": (JobConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
+    "pipeline": (JobConfig, ModelConfig, DataConfig, PipelineConfig),
 }
+SFT = ("sft", "student_sft")
+JOBS = ("collect", "evaluate", "pipeline")  # they train nothing
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
 NORMALIZERS = ("none", "exp", "exp_norm")
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
@@ -32,7 +55,7 @@ DERIVED = {
 def known_keys(trainer: str) -> dict[str, list[str]]:
     """Every key of a trainer profile with the types that it admits."""
     own = {key: kinds for cls in TRAINER_KEYS[trainer] for key, kinds in fields_of(cls).items()}
-    return {**read_table()[trainer], **own}
+    return {**read_table().get(trainer, {}), **own}
 
 
 def key_names() -> set[str]:
@@ -86,6 +109,8 @@ def check_common(config: dict[str, Any]) -> None:
             raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if config["load_in_4bit"] and config["load_in_8bit"]:
         raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
+    if config.get("load_best_model_at_end") and (not config["eval_size"] or not config["eval_steps"]):
+        raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 
@@ -163,7 +188,7 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    if config["trainer"] == "grpo":
+    if config["trainer"] == "grpo" and "verifier" not in config:
         check_functions(config["reward_functions"])
 
 
@@ -177,6 +202,61 @@ def check_overlap(config: dict[str, Any]) -> None:
         raise ValueError(
             "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
         )
+
+
+def check_job(config: dict[str, Any]) -> None:
+    """Collections, evaluations and pipelines."""
+    if config["trainer"] == "pipeline":
+        return check_stages(config["stages"])
+    for key in ("max_completion_length", "questions_at_once", "max_prompt_length", "logprob_token_budget"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} must be positive")
+    context = context_length(config)
+    if config["max_prompt_length"] + config["max_completion_length"] > context:
+        raise ValueError(
+            f"max_prompt_length={config['max_prompt_length']} + max_completion_length="
+            f"{config['max_completion_length']} is longer than the model's context of {context} tokens"
+        )
+    if config["use_vllm_server"] and not config["vllm_server_base_url"]:
+        raise ValueError("use_vllm_server=true needs vllm_server_base_url")
+    check_collection(config) if config["trainer"] == "collect" else check_evaluation(config)
+
+
+def check_stages(stages: list) -> None:
+    seen: set[str] = set()
+    for entry in stages:
+        if not isinstance(entry, dict) or not {"name", "run"} <= set(entry) <= {"name", "run", "set"}:
+            raise ValueError(f"stages: {entry} must have name and run, and may have set")
+        for key, value in entry.get("set", {}).items():
+            for name in re.findall(r"{(.*?)}", str(value)):
+                if name not in seen:
+                    raise ValueError(f"stages: {key} of {entry['name']} names {name!r}, which is no stage before it")
+        if entry["name"] in seen:
+            raise ValueError(f"stages: the name {entry['name']} is used twice")
+        seen.add(entry["name"])
+
+
+def check_collection(config: dict[str, Any]) -> None:
+    check_reward(config)
+    if config["student_model"] is None:
+        raise ValueError("student_model=null: name the student whose understanding ranks the traces")
+    if config["temperature"] <= 0:
+        raise ValueError(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
+    count, kept = config["traces_per_question"], config["keep_per_question"]
+    if not 1 <= kept <= count:
+        raise ValueError(f"keep_per_question={kept} must be in 1 to traces_per_question={count}")
+    for key in ("min_reward_quantile", "min_format_rate", "near_duplicate_similarity"):
+        if not 0 <= config[key] <= 1:
+            raise ValueError(f"{key}={config[key]} must be in [0, 1]")
+
+
+def check_evaluation(config: dict[str, Any]) -> None:
+    samples = config["samples_per_question"]
+    if samples < 1 or (samples > 1 and config["temperature"] <= 0):
+        raise ValueError(f"samples_per_question={samples} with temperature={config['temperature']}: all are the same")
+    for k in config["pass_at"]:
+        if not isinstance(k, int) or not 1 <= k <= samples:
+            raise ValueError(f"pass_at={config['pass_at']}: {k} is not in 1 to samples_per_question={samples}")
 
 
 def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:

@@ -23,6 +23,7 @@ from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, super
 from launching.environment import free_port
 from launching.machines import Link, Machines, read_machines
 from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
+from pipeline import run as run_pipeline
 from plan import Plan, count_gpus, make_plan
 from train import (
     apply_memory_profile,
@@ -229,6 +230,10 @@ def launch_here(
         if first:
             prepare_output(config)
             prepare_wandb(config)
+        if config["trainer"] == "pipeline":
+            servers = [f"--servers={server_devices}"] if server_devices else []
+            run_pipeline(plan, ("launch.py", *servers, str(devices), sharding))
+            return 0
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())
         return start_ranks(plan, devices, machines, sharding, server_devices, link)
 

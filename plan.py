@@ -18,15 +18,19 @@ from urllib.parse import urlsplit
 import yaml
 
 from checks import (
+    JOBS,
+    SFT,
     check_batch,
     check_combinations,
     check_common,
     check_groups,
+    check_job,
     check_keys,
     check_lengths,
     check_reward,
     check_sharding,
 )
+from data.benchmarks import BENCHMARKS
 from data.formats import load_format
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
@@ -63,11 +67,19 @@ class Plan:
 
     @property
     def is_grpo(self) -> bool:
-        return self.config["trainer"] != "sft"
+        return self.config["trainer"] not in (*SFT, *JOBS)
 
     def report(self) -> str:
         """The batch table and the estimate, as text."""
         c = self.config
+        if c["trainer"] in JOBS:
+            if c["trainer"] == "pipeline":
+                return "\n".join(f"{number}. {s['name']}: {s['run']}" for number, s in enumerate(c["stages"], start=1))
+            samples = c.get("traces_per_question") or c["samples_per_question"]
+            return (
+                f"devices              {self.devices}{'' if self.gpus else ' (CPU)'}\n"
+                f"questions x answers  {c['dataset_size'] or 'all'} x {samples}, {c['questions_at_once']} at once"
+            )
         lines = [
             f"devices                       {self.devices}{'' if self.gpus else ' (CPU)'}",
             f"rows per step                 {c['train_batch_size']}",
@@ -116,9 +128,13 @@ def make_plan(
     """
     check_keys(config)
     gpus = count_gpus()
+    if config["trainer"] in JOBS:
+        check_job(config)
+        load_format(config["reasoning_format"])
+        return _on_this_machine(Plan(config, devices, gpus, 0, 0))
     accumulation = check_batch(config, devices)
     generation = config.get("generation_aggregation_steps") or accumulation
-    if config["trainer"] != "sft":
+    if config["trainer"] not in SFT:
         check_groups(config, devices, generation)
         check_lengths(config)
         check_combinations(config)
@@ -128,7 +144,12 @@ def make_plan(
     check_common(config)
     load_format(config["reasoning_format"])
     memory = estimate_memory(config, gpu_memory_gib(), devices, sharding)
-    plan = Plan(config, devices, gpus, accumulation, generation, memory, [], pending_warmup)
+    return _on_this_machine(Plan(config, devices, gpus, accumulation, generation, memory, [], pending_warmup))
+
+
+def _on_this_machine(plan: Plan) -> Plan:
+    """The plan, with what is missing here when it is only looked at."""
+    config = plan.config
     for check in (check_device, check_servers, check_data, check_models, check_output, check_disk):
         try:
             check(plan)
@@ -136,8 +157,8 @@ def make_plan(
             if not config["dry_run"]:
                 raise
             plan.missing.append(str(error))
-    if pending_warmup and config["dry_run"]:
-        plan.missing.append(f"model {config['model_name_or_path']}: warm-up {pending_warmup} would run first")
+    if plan.pending_warmup and config["dry_run"]:
+        plan.missing.append(f"model {config['model_name_or_path']}: warm-up {plan.pending_warmup} would run first")
     return plan
 
 
@@ -172,7 +193,9 @@ def check_data(plan: Plan) -> None:
             inspect_source(source)
         except ValueError as error:
             raise ValueError(f"{key}={source}: {error}") from None
-        if not source.startswith("reasoning_gym/") and not Path(source).expanduser().exists():
+        if source.startswith("benchmark/"):
+            _check_hub(key, BENCHMARKS[source.removeprefix("benchmark/")].hub_name, "datasets")
+        elif not source.startswith("reasoning_gym/") and not Path(source).expanduser().exists():
             _check_hub(key, source, "datasets")
     if config["eval_dataset_id_or_path"] and config["eval_dataset_id_or_path"] == config["dataset_id_or_path"]:
         raise ValueError(
@@ -264,6 +287,8 @@ def check_output(plan: Plan) -> None:
 
 def check_disk(plan: Plan) -> None:
     config = plan.config
+    if config["trainer"] in JOBS:
+        return
     folder = Path(config["output_dir"]).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -90,10 +90,90 @@ class TeacherRewardConfig:
 
 
 @dataclass(frozen=True)
+class VerifiedRewardConfig:
+    """The keys of `reward_cfg: verifier`; commented in cfgs/trainer_cfg/reward_cfg/verifier.yaml."""
+
+    answer_weight: float
+    format_weight: float
+    length_weight: float
+    length_free: int
+    verifier: str
+    verifier_limit_s: float
+    answer_line: bool = False
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """Whose understanding is measured."""
 
     student_model: str | None
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What the entry point needs of a run that trains nothing."""
+
+    trainer: str
+    run_name: str
+    results_dir: str
+    output_dir: str
+    overwrite_output_dir: bool
+    resume_from: str | None
+    warmup_run: str | None
+    dry_run: bool
+    seed: int
+    report_to: str | None
+    requires: str | None
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are written where nothing is trained."""
+
+    temperature: float
+    top_p: float
+    max_completion_length: int
+    questions_at_once: int
+    bf16: bool | None
+    logprob_token_budget: int
+    use_vllm_server: bool
+    vllm_server_base_url: str | list | None
+    vllm_server_timeout: float
+    vllm_gpu_memory_utilization: float
+    vllm_tensor_parallel_size: int
+    ddp_timeout: int
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """Which of a teacher's traces become a student's data (collect.py)."""
+
+    traces_per_question: int
+    keep_per_question: int
+    min_reward_quantile: float
+    min_format_rate: float
+    max_student_length: int
+    near_duplicate_similarity: float
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Runs, one after the other (pipeline.py)."""
+
+    stages: list
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured of a model's answers (evaluate.py)."""
+
+    samples_per_question: int
+    pass_at: list
+    compare_with: str | None
+    trained_on: str | None
+    verifier: str
+    verifier_limit_s: float
+    answer_line: bool
 
 
 def pick(config: dict[str, Any], cls: type[Config]) -> Config:

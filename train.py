@@ -6,6 +6,7 @@ A run file's `warmup_run` goes first, in a process of its own, unless it is comp
 """
 
 import difflib
+import importlib
 import json
 import logging
 import os
@@ -17,13 +18,14 @@ from pathlib import Path
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from checks import check_keys, key_names, known_keys
+from checks import JOBS, check_keys, key_names, known_keys
 from launching import PREEMPTED, folder_lock
 from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
@@ -194,6 +196,9 @@ def train(plan: Plan) -> None:
 
     A run that is asked to stop exits with `PREEMPTED`, once it has saved.
     """
+    if plan.config["trainer"] in JOBS:
+        importlib.import_module(plan.config["trainer"]).run(plan)
+        return
     from trainers.preemption import StopOnSignal
 
     with StopOnSignal() as stop:
@@ -236,6 +241,8 @@ def is_complete(config: dict) -> bool:
     marker = Path(config["output_dir"]) / MARKER
     if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
         return False
+    if config["trainer"] in JOBS:
+        return True
     done = json.loads(marker.read_text())
     if config["max_steps"] > 0:
         return done["steps"] >= config["max_steps"]
@@ -299,6 +306,7 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
         ValueError: as `rewrite_arguments`.
     """
     overrides = rewrite_arguments(arguments)
+    GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
     with initialize_config_dir(str(CFGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from data.formats import ReasoningFormat
 
 PROBE = "A"  # a word that could follow a prompt
+ANSWER_LINE = "\n\nThink step by step. Then write the final answer alone on the last line, as `Answer: …`."
 MARK = "\x02content\x03"  # stands for a text while the chat template is rendered around it
 
 
@@ -117,3 +118,33 @@ def render_student_reading(
         "solution": (solution_at, solution_at + len(solution)),
     }
     return Rendered(text, spans)
+
+
+def render_question(
+    tokenizer, style: ReasoningFormat, question: str, system_prompt: str | None = None, answer_line: bool = False
+) -> str:
+    """What a student is asked: its turn is the next.
+
+    Args:
+        answer_line: ask for a last line `Answer: …` instead of the format's sections.
+    """
+    if answer_line:
+        messages = [{"role": "user", "content": question + ANSWER_LINE}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = [
+        {"role": "system", "content": system_prompt or style.student_system},
+        {"role": "user", "content": question},
+    ]
+    return _chat(tokenizer, messages, add_generation_prompt=True)
+
+
+def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:
+    """What a student learns to answer: the trace as its own thought, then the solution.
+
+    The trace begins behind two newlines, as an explanation does in the reward's reading.
+    """
+    thought_start, thought_end = style.thought_tags
+    solution_start, solution_end = style.solution_tags
+    return (
+        f"{thought_start}\n\n{trace.strip()}\n\n{thought_end}{style.delimiter}{solution_start}{solution}{solution_end}"
+    )

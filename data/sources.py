@@ -15,10 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from data.benchmarks import PREFIX as BENCHMARK
+from data.benchmarks import benchmark_rows, check_benchmark
+
 GENERATOR = "reasoning_gym/"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REQUIRED = ("question", "solution")
-OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task")
+OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
 TAGS = (("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>"))
 NEEDS_CONFIG = {"composite"}  # tasks of the generator that cannot be made from a name alone
 GENERATED_ROWS = 1024  # when no size is given
@@ -39,7 +44,8 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
     """Read a source.
 
     Args:
-        source: `reasoning_gym/<task>`, a file, a folder of files or of `save_to_disk`, or a hub name.
+        source: `reasoning_gym/<task>` (with options of the task: `reasoning_gym/gcd?max_value=20`),
+            `benchmark/<name>`, a file, a folder of files or of `save_to_disk`, or a hub name.
         split: of a hub dataset, or of a saved one that has several.
         seed: of the generator.
         size: most usable rows to take; None takes all there are, and 1024 of the generator's.
@@ -55,6 +61,8 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
         raise ValueError(f"size={size} must be positive, or null for all rows")
     if source.startswith(GENERATOR):
         found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
+    elif source.startswith(BENCHMARK):
+        found = benchmark_rows(source.removeprefix(BENCHMARK))
     else:
         found = _read(source, split)
     rows, dropped = [], Counter()
@@ -117,13 +125,36 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
     return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
 
 
-def _generate(task: str, seed: int, size: int) -> Iterable[dict]:
-    _check_task(task)
+def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
+    task, options = _task_and_options(name)
     import reasoning_gym
 
-    for entry in reasoning_gym.create_dataset(task, seed=seed, size=size):
+    try:
+        entries = reasoning_gym.create_dataset(task, seed=seed, size=size, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"{GENERATOR}{name}: {error}") from None
+    for entry in entries:
         trace = entry["metadata"].get("answer_cot", "").strip()
-        yield {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
+        metadata = json.dumps(entry["metadata"], default=str)
+        row = {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
+        yield {**row, "metadata": metadata}
+
+
+def _task_and_options(name: str) -> tuple[str, dict]:
+    """`gcd?max_value=20` gives ("gcd", {"max_value": 20}).
+
+    Raises:
+        ValueError: no such task, or an option without a value.
+    """
+    task, _, query = name.partition("?")
+    _check_task(task)
+    options = {}
+    for option in filter(None, query.split("&")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"{GENERATOR}{name}: {option!r} is no option=value")
+        options[key] = yaml.safe_load(value)
+    return task, options
 
 
 def _read(source: str, split: str) -> Iterable[dict]:
@@ -150,7 +181,8 @@ def _files_of(folder: Path) -> list[Path]:
     """Raises:
     ValueError: the folder holds no file of a known kind.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    found = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
+    files = sorted({path.stem: path for path in sorted(found)}.values())  # of the same rows in several forms, one
     if not files:
         raise ValueError(f"{folder} holds no file of {', '.join(SUFFIXES)}, and no dataset saved to disk")
     return files
@@ -183,7 +215,7 @@ def _read_file(path: Path) -> Iterable[dict]:
 
 
 def _parquet(path: Path):
-    import pyarrow
+    import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path)
@@ -237,7 +269,11 @@ def inspect_source(source: str) -> None:
         ValueError: missing file or column, or a task that the generator does not have.
     """
     if source.startswith(GENERATOR):
-        return _check_task(source.removeprefix(GENERATOR))
+        _task_and_options(source.removeprefix(GENERATOR))
+        return
+    if source.startswith(BENCHMARK):
+        check_benchmark(source.removeprefix(BENCHMARK))
+        return
     path = Path(source).expanduser()
     if path.is_dir():
         if not _is_saved_dataset(path):

@@ -62,6 +62,16 @@ class Reading:
         """Likewise of the student's: the explanation, then the solution."""
         return [student for _, student in self.pairs] + self.student.spans["solution"]
 
+    def places_among(self, sampled: list[int], counted: list[int]) -> list[int] | None:
+        """Where the teacher's log-probs stand among those of sampled tokens that count; None if its tokens differ."""
+        asked = self.teacher_counted
+        if not asked:
+            return []
+        end = asked[-1] + 1
+        if self.teacher.ids[:end] != sampled[:end] or not counted or asked[0] < counted[0]:
+            return None
+        return [index - counted[0] for index in asked]
+
 
 def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
     """r_SS of the student's log-probs (T,) of the solution tokens, with its reductions by name."""

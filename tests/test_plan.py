@@ -19,7 +19,8 @@ HUB_OFF = {"HF_HUB_OFFLINE": "1"}
 def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(config_of(run, "dry_run=true"), pending_warmup=None)
-    assert "rows per step" in plan.report()
+    expected = {"collect": "questions x answers", "evaluate": "questions x answers", "pipeline": "1. warmup"}
+    assert expected.get(plan.config["trainer"], "rows per step") in plan.report()
 
 
 OPTIONS = [  # those of memory_cfg are laid over a run, in test_memory.py
@@ -214,4 +215,4 @@ def test_a_sweep_gives_each_job_a_folder_of_its_own(tmp_path):
 
 
 def test_every_folder_of_the_tree_has_its_file():
-    assert {p.name for p in Path(ROOT, "cfgs").iterdir()} == {*GROUPS, "train.yaml", "score.yaml"}
+    assert {p.name for p in Path(ROOT, "cfgs").iterdir()} == {*GROUPS, "gates", "train.yaml", "score.yaml"}

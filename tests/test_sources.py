@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
+from data.benchmarks import BENCHMARKS, _with_options
 from data.sources import generator_tasks, inspect_source, load_rows
 from data.splits import check_disjoint, hold_out
 
@@ -196,7 +197,7 @@ def test_generated_rows_follow_seed_and_size_and_carry_the_worked_solution():
     assert first.rows != load_rows("reasoning_gym/gsm_symbolic", seed=4, size=4).rows
     assert len(first.rows) == 4
     for row in first.rows:
-        assert set(row) == {"question", "solution", "reasoning_trace", "task"}
+        assert set(row) == {"question", "solution", "reasoning_trace", "task", "metadata"}
         assert row["reasoning_trace"].endswith(f"#### {row['solution']}")
 
 
@@ -264,3 +265,30 @@ def test_shared_questions_are_refused_with_their_number_and_the_first():
     train = [{"question": "What is  2?"}, {"question": "b"}]
     with pytest.raises(ValueError, match="2 evaluation rows .* the first: 'what is 2\\?'"):
         check_disjoint(train, [{"question": "new"}, {"question": "what is 2?"}, {"question": "B"}])
+
+
+def test_a_task_takes_options_and_names_those_it_has_not():
+    rows = load_rows("reasoning_gym/gcd?max_value=3&max_numbers=2", size=20).rows
+    assert {row["solution"] for row in rows} <= {"1", "2", "3"}
+    with pytest.raises(ValueError, match="unexpected keyword argument 'largest'"):
+        load_rows("reasoning_gym/gcd?largest=3", size=1)
+    with pytest.raises(ValueError, match="'max_value' is no option=value"):
+        inspect_source("reasoning_gym/gcd?max_value")
+
+
+def test_of_several_forms_of_one_table_a_folder_gives_one(tmp_path):
+    for suffix in (".jsonl", ".parquet"):
+        write(tmp_path / f"traces{suffix}", [ROW, ROW])
+    assert len(load_rows(str(tmp_path)).rows) == 2
+
+
+def test_options_of_a_multiple_choice_benchmark_are_mixed_in_a_fixed_order():
+    known = BENCHMARKS["gpqa_diamond"]
+    wrong = {column: f"wrong {i}" for i, column in enumerate(known.wrong)}
+    row = {"Question": "Which?", known.answer: "right", **wrong}
+    made = [_with_options(row, known, number) for number in range(20)]
+    assert made == [_with_options(row, known, number) for number in range(20)]
+    assert {m["solution"] for m in made} == set("ABCD")
+    assert all(f"{m['solution']}) right" in m["question"] for m in made)
+    with pytest.raises(ValueError, match="no benchmark 'aime'"):
+        inspect_source("benchmark/aime")

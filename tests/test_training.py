@@ -11,7 +11,7 @@ from conftest import build, config_of
 from plan import make_plan
 from train import prepare_output, train
 from trainers.build import build_trainer
-from trainers.sft import teaching_example
+from trainers.sft import example
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -234,11 +234,11 @@ def test_the_references_pass_reads_for_a_student_that_is_the_reference(tiny_run,
 
 def test_sft_trains_only_what_comes_after_the_explanation_tag(tokenizer):
     prompt = "Q <|begin_of_explanation|>\n\n"
-    example = teaching_example(tokenizer, prompt, " two words ", "<|end_of_explanation|>")
-    trained = [i for i, m in zip(example["input_ids"], example["completion_mask"], strict=True) if m]
+    row = example(tokenizer, prompt, "two words\n\n<|end_of_explanation|>")
+    trained = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
     assert tokenizer.decode(trained) == "two words\n\n<|end_of_explanation|><|im_end|>"
-    assert len(trained) == sum(example["completion_mask"])
-    assert tokenizer.decode(example["input_ids"][: -len(trained)]) == prompt
+    assert len(trained) == sum(row["completion_mask"])
+    assert tokenizer.decode(row["input_ids"][: -len(trained)]) == prompt
 
 
 def test_the_sft_loss_is_the_mean_over_the_counted_tokens(tiny_teacher, tmp_path, in_root):

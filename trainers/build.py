@@ -11,11 +11,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
 
+from checks import SFT
 from data.formats import ReasoningFormat, load_format
+from data.prompts import render_question, student_answer
 from memory import token_budget
 from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
 from plan import Plan
-from schema import DataConfig, ModelConfig, TeacherRewardConfig, pick
+from rewards.verified import verified_rewards
+from schema import DataConfig, ModelConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
 from trainers.config_fields import read_table
 from trainers.evaluation import HeldOutEvaluation
 from trainers.grpo import GRPOConfig, GRPOTrainer
@@ -23,7 +26,7 @@ from trainers.host_memory import ReturnFreedMemory
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.ranks import let_fsdp_run_on_cpu
 from trainers.rows import load_split_rows, question_rows, teaching_rows
-from trainers.sft import SFTConfig, SFTTrainer, teaching_example
+from trainers.sft import SFTConfig, SFTTrainer, example
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 
@@ -60,6 +63,8 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
         "dataloader_pin_memory": device_type() != "cpu",
         "save_strategy": "steps",
     }
+    if config["trainer"] in SFT and config["eval_size"] and config["eval_steps"]:
+        arguments["eval_strategy"] = "steps"
     if plan.is_grpo:
         arguments |= {
             "steps_per_generation": plan.steps_per_generation,
@@ -112,29 +117,50 @@ def build_trainer(plan: Plan):
 def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
-    rows, _ = load_split_rows(data, style)
-    traced = [row for row in rows if row.get("reasoning_trace")]
-    if not traced:
-        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no row has a reasoning_trace to learn from")
-    examples = [
-        teaching_example(tokenizer, row["prompt"], row["reasoning_trace"], style.explanation_tags[1])
-        for row in teaching_rows(traced, tokenizer, style, data)
-    ]
-    fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
-    if not fitting:
-        raise ValueError(f"max_length={config['max_length']}: every row is longer")
+    train_rows, eval_rows = load_split_rows(data, style)
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
     trainer = SFTTrainer(
         model=policy,
         args=arguments,
-        train_dataset=Dataset.from_list(fitting),
+        train_dataset=Dataset.from_list(sft_examples(config, train_rows, tokenizer, style)),
+        eval_dataset=Dataset.from_list(sft_examples(config, eval_rows, tokenizer, style)) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
     return trainer, None
+
+
+def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
+    """A teacher learns to explain, a student to think and answer; both from `reasoning_trace`.
+
+    Raises:
+        ValueError: no row has one, or all are too long.
+    """
+    traced = [row for row in rows if row.get("reasoning_trace")]
+    if not traced:
+        raise ValueError(
+            f"dataset_id_or_path={config['dataset_id_or_path']}: no row has a reasoning_trace to learn from"
+        )
+    if config["trainer"] == "student_sft":
+        examples = [student_example(tokenizer, style, row) for row in traced]
+    else:
+        end = style.explanation_tags[1]
+        examples = [
+            example(tokenizer, row["prompt"], f"{row['reasoning_trace'].strip()}\n\n{end}")
+            for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig))
+        ]
+    fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
+    if not fitting:
+        raise ValueError(f"max_length={config['max_length']}: every row is longer")
+    return fitting
+
+
+def student_example(tokenizer, style: ReasoningFormat, row: dict) -> dict[str, list[int]]:
+    prompt = render_question(tokenizer, style, row["question"], row.get("student_system_prompt"))
+    return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
 
 
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
@@ -143,8 +169,15 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     is_teacher = config["trainer"] == "teacher_grpo"
     train_rows, eval_rows = load_split_rows(data, style)
 
+    verified = pick(config, VerifiedRewardConfig) if "verifier" in config else None
+
+    def render(tokenizer, row, data):
+        return render_question(tokenizer, style, row["question"], answer_line=verified.answer_line)
+
     def prepare(rows):
-        return teaching_rows(rows, tokenizer, style, data) if is_teacher else question_rows(rows, tokenizer, data)
+        if is_teacher:
+            return teaching_rows(rows, tokenizer, style, data)
+        return question_rows(rows, tokenizer, data, *([render] if verified else []))
 
     evaluation = HeldOutEvaluation(prepare(eval_rows) if eval_rows else [], config["output_dir"])
     completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
@@ -164,12 +197,18 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order
         "engine_dtype": ("bfloat16" if uses_bfloat16(config) else "float32") if device_type() == "cpu" else "auto",
     }
+    functions = [load_function(path) for path in config["reward_functions"] or []]
+    weights = [1.0] * (is_teacher + len(functions))
+    if verified:
+        more, their_weights = verified_rewards(verified, style)
+        functions, weights = functions + more, weights + their_weights
+    if arguments.reward_weights is None:
+        arguments.reward_weights = weights
     if is_teacher:
-        trainer = TeacherGRPOTrainer(
-            student=student, style=style, reward_config=pick(config, TeacherRewardConfig), **shared
-        )
+        teacher = {"student": student, "style": style, "reward_config": pick(config, TeacherRewardConfig)}
+        trainer = TeacherGRPOTrainer(more_rewards=functions, **teacher, **shared)
     else:
-        trainer = GRPOTrainer(reward_funcs=[load_function(path) for path in config["reward_functions"]], **shared)
+        trainer = GRPOTrainer(reward_funcs=functions, **shared)
     completions.trainer = evaluation.trainer = trainer
     return trainer, evaluation
 

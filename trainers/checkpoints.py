@@ -108,6 +108,10 @@ class AtomicCheckpoints:
             self._writing_aside = False
         name = f"checkpoint-{self.state.global_step}"
         self._save_extra_state(aside / name)
+        if self.state.best_global_step and self.args.should_save:
+            # Super has it below the folder that the checkpoint is about to leave.
+            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         kill_point("saving")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -115,7 +119,7 @@ class AtomicCheckpoints:
             shutil.rmtree(output_dir / name, ignore_errors=True)  # the same step, saved by an earlier life of the run
             os.rename(aside / name, output_dir / name)
             shutil.rmtree(aside, ignore_errors=True)
-            rotate_checkpoints(str(output_dir), save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.

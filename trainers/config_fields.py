@@ -40,8 +40,8 @@ def build_table() -> dict[str, dict[str, list[str]]]:
     from trainers.grpo import GRPOConfig
     from trainers.sft import SFTConfig
 
-    grpo = fields_of(GRPOConfig)
-    return {"grpo": grpo, "teacher_grpo": grpo, "sft": fields_of(SFTConfig)}
+    grpo, sft = fields_of(GRPOConfig), fields_of(SFTConfig)
+    return {"grpo": grpo, "teacher_grpo": grpo, "sft": sft, "student_sft": sft}
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-RESAMPLES = 10_000
+from evaluation import Estimate, bootstrap
+
 FILE = "evaluations.jsonl"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval (percentile method)."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def paired_bootstrap(before: list[float], after: list[float], seed: int = 0) -> Interval:
-    """Mean of after - before over questions, resampling questions with replacement.
-
-    Args:
-        before, after: one mean per question, in the same order; NaN pairs are left out.
-    """
-    difference = np.asarray(after) - np.asarray(before)
-    difference = difference[np.isfinite(difference)]
-    if not difference.size:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    draws = np.random.default_rng(seed).integers(0, difference.size, size=(RESAMPLES, difference.size))
-    means = difference[draws].mean(axis=1)
-    return Interval(difference.mean(), *np.percentile(means, [2.5, 97.5]))
+def paired_bootstrap(before: list[float], after: list[float]) -> Estimate:
+    """Mean of after - before over questions in the same order; NaN pairs are left out."""
+    return bootstrap(np.asarray(after) - np.asarray(before))
 
 
 def _nanmean(values) -> float:
@@ -70,6 +48,8 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     if "match_reward" in columns:
         columns["format_rate"] = [float(v == 0) for v in columns["match_reward"]]
     columns = {name: gather_object(list(values)) for name, values in columns.items()}
+    if len(trainer.reward_func_names) > 1:
+        columns |= dict(zip(trainer.reward_func_names, rewards.T.tolist(), strict=True))
     columns["reward"] = (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()
     model.train(was_training)
     per_question = {
@@ -133,9 +113,12 @@ class HeldOutEvaluation(TrainerCallback):
         text = (
             f"reward on {len(self.rows)} held-out questions x {self.trainer.num_generations_eval}: "
             f"{_nanmean(first['reward']):.3f} -> {_nanmean(last['reward']):.3f}, "
-            f"paired difference {gain} (95 % bootstrap)"
+            f"paired difference {gain.signed} (95 % bootstrap)"
         )
         if "solution_log_prob_reward" in last:
             solution = paired_bootstrap(first["solution_log_prob_reward"], last["solution_log_prob_reward"])
-            text += f"; solution part {solution}; format rate {_nanmean(last['format_rate']):.0%}"
+            text += f"; solution part {solution.signed}; format rate {_nanmean(last['format_rate']):.0%}"
+        if "answer" in last:
+            right = paired_bootstrap(first["answer"], last["answer"])
+            text += f"; accuracy {_nanmean(first['answer']):.1%} -> {_nanmean(last['answer']):.1%}, {right.signed}"
         return f"{text}; length {_nanmean(first['length']):.0f} -> {_nanmean(last['length']):.0f} tokens"

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
@@ -69,14 +70,25 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
     return kept
 
 
-def question_rows(rows: list[dict], tokenizer, data: DataConfig) -> list[dict]:
-    """Rows of plain GRPO: the question as a conversation, with the rows' own system text when asked for."""
+def plain_prompt(tokenizer, row: dict, data: DataConfig) -> str:
+    """The question as a conversation, with the row's own system text when asked for."""
+    messages = [{"role": "user", "content": row["question"]}]
+    if data.use_dataset_system_prompt and row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def question_rows(
+    rows: list[dict], tokenizer, data: DataConfig, render: Callable[..., str] = plain_prompt
+) -> list[dict]:
+    """Rows of plain GRPO with the student's `prompt`.
+
+    Args:
+        render: of tokenizer, row and data.
+    """
     kept, dropped = [], Counter()
     for row in rows:
-        messages = [{"role": "user", "content": row["question"]}]
-        if data.use_dataset_system_prompt and row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = render(tokenizer, row, data)
         if len(prompt_token_ids(tokenizer, [prompt])[0]) > data.max_prompt_length:
             dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
             continue

@@ -1,6 +1,7 @@
-"""The warm-up: supervised fine-tuning on the format of teaching, on TRL's SFT trainer.
+"""Supervised fine-tuning on TRL's SFT trainer: a teacher's warm-up, and the distillation of a student.
 
-Loss only on what comes after the explanation's start tag, and the head only there too.
+Loss only on what comes after the explanation's start tag (teacher) or on the answer (student), and the head only there
+too. Rows of a micro-batch share forward passes without seeing each other (logprobs/packing.py).
 """
 
 from dataclasses import dataclass, field
@@ -53,14 +54,13 @@ class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-def teaching_example(tokenizer, prompt: str, reasoning_trace: str, end_tag: str) -> dict[str, list[int]]:
-    """Token ids of prompt and explanation, and the mask of what is trained on: trace, end tag and end of turn.
+def example(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
+    """Token ids of a prompt and what is to follow it, and the mask of what is trained on: that, and the end of turn.
 
     Prompt and completion are tokenised apart, as at sampling time.
     """
     (prompt_ids,) = prompt_token_ids(tokenizer, [prompt])
-    completion = f"{reasoning_trace.strip()}\n\n{end_tag}{tokenizer.eos_token}"
-    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    completion_ids = tokenizer(f"{completion}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
     return {
         "input_ids": prompt_ids + completion_ids,
         "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),

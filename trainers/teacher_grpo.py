@@ -30,13 +30,16 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student: a frozen causal model that shares the policy's tokenizer; None takes the reference model.
         style: tags and prompts.
         reward_config: coefficients, reductions, temperatures.
+        more_rewards: functions of TRL's signature, added with `reward_weights`.
         other arguments: as in `GRPOTrainer`; rows need `question` and `solution`.
     """
 
-    def __init__(self, *args, student, style: ReasoningFormat, reward_config: TeacherRewardConfig, **kwargs):
+    def __init__(
+        self, *args, student, style: ReasoningFormat, reward_config: TeacherRewardConfig, more_rewards=(), **kwargs
+    ):
         self.student = student
         self._forget_batch()
-        super().__init__(*args, reward_funcs=[self.teacher_reward], **kwargs)
+        super().__init__(*args, reward_funcs=[self.teacher_reward, *more_rewards], **kwargs)
         if student is None and self.beta == 0.0:
             raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
         if student is None and self.args.sync_ref_model:
@@ -103,7 +106,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def _riders(self, which, sequences, counted, groups):
         if which == "policy" and self.reward.teacher_temperature == self.temperature:
             self._places = [
-                _places(ids, where, r) for ids, where, r in zip(sequences, counted, self._readings, strict=True)
+                r.places_among(ids, where) for ids, where, r in zip(sequences, counted, self._readings, strict=True)
             ]
             anew = [row for row, places in enumerate(self._places) if places is None]
             self._log_reuse(1 - len(anew) / len(sequences))
@@ -171,14 +174,3 @@ class TeacherGRPOTrainer(GRPOTrainer):
             agree_on_forwards=agree_on_forwards(self.accelerator) if sharded else None,
         )
         return inside_forward(model, model, sharded, compute)[0]
-
-
-def _places(sampled: list[int], counted: list[int], reading: Reading) -> list[int] | None:
-    """Where the reading's log-probs stand among those of the sampled tokens that count; None if its tokens differ."""
-    asked = reading.teacher_counted
-    if not asked:
-        return []
-    end = asked[-1] + 1
-    if reading.teacher.ids[:end] != sampled[:end] or not counted or asked[0] < counted[0]:
-        return None
-    return [index - counted[0] for index in asked]

@@ -1,0 +1,181 @@
+"""What a student can do: accuracy, pass@k and average@k with intervals, format, length; against another evaluation.
+
+    ./launch_mono.sh evaluate_tiny model_name_or_path=results/student_distill_tiny compare_with=results/evaluate_base
+
+Leaves `answers.parquet`, `evaluation.json`, `evaluation.png` and a table on standard output. Questions are answered in
+parts, each written at once: after a kill the same command goes on with the next part.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from data.formats import load_format
+from data.prompts import prompt_token_ids, render_question
+from data.sources import load_rows
+from data.splits import check_disjoint
+from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
+from generation import request_seed
+from plan import Plan
+from schema import DataConfig, pick
+
+MARKER = "COMPLETE"
+RESULT = "evaluation.json"
+
+
+def run(plan: Plan) -> None:
+    """Answer what has not been answered, as one rank of however many; the first one then sums it up."""
+    from generation.sampler import Sampler
+    from trainers.build import quiet_libraries
+
+    config, folder = plan.config, Path(plan.config["output_dir"])
+    quiet_libraries()
+    (folder / "parts").mkdir(exist_ok=True)
+    rows = questions(config)
+    sampler = Sampler(config)
+    answer_parts(config, sampler, rows, folder)
+    sampler.accelerator.wait_for_everyone()
+    if sampler.accelerator.is_main_process:
+        result = sum_up(config, folder)
+        (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
+        sys.stdout.write(table(config, result))
+
+
+def questions(config: dict) -> list[dict]:
+    """The rows to answer.
+
+    Raises:
+        ValueError: the model was trained on some of them.
+    """
+    data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
+    options = {"split": data.dataset_split, "tags": (style.thought_tags, style.solution_tags)}
+    rows = load_rows(data.dataset_id_or_path, seed=data.dataset_seed, size=data.dataset_size, **options).rows
+    if not rows:
+        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row")
+    for source, seed, size in trained_on(config):
+        try:
+            check_disjoint(load_rows(source, seed=seed, size=size, **options).rows, rows)
+        except ValueError as error:
+            raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path} against {source}: {error}") from None
+    return rows
+
+
+def trained_on(config: dict) -> list[tuple[str, int, int | None]]:
+    """(source, generator's seed, size) of what the model is known to have been trained on."""
+    found = []
+    if config["trained_on"]:
+        found.append((config["trained_on"], config["dataset_seed"], None))
+    run_of_model = Path(config["model_name_or_path"]).expanduser() / "config.yaml"
+    if run_of_model.is_file():
+        its = yaml.safe_load(run_of_model.read_text())
+        found.append((its["dataset_id_or_path"], its["dataset_seed"], its["dataset_size"]))
+    return found
+
+
+def answer_parts(config: dict, sampler, rows: list[dict], folder: Path) -> None:
+    """This rank's parts that are not there yet."""
+    from rewards.verifiers import Verifier
+
+    size, accelerator = config["questions_at_once"], sampler.accelerator
+    starts = range(0, len(rows), size)[accelerator.process_index :: accelerator.num_processes]
+    missing = [start for start in starts if not (folder / "parts" / f"{start:06d}.jsonl").is_file()]
+    verifier = Verifier(config["verifier"], config["verifier_limit_s"])
+    for start in tqdm(missing, unit="part", disable=not accelerator.is_main_process, dynamic_ncols=True):
+        part = range(start, min(start + size, len(rows)))
+        made = answer(config, sampler, verifier, rows, part)
+        file = folder / "parts" / f"{start:06d}.jsonl"
+        aside = file.with_suffix(".tmp")
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in made), encoding="utf-8")
+        os.replace(aside, file)
+
+
+def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
+    """Every answer to a part's questions, checked."""
+    from rewards.verifiers import final_answer
+    from trainers.checkpoints import kill_point
+
+    style, count = load_format(config["reasoning_format"]), config["samples_per_question"]
+    asked = [number for number in part for _ in range(count)]
+    prompts = prompt_token_ids(sampler.tokenizer, [prompt_of(config, sampler.tokenizer, style, rows[n]) for n in asked])
+    longest = max(map(len, prompts))
+    if longest > config["max_prompt_length"]:
+        raise ValueError(f"max_prompt_length={config['max_prompt_length']}: a question has {longest} tokens")
+    seeds = [request_seed(config["seed"], "evaluate", n) + member for n in part for member in range(count)]
+    kill_point("evaluating")
+    sampled, _ = sampler(prompts, seeds)
+    texts = sampler.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    made = []
+    for number, text, ids in zip(asked, texts, sampled, strict=True):
+        given = final_answer(text, style)
+        right = verifier.check(given, rows[number])
+        known = {key: rows[number][key] for key in ("question", "solution")}
+        made.append({**known, "text": text, "answer": given, "right": right, "tokens": len(ids)})
+    return made
+
+
+def prompt_of(config: dict, tokenizer, style, row: dict) -> str:
+    return render_question(tokenizer, style, row["question"], row.get("student_system_prompt"), config["answer_line"])
+
+
+def sum_up(config: dict, folder: Path) -> dict:
+    """Figures of all answers, written to `evaluation.json` with what they were compared with."""
+    import pandas
+
+    files = sorted((folder / "parts").glob("*.jsonl"))
+    answers = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    pandas.DataFrame(answers).to_parquet(folder / "answers.parquet")
+    by_question: dict[str, list[dict]] = {}
+    for row in answers:
+        by_question.setdefault(row["question"], []).append(row)
+    accuracy = {question: sum(r["right"] for r in rows) / len(rows) for question, rows in by_question.items()}
+    figures = {f"average@{config['samples_per_question']}": bootstrap(list(accuracy.values()))}
+    for k in config["pass_at"]:
+        passed = [pass_at_k(sum(r["right"] > 0 for r in rows), len(rows), k) for rows in by_question.values()]
+        figures[f"pass@{k}"] = bootstrap(passed)
+    figures["format rate"] = bootstrap([mean(r["answer"] is not None for r in rows) for rows in by_question.values()])
+    figures["tokens"] = bootstrap([mean(r["tokens"] for r in rows) for rows in by_question.values()])
+    result = {"questions": len(by_question), "figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
+    if config["compare_with"]:
+        other = json.loads((Path(config["compare_with"]) / RESULT).read_text())
+        result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    draw(folder, result)
+    return result
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def table(config: dict, result: dict) -> str:
+    lines = [f"{config['model_name_or_path']} on {result['questions']} questions of {config['dataset_id_or_path']}"]
+    lines += [f"  {name:<12} {Estimate(**value)}" for name, value in result["figures"].items()]
+    if "difference" in result:
+        lines.append(
+            f"  against {config['compare_with']}: {Estimate(**result['difference']).signed}, paired by question"
+        )
+    return "\n".join([*lines, ""])
+
+
+def draw(folder: Path, result: dict) -> None:
+    """The rates with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rates = {name: Estimate(**value) for name, value in result["figures"].items() if name != "tokens"}
+    figure, axis = pyplot.subplots(figsize=(1.4 * len(rates) + 1, 3.2), constrained_layout=True)
+    means = [rate.mean for rate in rates.values()]
+    spread = [[r.mean - r.low for r in rates.values()], [r.high - r.mean for r in rates.values()]]
+    axis.bar(list(rates), means, color="#1f6f8b", width=0.5)
+    axis.errorbar(list(rates), means, yerr=spread, fmt="none", ecolor="#333333", capsize=4)
+    axis.set(ylim=(0, 1), title=f"{result['questions']} questions")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "evaluation.png", dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,44 @@
+"""Verifiable rewards of plain GRPO: a right answer, the format, and an answer that is not too long.
+
+Each is a reward function of TRL's signature; `reward_weights` mixes them, with a teacher's reward too.
+"""
+
+from collections.abc import Callable
+
+from data.formats import ReasoningFormat
+from rewards.verifiers import Verifier, final_answer
+from schema import VerifiedRewardConfig
+
+RewardFunction = Callable[..., list[float]]
+
+
+def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tuple[list[RewardFunction], list[float]]:
+    """Functions and their weights; those of weight 0 are left out.
+
+    Raises:
+        ValueError: all weights are 0.
+    """
+    verifier = Verifier(config.verifier, config.verifier_limit_s)
+
+    def answer(completions: list[str], log_metric, **columns) -> list[float]:
+        """1 for a right answer."""
+        keys = [key for key in ("question", "solution", "task", "metadata") if key in columns]
+        rows = [dict(zip(keys, values, strict=True)) for values in zip(*(columns[k] for k in keys), strict=True)]
+        before = verifier.failures
+        found = [verifier.check(final_answer(t, style), row) for t, row in zip(completions, rows, strict=True)]
+        log_metric("verifier/failures", float(verifier.failures - before))
+        return found
+
+    def form(completions: list[str], **_) -> list[float]:
+        """1 where an answer is given in a way that can be found."""
+        return [float(final_answer(text, style) is not None) for text in completions]
+
+    def length(completion_ids: list[list[int]], **_) -> list[float]:
+        """0 up to `length_free` tokens, from there linearly to -1 at twice as many."""
+        return [-min(1.0, max(0.0, len(ids) / config.length_free - 1.0)) for ids in completion_ids]
+
+    weighted = [(answer, config.answer_weight), (form, config.format_weight), (length, config.length_weight)]
+    chosen = [(function, weight) for function, weight in weighted if weight]
+    if not chosen:
+        raise ValueError("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
+    return [function for function, _ in chosen], [float(weight) for _, weight in chosen]

@@ -1,0 +1,169 @@
+"""Whether an answer is right: mathematics, multiple choice, exact text, or a generator's own check.
+
+Checks run in a process of their own with a time limit each, because text that a model wrote can hang or break a parser.
+An answer that could not be checked in time, or broke its checker, is wrong, and counted.
+"""
+
+import json
+import multiprocessing
+import re
+import weakref
+from collections.abc import Callable
+
+from data.formats import ReasoningFormat
+
+ANSWER_LINE = re.compile(r"Answer:\s*(.+?)\s*$", re.MULTILINE)
+CHOICE = re.compile(r"\(?\b([A-J])\b\)?")
+START_LIMIT_S = 120.0  # for a checker's imports
+# What libraries make of a model's text; anything else ends the checker's process, which is noticed and started again.
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+LONGEST = 20_000  # characters of an answer that are read
+
+
+def final_answer(text: str, style: ReasoningFormat) -> str | None:
+    """What a student's text gives as its answer: inside the solution's tags, else after its last `Answer:`."""
+    start, end = style.solution_tags
+    _, tag, rest = text.rpartition(start)
+    if tag:
+        return rest.partition(end)[0].strip() or None
+    lines = ANSWER_LINE.findall(text)
+    return lines[-1] if lines else None
+
+
+def is_exact(answer: str, row: dict) -> float:
+    """Equal but for case and white space."""
+    return float(" ".join(answer.casefold().split()) == " ".join(row["solution"].casefold().split()))
+
+
+def is_choice(answer: str, row: dict) -> float:
+    """The last letter of A to J that stands alone in both."""
+    found, wanted = CHOICE.findall(answer), CHOICE.findall(row["solution"])
+    return float(bool(found and wanted) and found[-1] == wanted[-1])
+
+
+def is_mathematically(answer: str, row: dict) -> float:
+    """Equal in value, by math-verify; a text without mathematics is compared as it is."""
+    from math_verify import parse, verify
+
+    if is_exact(answer, row):
+        return 1.0
+    # Without time limits of its own, which need the main thread's alarm: the process has one.
+    texts = (text if "$" in text else f"${text}$" for text in (row["solution"], answer))
+    gold, given = (parse(text, parsing_timeout=None) for text in texts)
+    return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
+
+
+def is_for_generator(answer: str, row: dict) -> float:
+    """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less."""
+    import reasoning_gym
+
+    task = reasoning_gym.create_dataset(row["task"], seed=0, size=1)
+    entry = {"question": row["question"], "answer": row["solution"], "metadata": json.loads(row["metadata"])}
+    return float(task.score_answer(answer, entry) >= 1.0)
+
+
+CHECKS: dict[str, Callable[[str, dict], float]] = {
+    "math": is_mathematically,
+    "exact": is_exact,
+    "choice": is_choice,
+    "generator": is_for_generator,
+}
+
+
+def kind_of(row: dict) -> str:
+    """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
+    if row.get("task") and row.get("metadata"):
+        return "generator"
+    return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
+
+
+class Verifier:
+    """Checks answers in a process of its own, which starts with the first and ends with this object.
+
+    Args:
+        kind: one of `CHECKS`, or "auto": by row.
+        limit_s: of one check.
+    """
+
+    def __init__(self, kind: str = "auto", limit_s: float = 5.0):
+        if kind != "auto" and kind not in CHECKS:
+            raise ValueError(f"verifier={kind}: use auto or one of {', '.join(CHECKS)}")
+        self.kind, self.limit_s = kind, limit_s
+        self.failures = 0  # checks that hung or broke
+        self._process, self._pipe, self._end = None, None, None
+
+    def check(self, answer: str | None, row: dict) -> float:
+        """1 where an answer is right, else 0.
+
+        Args:
+            answer: None where there is none.
+            row: `solution`, and for the generator's check `question`, `task` and `metadata`.
+        """
+        if answer is None:
+            return 0.0
+        kind = kind_of(row) if self.kind == "auto" else self.kind
+        if kind == "exact" or is_exact(answer, row):
+            return is_exact(answer, row)
+        self._start()
+        known = {key: row[key] for key in ("question", "solution", "task", "metadata") if key in row}
+        try:
+            self._pipe.send((kind, answer[:LONGEST], known))
+            late = not self._pipe.poll(self.limit_s)
+            found = None if late else self._pipe.recv()
+        except (EOFError, OSError):  # it broke so thoroughly that its process ended
+            late, found = True, None
+        if late:
+            self._stop()
+        self.failures += found is None
+        return found or 0.0
+
+    def _start(self) -> None:
+        if self._process is not None:
+            return
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._end = weakref.finalize(self, _end, self._process, self._pipe)
+        if not self._pipe.poll(START_LIMIT_S):
+            raise TimeoutError(f"the verifier's process was not ready within {START_LIMIT_S:.0f} s")
+        self._pipe.recv()
+
+    def _stop(self) -> None:
+        self._end()
+        self._process = None
+
+
+def _end(process, pipe) -> None:
+    pipe.close()
+    process.kill()
+    process.join(START_LIMIT_S)
+
+
+def _serve(pipe) -> None:
+    import logging
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that it has no time limit of its own is known
+    import math_verify  # noqa: F401 (seconds, which no check's limit should pay)
+
+    pipe.send("ready")
+    while True:
+        try:
+            kind, answer, row = pipe.recv()
+        except EOFError:
+            return
+        try:
+            found = CHECKS[kind](answer, row)
+        except BROKEN:
+            found = None
+        pipe.send(found)

@@ -1,0 +1,191 @@
+"""From a teacher's traces to a student's evaluation, with real commands; kills in between change nothing."""
+
+import json
+import signal
+
+import pandas
+import pytest
+import yaml
+from conftest import EMBEDDED, launch
+
+FORMAT = {"name": "short", "explanation_tags": ["<explain>", "."]}  # any sentence ends an explanation
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    path = tmp_path_factory.mktemp("format") / "short.yaml"
+    path.write_text(yaml.safe_dump(FORMAT))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def collection(style, tmp_path_factory):
+    """(arguments but for the output folder, that of an undisturbed run)."""
+    run = [
+        *("collect_tiny", f"reasoning_format={style}", "dataset_size=6", "questions_at_once=2", "bf16=false"),
+        *("traces_per_question=3", "keep_per_question=2", "max_completion_length=32"),
+    ]
+    folder = tmp_path_factory.mktemp("traces")
+    done = launch("train.py", *run, f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run, folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_traces_are_scored_ranked_filtered_and_counted(collection):
+    _, folder = collection
+    everything, kept = pandas.read_parquet(folder / "all/traces.parquet"), lines(folder / "traces.jsonl")
+    assert len(everything) == 18
+    for _, question in everything.groupby("question_id"):
+        assert list(question["rank"]) == [1, 2, 3]
+        assert list(question["reward"]) == sorted(question["reward"], reverse=True)
+    assert 1 <= len(kept) <= 12
+    table = pandas.read_parquet(folder / "traces.parquet")
+    assert list(table["completion"]) == [row["completion"] for row in kept]
+    assert list(table["reward"]) == [row["reward"] for row in kept]
+    answer = kept[0]["messages"][2]["content"]
+    assert kept[0]["reasoning_trace"] in answer and kept[0]["solution"] in answer
+    card = (folder / "DATA_CARD.md").read_text()
+    assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
+
+
+@pytest.mark.parametrize("place", ["collecting:2", pytest.param("scoring:3", marks=pytest.mark.slow)])
+def test_a_killed_collection_goes_on_to_the_same_rows(place, collection, tmp_path):
+    run, undisturbed = collection
+    killed = launch("train.py", *run, f"output_dir={tmp_path}", RLT_KILL_AT=place)
+    assert killed.returncode == -signal.SIGKILL
+    before = sorted(path.name for path in (tmp_path / "parts").glob("*.jsonl"))
+    assert before and not (tmp_path / "traces.jsonl").exists()
+    done = launch("train.py", *run, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "traces.jsonl").read_bytes() == (undisturbed / "traces.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_devices_collect_the_same_texts(collection, tmp_path):
+    run, alone = collection
+    done = launch("launch.py", "2", *run, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = lines(tmp_path / "traces.jsonl"), lines(alone / "traces.jsonl")
+    assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):  # sums differ in their last bits with the number of threads
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
+
+
+def test_rewards_are_those_of_score_py(collection, style, tmp_path):
+    """The log-probs a trace was sampled with stand for the teacher's own pass."""
+    _, folder = collection
+    rows = pandas.read_parquet(folder / "all/traces.parquet")
+    source, target = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    rows[["question", "solution", "completion", "reward"]].rename(columns={"reward": "ours"}).to_json(
+        source, orient="records", lines=True
+    )
+    models = [f"teacher_model={EMBEDDED}", f"student_model={EMBEDDED}", f"reasoning_format={style}"]
+    done = launch("score.py", f"input={source}", f"output={target}", *models)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in lines(target):
+        assert row["reward"] == pytest.approx(row["ours"], abs=2e-3)
+
+
+def as_override(stage: dict) -> str:
+    settings = ",".join(f"{key}:'{value}'" for key, value in stage["set"].items())
+    return f"{{name:{stage['name']},run:{stage['run']},set:{{{settings}}}}}"
+
+
+def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, tiny_student, style, tmp_path):
+    _, traces = collection
+    tiny = [f"model_name_or_path={tiny_student}", f"reasoning_format={style}", "bf16=false"]
+    student = dict(word.split("=", 1) for word in tiny) | {
+        "dataset_id_or_path": str(traces),
+        "eval_size": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_steps": 4,
+        "train_batch_size": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+    }
+    questions = {
+        "dataset_size": 4,
+        "samples_per_question": 2,
+        "pass_at": "[1,2]",
+        "max_completion_length": 8,
+        "bf16": "false",
+        "reasoning_format": style,
+    }
+    stages = [
+        {"name": "student", "run": "student_distill_tiny", "set": student},
+        {"name": "before", "run": "evaluate_tiny", "set": {**questions, "model_name_or_path": tiny_student}},
+        {
+            "name": "after",
+            "run": "evaluate_tiny",
+            "set": {**questions, "model_name_or_path": "{student}", "compare_with": "{before}"},
+        },
+    ]
+    text = ",".join(map(as_override, stages))
+    run = ["pipeline_tiny", f"stages=[{text}]", f"output_dir={tmp_path / 'pipeline'}"]
+    done = launch("train.py", *run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "pipeline"
+    result = json.loads((folder / "after" / "evaluation.json").read_text())
+    assert result["questions"] == 4 and set(result["difference"]) == {"mean", "low", "high"}
+    assert {"average@2", "pass@1", "pass@2"} <= set(result["figures"])
+    state = json.loads(next((folder / "student").glob("checkpoint-4/trainer_state.json")).read_text())
+    assert state["best_model_checkpoint"] == str(folder / "student" / f"checkpoint-{state['best_global_step']}")
+    page = (folder / "report.html").read_text()
+    assert "loss on held-out rows" not in page  # which is drawn, in the picture
+    for wanted in ("data:image/png;base64", "<h2>student</h2>", "difference, paired"):
+        assert wanted in page
+    for outside in ("http://", "https://", "<script"):
+        assert outside not in page
+    again = launch("train.py", *run)
+    assert again.returncode == 0 and "is complete" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("profile", "logged"),
+    [
+        ("grpo_verifier", ("rewards/answer/mean", "rewards/form/mean", "verifier/failures", "eval/answer")),
+        ("teacher_grpo_verifier", ("rewards/teacher_reward/mean", "rewards/length/mean", "eval/length")),
+    ],
+)
+def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tiny_run, tmp_path):
+    only_teachers = ("student_model",)
+    run = [word for word in tiny_run if profile.startswith("teacher") or not word.startswith(only_teachers)]
+    run[0] = "run_cfg=grpo_verifier_tiny" if profile == "grpo_verifier" else f"trainer_cfg={profile}"
+    done = launch("train.py", *run, "max_steps=1", "save_steps=100", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {key for record in lines(tmp_path / "metrics.jsonl") for key in record}
+    assert set(logged) <= found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("collect_tiny", "keep_per_question=5"), "keep_per_question=5 must be in 1 to traces_per_question=4"),
+        (("collect_tiny", "student_model=null"), "student_model=null"),
+        (("evaluate_tiny", "pass_at=[8]"), "8 is not in 1 to samples_per_question=4"),
+        (("evaluate_tiny", "temperature=0"), "all are the same"),
+        (("evaluate_tiny", "dataset_id_or_path=benchmark/aime99"), "use one of aime24, math500, gpqa_diamond"),
+        (("pipeline_tiny", "stages=[{name:a,run:collect_tiny,set:{model_name_or_path:'{b}'}}]"), "names 'b'"),
+        (("student_distill_tiny", "dataset_id_or_path=nowhere/at/all"), "does not exist"),
+        (("student_distill_tiny", "eval_size=0"), "load_best_model_at_end=true needs eval_size"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, tmp_path):
+    done = launch("train.py", *arguments, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_questions_that_were_trained_on_are_refused(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"question": "1 + 1?", "solution": "2"}) + "\n")
+    run = ["evaluate_tiny", f"dataset_id_or_path={source}", f"trained_on={source}", f"output_dir={tmp_path / 'run'}"]
+    done = launch("train.py", *run)
+    assert done.returncode == 1
+    assert "1 evaluation rows are among the training rows, the first: '1 + 1?'" in done.stderr

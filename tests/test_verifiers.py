@@ -1,0 +1,90 @@
+"""Answers: found in a text, checked by the right check, in time, whatever the text is."""
+
+import json
+
+import pytest
+
+from data.formats import FORMATS
+from rewards.verified import verified_rewards
+from rewards.verifiers import Verifier, final_answer, kind_of
+from schema import VerifiedRewardConfig
+
+STYLE = FORMATS["stratos"]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    return Verifier(limit_s=5.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<|begin_of_solution|>42<|end_of_solution|>", "42"),
+        ("<|begin_of_solution|>1<|end_of_solution|> no: <|begin_of_solution|> 2 ", "2"),
+        ("<|begin_of_solution|><|end_of_solution|>", None),
+        ("Let us see.\nAnswer: 7\nAnswer: 8 ", "8"),
+        ("I do not know", None),
+    ],
+)
+def test_the_answer_stands_in_the_sections_or_on_the_last_answer_line(text, answer):
+    assert final_answer(text, STYLE) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("\\frac{1}{2}", "0.5", 1.0),
+        ("0.501", "0.5", 0.0),
+        ("(x+1)^2", "x^2 + 2x + 1", 1.0),
+        ("the answer is (C)", "C", 1.0),
+        ("A or B", "A", 0.0),
+        ("Paris", "paris ", 1.0),
+    ],
+)
+def test_mathematics_and_choices(verifier, answer, solution, right):
+    assert verifier.check(answer, {"solution": solution}) == right
+
+
+def test_a_generators_task_checks_its_own(verifier):
+    row = {
+        "question": "GCD of 12 and 18",
+        "solution": "6",
+        "task": "gcd",
+        "metadata": json.dumps({"numbers": [12, 18]}),
+    }
+    assert kind_of(row) == "generator"
+    assert (verifier.check("6", row), verifier.check("3", row), verifier.check(None, row)) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["9**9**9**9", "$9^{9^{9^{9^9}}}$", "\\frac{" * 3000, "(" * 10_000, "\x00\ud800", "{}"]
+)
+def test_hostile_text_is_wrong_and_the_next_check_works(text):
+    verifier = Verifier("math", limit_s=2.0)
+    assert verifier.check(text, {"solution": "2"}) == 0.0
+    assert verifier.check("4/2", {"solution": "2"}) == 1.0
+
+
+def test_a_check_that_throws_is_counted(verifier):
+    before = verifier.failures
+    row = {"question": "?", "solution": "1", "task": "no_such_task", "metadata": "{}"}
+    assert verifier.check("2", row) == 0.0
+    assert verifier.failures == before + 1
+
+
+def test_rewards_of_answer_format_and_length():
+    config = VerifiedRewardConfig(1.0, 0.1, 0.5, length_free=10, verifier="exact", verifier_limit_s=1.0)
+    functions, weights = verified_rewards(config, STYLE)
+    assert weights == [1.0, 0.1, 0.5]
+    logged = {}
+    columns = {
+        "completions": ["Answer: 6", "Answer: 5", "six"],
+        "solution": ["6"] * 3,
+        "completion_ids": [[0] * 10, [0] * 15, [0] * 40],
+        "log_metric": logged.__setitem__,
+    }
+    assert [function(**columns) for function in functions] == [[1, 0, 0], [1, 1, 0], [0, -0.5, -1]]
+    assert logged == {"verifier/failures": 0.0}
+    with pytest.raises(ValueError, match="all 0"):
+        verified_rewards(VerifiedRewardConfig(0, 0, 0, 10, "exact", 1.0), STYLE)

@@ -1,0 +1,99 @@
+"""Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with."""
+
+from collections import defaultdict
+from collections.abc import Hashable
+
+import torch
+
+from data.formats import ReasoningFormat
+from logprobs import token_log_probs
+from rewards import Reading, Scored, TeacherReward
+from schema import TeacherRewardConfig
+
+PROMPT_TAIL = 4  # prompt tokens whose log-probs are computed: an explanation begins inside the prompt
+
+
+class TraceScorer:
+    """The reward of training over a teacher's own samples.
+
+    Args:
+        teacher, student: frozen causal models of one tokenizer.
+        temperature: at which the teacher samples.
+        token_budget: of one forward pass.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        style: ReasoningFormat,
+        config: TeacherRewardConfig,
+        teacher,
+        student,
+        temperature: float,
+        token_budget: int,
+    ):
+        self.teacher, self.student, self.temperature, self.budget = teacher, student, temperature, token_budget
+        self.tokenizer = tokenizer
+        self.reward = TeacherReward(
+            tokenizer,
+            style,
+            config,
+            temperature,
+            teacher_log_probs=lambda *_: self._of_teacher(),
+            student_log_probs=lambda sequences, counted, at: self._pass(
+                self.student, sequences, counted, at, self.questions
+            ),
+        )
+
+    def score(
+        self, rows: list[dict], prompts: list[list[int]], sampled: list[list[int]], log_probs: list[list[float]]
+    ) -> tuple[list[str], list[Scored]]:
+        """Texts and rewards; neighbours answer one question.
+
+        Args:
+            rows: as `TeacherReward.score` takes them, one per completion.
+            prompts: token ids of what the teacher was shown.
+            sampled: token ids of what it wrote, and `log_probs` with which it did.
+        """
+        texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+        self.readings: list[Reading] = self.reward.read(rows, texts)
+        self.questions = [row["question"] for row in rows]
+        self.prompts, self.sampled, self.log_probs = prompts, sampled, log_probs
+        return texts, self.reward.score_readings(self.readings)
+
+    def _of_teacher(self) -> list[torch.Tensor]:
+        tails = self._prompt_tails()
+        found: list[torch.Tensor | None] = []
+        for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
+            first = len(prompt) - len(tails[tuple(prompt)])
+            known = torch.cat([tails[tuple(prompt)], torch.tensor(values)])
+            reused = self.reward.teacher_temperature == self.temperature
+            places = reading.places_among(prompt + ids, list(range(first, len(prompt) + len(ids)))) if reused else None
+            found.append(None if places is None else known[places])
+        anew = [row for row, values in enumerate(found) if values is None]  # texts that are tokenised otherwise
+        asked = [self.readings[row] for row in anew]
+        at = self.reward.teacher_temperature
+        ids, counted = [r.teacher.ids for r in asked], [r.teacher_counted for r in asked]
+        read = self._pass(self.teacher, ids, counted, at, [self.questions[row] for row in anew])
+        for row, values in zip(anew, read, strict=True):
+            found[row] = values
+        return found
+
+    def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:
+        prompts = list(dict.fromkeys(map(tuple, self.prompts)))
+        counted = [list(range(max(1, len(prompt) - PROMPT_TAIL), len(prompt))) for prompt in prompts]
+        read = self._pass(self.teacher, [list(prompt) for prompt in prompts], counted, self.temperature, prompts)
+        return dict(zip(prompts, read, strict=True))
+
+    @torch.no_grad()
+    def _pass(self, model, sequences, counted, temperature, owners: list[Hashable]) -> list[torch.Tensor]:
+        """Log-probs of what counts; sequences of one owner share their beginning."""
+        if not sequences:
+            return []
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for index, owner in enumerate(owners):
+            groups[owner].append(index)
+        read, _ = token_log_probs(
+            model, sequences, counted, list(groups.values()), temperature=temperature, token_budget=self.budget
+        )
+        return [values.cpu() for values in read]

@@ -1,0 +1,105 @@
+"""From scored completions to a student's rows: ranked within each question, filtered, and every loss counted.
+
+A scored row has `question_id`, `question`, `solution`, `reasoning_trace`, `reward`, `match_reward`, `student_tokens`.
+"""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from schema import TraceConfig
+
+SHINGLE = 5  # words
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept, what came in, and why the rest is out, in the order in which it was asked."""
+
+    kept: list[dict]
+    scored: int
+    questions: int
+    dropped: dict[str, int]
+
+
+def rank(rows: list[dict]) -> list[dict]:
+    """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came."""
+    by_question = defaultdict(list)
+    for row in rows:
+        by_question[row["question_id"]].append(row)
+    return [
+        {**row, "rank": place}
+        for members in by_question.values()
+        for place, row in enumerate(sorted(members, key=lambda r: -r["reward"]), start=1)
+    ]
+
+
+def similarity(a: str, b: str) -> float:
+    """Jaccard similarity of two texts' runs of five words; of their words, where they are shorter (Broder 1997)."""
+    x, y = _shingles(a), _shingles(b)
+    return len(x & y) / len(x | y) if x | y else 1.0
+
+
+def _shingles(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.casefold())
+    size = min(SHINGLE, len(words))
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)} if size else set()
+
+
+def select(rows: list[dict], config: TraceConfig) -> Selection:
+    """Filter ranked rows: finite reward, format, length, reward quantile, near-duplicates, best of each question.
+
+    Args:
+        rows: ranked, those of a question in order of their rank.
+
+    Raises:
+        ValueError: the teacher hardly ever has the format, or nothing is left.
+    """
+    matched = [row for row in rows if row["match_reward"] == 0]
+    share = len(matched) / len(rows)
+    if share < config.min_format_rate:
+        raise ValueError(
+            f"{share:.1%} of {len(rows)} completions have the asked format (an explanation and its end tag), "
+            f"below min_format_rate={config.min_format_rate}: warm the teacher up, or use its own reasoning_format"
+        )
+    rewards = [row["reward"] for row in rows if np.isfinite(row["reward"])]
+    least = float(np.quantile(rewards, config.min_reward_quantile)) if rewards else 0.0
+    dropped: Counter[str] = Counter()
+    kept: list[dict] = []
+    of_question: dict[int, list[dict]] = defaultdict(list)
+    seen: set[str] = set()
+    for row in rows:
+        siblings = of_question[row["question_id"]]
+        reason = _reason_against(row, siblings, seen, least, config)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        siblings.append(row)
+        seen.add(_identity(row))
+        kept.append(row)
+    if not kept:
+        raise ValueError(f"none of {len(rows)} traces is left: {dict(dropped)}")
+    return Selection(kept, len(rows), len({row["question_id"] for row in rows}), dict(dropped))
+
+
+def _identity(row: dict) -> str:
+    return " ".join(f"{row['question']} {row['reasoning_trace']}".casefold().split())
+
+
+def _reason_against(row: dict, siblings: list[dict], seen: set[str], least: float, config: TraceConfig) -> str | None:
+    if not np.isfinite(row["reward"]):
+        return "no finite reward"
+    if row["match_reward"] != 0:
+        return "format"
+    if row["student_tokens"] > config.max_student_length:
+        return f"longer than max_student_length={config.max_student_length}"
+    if row["reward"] < least:
+        return f"below the reward quantile {config.min_reward_quantile}"
+    alike = (similarity(row["reasoning_trace"], other["reasoning_trace"]) for other in siblings)
+    if _identity(row) in seen or any(value >= config.near_duplicate_similarity for value in alike):
+        return "near-duplicate"
+    if len(siblings) >= config.keep_per_question:
+        return f"not among the best {config.keep_per_question} of its question"
+    return None
