@@ -16,6 +16,7 @@ from schema import (
     GRPOKeys,
     JobConfig,
     ModelConfig,
+    PairConfig,
     PipelineConfig,
     RunConfig,
     SamplingConfig,
@@ -34,13 +35,15 @@ TRAINER_KEYS: dict[str, tuple[type, ...]] = {
         *(TeacherRewardConfig, StudentConfig, VerifiedRewardConfig),
     ),
     "student_sft": (RunConfig, ModelConfig, DataConfig),
+    "dpo": (RunConfig, ModelConfig, DataConfig, PairConfig),
     "collect": (JobConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
     "evaluate": (JobConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
     "pipeline": (JobConfig, ModelConfig, DataConfig, PipelineConfig),
 }
-SFT = ("sft", "student_sft")
+OFFLINE = ("sft", "student_sft", "dpo")  # they train on what is written already
 JOBS = ("collect", "evaluate", "pipeline")  # they train nothing
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
+VERIFIERS = ("auto", "math", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
 DERIVED = {
@@ -188,7 +191,9 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    if config["trainer"] == "grpo" and "verifier" not in config:
+    if "verifier" in config:
+        check_verifier(config)
+    elif config["trainer"] == "grpo":
         check_functions(config["reward_functions"])
 
 
@@ -219,6 +224,11 @@ def check_job(config: dict[str, Any]) -> None:
         )
     if config["use_vllm_server"] and not config["vllm_server_base_url"]:
         raise ValueError("use_vllm_server=true needs vllm_server_base_url")
+    if config["vllm_tensor_parallel_size"] > 1 and not config["use_vllm_server"]:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={config['vllm_tensor_parallel_size']}: here every device has questions of its "
+            "own; ./launch_with_server.sh has servers with tensor parallelism"
+        )
     check_collection(config) if config["trainer"] == "collect" else check_evaluation(config)
 
 
@@ -242,6 +252,8 @@ def check_collection(config: dict[str, Any]) -> None:
         raise ValueError("student_model=null: name the student whose understanding ranks the traces")
     if config["temperature"] <= 0:
         raise ValueError(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
+    if config["top_p"] != 1:
+        raise ValueError(f"top_p={config['top_p']}: the log-probs of a cut distribution are not those of the reward")
     count, kept = config["traces_per_question"], config["keep_per_question"]
     if not 1 <= kept <= count:
         raise ValueError(f"keep_per_question={kept} must be in 1 to traces_per_question={count}")
@@ -250,7 +262,16 @@ def check_collection(config: dict[str, Any]) -> None:
             raise ValueError(f"{key}={config[key]} must be in [0, 1]")
 
 
+def check_verifier(config: dict[str, Any]) -> None:
+    if config["verifier"] not in VERIFIERS:
+        raise ValueError(f"verifier={config['verifier']}: use one of {', '.join(VERIFIERS)}")
+    for key in ("verifier_limit_s", "length_free"):
+        if config.get(key, 1) <= 0:
+            raise ValueError(f"{key}={config[key]} must be positive")
+
+
 def check_evaluation(config: dict[str, Any]) -> None:
+    check_verifier(config)
     samples = config["samples_per_question"]
     if samples < 1 or (samples > 1 and config["temperature"] <= 0):
         raise ValueError(f"samples_per_question={samples} with temperature={config['temperature']}: all are the same")

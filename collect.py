@@ -25,8 +25,12 @@ MARKER = "COMPLETE"
 PARTS = "parts"
 
 
-def run(plan: Plan) -> None:
-    """Collect what is missing, as one rank of however many; the first one then puts it together."""
+def run(plan: Plan, stop) -> None:
+    """Collect what is missing, as one rank of however many; the first one then puts it together.
+
+    Args:
+        stop: a `StopOnSignal`, asked between two parts.
+    """
     from generation.sampler import Sampler
     from trainers.build import quiet_libraries
     from trainers.rows import load_split_rows, teaching_rows
@@ -37,8 +41,8 @@ def run(plan: Plan) -> None:
     (folder / PARTS).mkdir(exist_ok=True)
     sampler = Sampler(config)
     rows = teaching_rows(load_split_rows(data, style)[0], sampler.tokenizer, style, data)
-    work_on_parts(config, sampler, style, rows, folder)
-    sampler.accelerator.wait_for_everyone()
+    work_on_parts(config, sampler, style, rows, folder, stop)
+    stop.leave_together()
     if sampler.accelerator.is_main_process:
         count = finish(config, rows, folder)
         (folder / MARKER).write_text(json.dumps({"traces": count}))
@@ -53,7 +57,7 @@ def part_file(folder: Path, number: int) -> Path:
     return folder / PARTS / f"{number:05d}.jsonl"
 
 
-def work_on_parts(config: dict, sampler, style: ReasoningFormat, rows: list[dict], folder: Path) -> None:
+def work_on_parts(config: dict, sampler, style: ReasoningFormat, rows: list[dict], folder: Path, stop) -> None:
     """This rank's parts that are not there yet."""
     parts = parts_of(len(rows), config["questions_at_once"])
     accelerator = sampler.accelerator
@@ -63,6 +67,8 @@ def work_on_parts(config: dict, sampler, style: ReasoningFormat, rows: list[dict
         return
     scorer = build_scorer(config, sampler, style)
     for number in tqdm(missing, unit="part", disable=not accelerator.is_main_process, dynamic_ncols=True):
+        if stop.asked:
+            return
         made = answer(config, sampler, scorer, style, rows, parts[number])
         file = part_file(folder, number)
         aside = file.with_suffix(".tmp")

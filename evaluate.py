@@ -27,8 +27,12 @@ MARKER = "COMPLETE"
 RESULT = "evaluation.json"
 
 
-def run(plan: Plan) -> None:
-    """Answer what has not been answered, as one rank of however many; the first one then sums it up."""
+def run(plan: Plan, stop) -> None:
+    """Answer what has not been answered, as one rank of however many; the first one then sums it up.
+
+    Args:
+        stop: a `StopOnSignal`, asked between two parts.
+    """
     from generation.sampler import Sampler
     from trainers.build import quiet_libraries
 
@@ -37,8 +41,8 @@ def run(plan: Plan) -> None:
     (folder / "parts").mkdir(exist_ok=True)
     rows = questions(config)
     sampler = Sampler(config)
-    answer_parts(config, sampler, rows, folder)
-    sampler.accelerator.wait_for_everyone()
+    answer_parts(config, sampler, rows, folder, stop)
+    stop.leave_together()
     if sampler.accelerator.is_main_process:
         result = sum_up(config, folder)
         (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
@@ -49,34 +53,44 @@ def questions(config: dict) -> list[dict]:
     """The rows to answer.
 
     Raises:
-        ValueError: the model was trained on some of them.
+        ValueError: there are none, or the model was trained on some of them.
     """
     data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
-    options = {"split": data.dataset_split, "tags": (style.thought_tags, style.solution_tags)}
-    rows = load_rows(data.dataset_id_or_path, seed=data.dataset_seed, size=data.dataset_size, **options).rows
+    tags = (style.thought_tags, style.solution_tags)
+    options = {"split": data.dataset_split, "seed": data.dataset_seed, "size": data.dataset_size}
+    rows = load_rows(data.dataset_id_or_path, **options, tags=tags).rows
     if not rows:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row")
-    for source, seed, size in trained_on(config):
+    for source, options in trained_on(config):
         try:
-            check_disjoint(load_rows(source, seed=seed, size=size, **options).rows, rows)
+            check_disjoint(load_rows(source, **options, tags=tags).rows, rows)
         except ValueError as error:
             raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path} against {source}: {error}") from None
     return rows
 
 
-def trained_on(config: dict) -> list[tuple[str, int, int | None]]:
-    """(source, generator's seed, size) of what the model is known to have been trained on."""
-    found = []
-    if config["trained_on"]:
-        found.append((config["trained_on"], config["dataset_seed"], None))
-    run_of_model = Path(config["model_name_or_path"]).expanduser() / "config.yaml"
-    if run_of_model.is_file():
-        its = yaml.safe_load(run_of_model.read_text())
-        found.append((its["dataset_id_or_path"], its["dataset_seed"], its["dataset_size"]))
-    return found
+def trained_on(config: dict) -> list[tuple[str, dict]]:
+    """Sources of what the model is known to have been trained on, with the split, seed and size that were read.
+
+    `trained_on` names a run's output folder or a source; without it, the run that made the model is asked.
+    """
+    named = config["trained_on"]
+    places = [Path(named)] if named else _around(Path(config["model_name_or_path"]).expanduser())
+    for place in places:
+        if (place / "config.yaml").is_file():
+            its = yaml.safe_load((place / "config.yaml").read_text())
+            read = {"split": its["dataset_split"], "seed": its["dataset_seed"], "size": its["dataset_size"]}
+            return [(its["dataset_id_or_path"], read)]
+    return [(named, {})] if named else []
 
 
-def answer_parts(config: dict, sampler, rows: list[dict], folder: Path) -> None:
+def _around(model: Path) -> list[Path]:
+    """A run's output folder is a model, and so are its `merged` and `checkpoint-N`."""
+    inside = model.name == "merged" or model.name.startswith("checkpoint-")
+    return [model, model.parent] if inside else [model]
+
+
+def answer_parts(config: dict, sampler, rows: list[dict], folder: Path, stop) -> None:
     """This rank's parts that are not there yet."""
     from rewards.verifiers import Verifier
 
@@ -85,6 +99,8 @@ def answer_parts(config: dict, sampler, rows: list[dict], folder: Path) -> None:
     missing = [start for start in starts if not (folder / "parts" / f"{start:06d}.jsonl").is_file()]
     verifier = Verifier(config["verifier"], config["verifier_limit_s"])
     for start in tqdm(missing, unit="part", disable=not accelerator.is_main_process, dynamic_ncols=True):
+        if stop.asked:
+            return
         part = range(start, min(start + size, len(rows)))
         made = answer(config, sampler, verifier, rows, part)
         file = folder / "parts" / f"{start:06d}.jsonl"
@@ -139,6 +155,7 @@ def sum_up(config: dict, folder: Path) -> dict:
     figures["format rate"] = bootstrap([mean(r["answer"] is not None for r in rows) for rows in by_question.values()])
     figures["tokens"] = bootstrap([mean(r["tokens"] for r in rows) for rows in by_question.values()])
     result = {"questions": len(by_question), "figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
     if config["compare_with"]:
         other = json.loads((Path(config["compare_with"]) / RESULT).read_text())
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import yaml
 
-from checks import check_keys
+from checks import JOBS, check_keys
 from generation.guard import KEY_VARIABLE
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, supervise
 from launching.environment import free_port
 from launching.machines import Link, Machines, read_machines
 from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
+from memory import parameters
 from pipeline import run as run_pipeline
 from plan import Plan, count_gpus, make_plan
 from train import (
@@ -30,6 +31,7 @@ from train import (
     apply_warmup,
     compose_config,
     fail,
+    hide_secrets,
     is_complete,
     prepare,
     prepare_output,
@@ -55,8 +57,8 @@ def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
     return int(number), arguments[1:]
 
 
-def read_arguments(arguments: list[str], on_cpu: bool) -> tuple[int, str, list[str]]:
-    """(devices of this machine, sharding, what is left for the run).
+def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
+    """(devices of this machine, sharding if one is named, what is left for the run).
 
     Raises:
         ValueError: the first word is not a number of devices, or two shardings are named.
@@ -70,8 +72,7 @@ def read_arguments(arguments: list[str], on_cpu: bool) -> tuple[int, str, list[s
         raise ValueError(
             f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]"
         )
-    sharding = named[0] if named else "ddp" if on_cpu else "zero3"
-    return int(arguments[0]), sharding, [word for word in arguments[1:] if word not in SHARDINGS]
+    return int(arguments[0]), named[0] if named else None, [word for word in arguments[1:] if word not in SHARDINGS]
 
 
 def check_devices(devices: int, gpus: int, requires: str | None) -> None:
@@ -96,7 +97,9 @@ def check_servers(config: dict, server_devices: int, nodes: int = 1) -> None:
             f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
             "and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
         )
-    if not config.get("use_vllm"):
+    if config["trainer"] == "pipeline":
+        raise ValueError("a pipeline with servers: start its stages one by one")
+    if not config.get("use_vllm", config["trainer"] in JOBS):
         raise ValueError(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
     parallel = config.get("vllm_tensor_parallel_size", 1)
     fits = [size for size in range(1, server_devices + 1) if server_devices % size == 0]
@@ -132,9 +135,11 @@ def address_of_servers(environment: dict[str, str]) -> dict:
 
 def serve(devices: int, arguments: list[str]) -> int:
     """Servers alone, for a run on other machines, until a signal comes; the exit code."""
-    config, _ = compose_config(arguments)
+    config, given = compose_config(arguments)
     check_keys(config)
     check_servers(config, devices)
+    if warmup := apply_warmup(config, given):
+        raise ValueError(f"{config['run_name']} starts from {warmup}, which has yet to run: name model_name_or_path")
     check_devices(devices, count_gpus(), config["requires"])
     plan = make_plan({**config, "overwrite_output_dir": True})  # its folder is the trainer's
     with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
@@ -156,7 +161,8 @@ def start_ranks(
         RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, port) for local in range(devices)
     ]
     shared = rank_environment(sharding, places[0], on_cpu=not plan.gpus)
-    served = nullcontext() if not plan.config.get("use_vllm_server") else weights_folder()
+    size = int(parameters(plan.config) * 4)
+    served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
     with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
         file = Path(folder) / "plan.json"
         logs = Path(plan.config["output_dir"]) / "logs"
@@ -181,14 +187,29 @@ def check_shared(folder: str) -> None:
         raise ValueError(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
 
 
-def launch(devices: int, sharding: str, arguments: list[str], server_devices: int = 0) -> int:
+def sharding_of(config: dict, named: str | None) -> str:
+    """
+    Raises:
+        ValueError: one is named where nothing is trained.
+    """
+    if config["trainer"] in JOBS and config["trainer"] != "pipeline":
+        if named not in (None, "ddp"):
+            raise ValueError(
+                f"{named} with {config['run_name']}: nothing is trained, and every device has whole models"
+            )
+        return "ddp"
+    return named or ("zero3" if count_gpus() or config["requires"] == "gpu" else "ddp")
+
+
+def launch(devices: int, sharding: str | None, arguments: list[str], server_devices: int = 0) -> int:
     """Plan a run and start it on this machine's devices, together with the other machines; the exit code."""
     machines = read_machines(dict(os.environ))
     config, given = compose_config(arguments)
+    sharding = sharding_of(config, sharding)
     if machines.nodes == 1 or config["dry_run"]:
         return launch_here(config, given, devices, sharding, server_devices, machines, None)
     link = Link(machines, config.get("ddp_timeout", 1800))
-    link.meet({**config, "sharding": sharding, "devices": devices})
+    link.meet({**hide_secrets(config), "sharding": sharding, "devices": devices})
     try:
         return launch_here(config, given, devices, sharding, server_devices, machines, link)
     except ValueError as error:
@@ -231,8 +252,9 @@ def launch_here(
             prepare_output(config)
             prepare_wandb(config)
         if config["trainer"] == "pipeline":
-            servers = [f"--servers={server_devices}"] if server_devices else []
-            run_pipeline(plan, ("launch.py", *servers, str(devices), sharding))
+            if machines.nodes > 1:
+                raise ValueError(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
+            run_pipeline(plan, devices, None if sharding == sharding_of(config, None) else sharding)
             return 0
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())
         return start_ranks(plan, devices, machines, sharding, server_devices, link)
@@ -243,7 +265,7 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     try:
         servers, words = read_servers(sys.argv[1:])
-        devices, sharding, rest = read_arguments(words, on_cpu=not count_gpus())
+        devices, sharding, rest = read_arguments(words)
         if servers and not devices:
             sys.exit(serve(servers, rest))
         if not devices:

@@ -90,10 +90,10 @@ def estimate_memory(
     gathered = 2 * 4 * shape.parameters / shape.layers if sharding in WEIGHTS_SHARDED else 0.0  # two layers at once
     resident = weights + state + gathered
     update = resident + gradients + _activation_bytes(config, shape) + HEAD_BYTES
-    if "beta" not in config:
-        return {"update (policy, optimizer)": update / GIB}
-    reference = 0.0 if config["use_peft"] or not config["beta"] else shape.parameters * 4
+    reference = 0.0 if config["use_peft"] or not config.get("beta") else shape.parameters * 4
     reference /= devices if sharding in WEIGHTS_SHARDED else 1
+    if "use_vllm" not in config:
+        return {"update (policy, optimizer)": (update + reference) / GIB}
     frozen = reference + (shape.parameters * 2 if config.get("student_model") else 0.0)
     engine = 0.0
     if config["use_vllm"] and not config["use_vllm_server"]:
@@ -115,7 +115,7 @@ def token_budget(config: dict[str, Any]) -> int:
     if config["logprob_token_budget"] is not None:
         return config["logprob_token_budget"]
     rows = config["per_device_train_batch_size"]
-    if "beta" not in config:
+    if "use_vllm" not in config:
         return rows * config["max_length"]
     return config["max_prompt_length"] + min(rows, config["num_generations"]) * config["max_completion_length"]
 
@@ -164,8 +164,8 @@ def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: st
 def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
     """Of one micro-batch, whose prompts are read once per group."""
     rows = config["per_device_train_batch_size"]
-    if "beta" not in config:
-        tokens = rows * config["max_length"]
+    if "use_vllm" not in config:
+        tokens = rows * config["max_length"] * (2 if config["trainer"] == "dpo" else 1)
     else:
         prompts = -(-rows // max(config["num_generations"], 1))
         tokens = prompts * config["max_prompt_length"] + rows * config["max_completion_length"]

@@ -7,16 +7,20 @@ of its own; the report of all of them comes last.
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launching import PREEMPTED
-from plan import Plan, check_output, make_plan
-from train import compose_config, is_complete
+from launching.lifetime import end_with
+from plan import Plan, make_plan
+from train import apply_memory_profile, compose_config, is_complete
 
 ROOT = Path(__file__).resolve().parent
 MARKER = "COMPLETE"
@@ -29,6 +33,7 @@ class Stage:
     """A run of a pipeline, ready to start."""
 
     name: str
+    folder: str
     arguments: list[str]
 
 
@@ -37,57 +42,82 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     folders: dict[str, str] = {}
     stages = []
     for entry in config["stages"]:
-        overrides = [f"{key}={str(value).format(**folders)}" for key, value in entry.get("set", {}).items()]
+        overrides = [f"{key}={_filled(value, folders)}" for key, value in entry.get("set", {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
         shared = [f"output_dir={folders[entry['name']]}", f"report_to={config['report_to'] or 'null'}"]
-        stages.append(Stage(entry["name"], [entry["run"], *shared, *overrides]))
+        stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
 
 
-def run(plan: Plan, command: tuple[str, ...] = ("train.py",)) -> None:
+def _filled(value: Any, folders: dict[str, str]) -> str:
+    return "null" if value is None else str(value).format(**folders)
+
+
+def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> None:
     """Every stage that is not finished, then the report.
 
     Args:
-        command: what starts a stage, with its arguments behind.
+        devices: for each stage, by launch.py; None: one, by train.py.
+        sharding: over them; None: the stage's own default.
     """
     from report import write_report
 
     config, folder = plan.config, Path(plan.config["output_dir"])
     stages = stages_of(config)
-    found = [(stage, _configuration(stage)) for stage in stages]  # all of them, before any starts
+    command = ["train.py"] if devices is None else ["launch.py", str(devices), *([sharding] if sharding else [])]
+    found = [(stage, configuration_of(stage, stages, devices or 1)) for stage in stages]  # all, before any starts
     for stage, its_config in found:
         if is_complete(its_config):
             logger.info("%s is complete", stage.name)
             continue
         logger.info("%s: %s %s", stage.name, command[0], " ".join(stage.arguments))
-        _run_one([*command, *stage.arguments])
+        run_one([*command, *stage.arguments])
     write_report([folder / stage.name for stage in stages], folder / "report.html")
     (folder / MARKER).write_text(json.dumps({"stages": [stage.name for stage in stages]}))
     sys.stdout.write(f"{config['run_name']}: {len(stages)} stages, report in {folder / 'report.html'}\n")
 
 
-def _configuration(stage: Stage) -> dict[str, Any]:
+def configuration_of(stage: Stage, stages: list[Stage], devices: int) -> dict[str, Any]:
     """Of a stage, checked but for what an earlier one has yet to make.
 
     Raises:
         ValueError: the stage cannot work, or its folder holds another run.
     """
-    config, _ = compose_config(stage.arguments)
-    check_output(make_plan({**config, "dry_run": True}))
+    config, given = compose_config(stage.arguments)
+    apply_memory_profile(config, given, devices)
+    missing = make_plan({**config, "dry_run": True}, devices).missing
+    to_come = [s.folder for s in stages]
+    for line in missing:
+        if not any(folder in line for folder in to_come) or "holds a different run" in line:
+            raise ValueError(f"stage {stage.name}: {line}")
     return config
 
 
-def _run_one(arguments: list[str]) -> None:
-    """A process that gets our signals; exits as it does, when it fails."""
-    process = subprocess.Popen([sys.executable, str(ROOT / arguments[0]), *arguments[1:]])
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
+def run_one(arguments: list[str]) -> None:
+    """A process that gets our signals, and ends with this one; exits as it does, when it fails or was asked to stop."""
+    asked = threading.Event()
+    process: subprocess.Popen | None = None
+
+    def pass_on(number: int, _) -> None:
+        asked.set()
+        if process is not None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
+        # In a session of its own, so that Ctrl-C reaches it once.
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
+            start_new_session=True,
+            preexec_fn=partial(end_with, os.getpid()),
+        )
         code = process.wait()
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     if code:
         if code != PREEMPTED:
             logger.error("exit code %d; the same command continues where it stopped", code)
         sys.exit(code if code > 0 else 128 - code)
+    if asked.is_set():
+        sys.exit(PREEMPTED)

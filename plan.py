@@ -19,7 +19,7 @@ import yaml
 
 from checks import (
     JOBS,
-    SFT,
+    OFFLINE,
     check_batch,
     check_combinations,
     check_common,
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def is_grpo(self) -> bool:
-        return self.config["trainer"] not in (*SFT, *JOBS)
+        return self.config["trainer"] not in (*OFFLINE, *JOBS)
 
     def report(self) -> str:
         """The batch table and the estimate, as text."""
@@ -134,7 +134,7 @@ def make_plan(
         return _on_this_machine(Plan(config, devices, gpus, 0, 0))
     accumulation = check_batch(config, devices)
     generation = config.get("generation_aggregation_steps") or accumulation
-    if config["trainer"] not in SFT:
+    if config["trainer"] not in OFFLINE:
         check_groups(config, devices, generation)
         check_lengths(config)
         check_combinations(config)
@@ -150,7 +150,7 @@ def make_plan(
 def _on_this_machine(plan: Plan) -> Plan:
     """The plan, with what is missing here when it is only looked at."""
     config = plan.config
-    for check in (check_device, check_servers, check_data, check_models, check_output, check_disk):
+    for check in (check_device, check_servers, check_data, check_models, check_comparison, check_output, check_disk):
         try:
             check(plan)
         except ValueError as error:
@@ -207,6 +207,12 @@ def check_data(plan: Plan) -> None:
         style = load_format(config["reasoning_format"])
         tags = (style.thought_tags, style.solution_tags)
         check_disjoint(*(load_rows(source, tags=tags).rows for source in sources))
+
+
+def check_comparison(plan: Plan) -> None:
+    other = plan.config.get("compare_with")
+    if other is not None and not (Path(other) / "evaluation.json").is_file():
+        raise ValueError(f"compare_with={other} holds no evaluation.json: name the output folder of an evaluation")
 
 
 def check_models(plan: Plan) -> None:

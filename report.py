@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
-PANELS = (  # of a run's logs, for the page and for W&B
+PANELS = (  # of a run's logs
     ("reward", "reward"),
     ("reward_parts/solution_log_prob_reward", "solution part"),
     ("reward_parts/kl_reward", "KL part"),
@@ -77,13 +77,8 @@ def curves(folders: list[Path]) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logs = {folder.name: records for folder in folders if (records := records_of(folder))}
-    lines = {
-        label: {
-            name: [(r["step"], r[key]) for r in records if r.get(key) is not None] for name, records in logs.items()
-        }
-        for key, label in PANELS
-    }
+    logs = {str(folder): records for folder in folders if (records := records_of(folder))}
+    lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in PANELS}
     drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
     if not drawn:
         return ""
@@ -91,11 +86,10 @@ def curves(folders: list[Path]) -> str:
     figure, axes = pyplot.subplots(rows, 3, figsize=(12, 2.7 * rows), constrained_layout=True, squeeze=False)
     colors = dict(zip(logs, COLORS * len(logs), strict=False))
     for axis, (label, of_runs) in zip(axes.flat, drawn.items(), strict=False):
-        for name, points in of_runs.items():
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), color=colors[name], label=name, marker="." if len(points) < 3 else ""
-                )
+        for name, steps in of_runs.items():
+            if steps:
+                marker = "." if len(steps) < 3 else ""
+                axis.plot(*zip(*steps, strict=True), color=colors[name], label=Path(name).name, marker=marker)
         axis.set_title(label, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         if len(logs) > 1:
@@ -162,7 +156,7 @@ def completions(folder: Path) -> str:
 
 
 def configuration(folder: Path) -> str:
-    """All of it, and first where it differs from the run file's own."""
+    """All of it, and first where it differs from the default run's."""
     from train import compose_config
 
     config = yaml.safe_load((folder / "config.yaml").read_text())

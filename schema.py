@@ -157,6 +157,13 @@ class TraceConfig:
 
 
 @dataclass(frozen=True)
+class PairConfig:
+    """Which traces are compared in preference training."""
+
+    min_margin: float
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """Runs, one after the other (pipeline.py)."""
 

@@ -103,6 +103,8 @@ def apply_memory_profile(config: dict, given: list[str], devices: int = 1, shard
     chosen = config.pop("memory_profile", None)
     if chosen is None:
         return
+    if config["trainer"] in JOBS:
+        raise ValueError(f"memory_cfg with {config['run_name']}: it is for runs that train")
     check_keys(config)
     named = named_keys(given)
     if named & WEIGHT_KEYS:
@@ -142,6 +144,10 @@ def apply_warmup(config: dict, given: list[str]) -> str | None:
     return None if (folder / MARKER).is_file() else config["warmup_run"]
 
 
+def hide_secrets(config: dict) -> dict:
+    return {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
+
+
 def prepare_output(config: dict) -> None:
     """Make the output folder, or empty it when asked to, and write the resolved configuration into it."""
     folder = Path(config["output_dir"])
@@ -151,7 +157,7 @@ def prepare_output(config: dict) -> None:
             if path.name in BEFORE_A_RUN:
                 continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shown = {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
+    shown = hide_secrets(config)
     aside = folder / "config.yaml.tmp"
     aside.write_text(yaml.safe_dump({**shown, "overwrite_output_dir": False}, sort_keys=True))
     os.replace(aside, folder / "config.yaml")
@@ -194,12 +200,21 @@ def finish(trainer, config: dict) -> None:
 def train(plan: Plan) -> None:
     """Run a plan to its end, as one process or as one rank of several, and say what came of it.
 
-    A run that is asked to stop exits with `PREEMPTED`, once it has saved.
+    What trains nothing is the `run` of a module of its own (collect.py, evaluate.py, pipeline.py). A run that is asked
+    to stop exits with `PREEMPTED`, once it has saved.
     """
-    if plan.config["trainer"] in JOBS:
-        importlib.import_module(plan.config["trainer"]).run(plan)
+    if plan.config["trainer"] == "pipeline":
+        importlib.import_module("pipeline").run(plan)
         return
     from trainers.preemption import StopOnSignal
+    from trainers.ranks import is_one_of_several, meet
+
+    if is_one_of_several():
+        meet(plan.config.get("ddp_timeout", 1800))
+    if plan.config["trainer"] in JOBS:
+        with StopOnSignal() as stop:
+            importlib.import_module(plan.config["trainer"]).run(plan, stop)
+        return
 
     with StopOnSignal() as stop:
         trainer, evaluation = _train(plan, stop)
@@ -219,11 +234,9 @@ def _train(plan: Plan, stop):
     """The trainer, once it has trained, and its held-out evaluation."""
     from trainers.build import build_trainer, quiet_libraries
     from trainers.checkpoints import damage_of, last_checkpoint, newest
-    from trainers.ranks import RollCall, is_one_of_several, meet
+    from trainers.ranks import RollCall, is_one_of_several
 
     quiet_libraries()
-    if is_one_of_several():
-        meet(plan.config.get("ddp_timeout", 1800))
     trainer, evaluation = build_trainer(plan)
     for callback in (stop, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)

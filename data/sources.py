@@ -44,7 +44,7 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
     """Read a source.
 
     Args:
-        source: `reasoning_gym/<task>` (with options of the task: `reasoning_gym/gcd?max_value=20`),
+        source: `reasoning_gym/<task>` (with options of the task: `reasoning_gym/gcd/max_value:20`),
             `benchmark/<name>`, a file, a folder of files or of `save_to_disk`, or a hub name.
         split: of a hub dataset, or of a saved one that has several.
         seed: of the generator.
@@ -90,11 +90,15 @@ def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
     clean = {column: _text(row[column]) for column in REQUIRED}
     trace = _text(row.get("reasoning_trace"))
     clean["reasoning_trace"] = trace if trace.strip() else None
-    clean |= {column: str(row[column]) for column in OPTIONAL if row.get(column) is not None}
+    clean |= {column: _as_text(row[column]) for column in OPTIONAL if row.get(column) is not None}
     for column in REQUIRED:
         if not clean[column].strip():
             return None, f"empty {column}"
     return clean, ""
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
 
 
 def _text(value: object) -> str:
@@ -141,18 +145,18 @@ def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
 
 
 def _task_and_options(name: str) -> tuple[str, dict]:
-    """`gcd?max_value=20` gives ("gcd", {"max_value": 20}).
+    """`gcd/max_value:20` gives ("gcd", {"max_value": 20}).
 
     Raises:
         ValueError: no such task, or an option without a value.
     """
-    task, _, query = name.partition("?")
+    task, *settings = name.split("/")
     _check_task(task)
     options = {}
-    for option in filter(None, query.split("&")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"{GENERATOR}{name}: {option!r} is no option=value")
+    for option in settings:
+        key, colon, value = option.partition(":")
+        if not colon:
+            raise ValueError(f"{GENERATOR}{name}: {option!r} is no option:value")
         options[key] = yaml.safe_load(value)
     return task, options
 

@@ -56,19 +56,25 @@ def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tu
     Args:
         model: a folder or a hub name.
         factors: as `adapter_tensors` gave them.
+
+    Raises:
+        ValueError: the model's files hold no weights, or none for some factor.
     """
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors*"))
     names: set[str] = set()
-    embedding = None
+    embedding, left = None, set(factors)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (not a dictionary)
                 value = weights.get_tensor(name)
                 layer = name.removesuffix(".weight")
                 if f"{layer}{A}" in factors:
+                    left -= {f"{layer}{A}", f"{layer}{B}"}
                     value += (factors[f"{layer}{B}"] @ factors[f"{layer}{A}"]).to(value.dtype)
                 names.add(name)
                 embedding = value if name.endswith("embed_tokens.weight") else embedding
                 yield name, value
+    if left or not names:
+        raise ValueError(f"{model} is not the base of this adapter: no weights for {sorted(left)[:1] or 'any layer'}")
     if "lm_head.weight" not in names and embedding is not None:  # tied
         yield "lm_head.weight", embedding

@@ -66,7 +66,10 @@ class Server:
             raise ServerError(f"{self.url}{path}: {error}") from error
         if not answer.ok:
             raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
-        return answer.json() if answer.content else {}
+        try:
+            return answer.json() if answer.content else {}
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path} answered with something else than JSON") from error
 
     def wait_until_ready(self, limit_s: float) -> None:
         give_up = time.monotonic() + limit_s

@@ -65,10 +65,10 @@ class ServerEngine(VLLMEngine):
         # Overridden: gathered by all ranks, sent by one, taken by every server.
         self.number += 1
         policy = self.accelerator.unwrap_model(self.model)
-        alone = travels_alone(policy)
-        weights = adapter_tensors(policy, self._dist.gather_params) if alone else self._iter_engine_params()
+        base = policy.get_base_model().name_or_path if travels_alone(policy) else ""
+        weights = adapter_tensors(policy, self._dist.gather_params) if base else self._iter_engine_params()
         if self.service is not None:
-            self.service.send(weights, torch.float32 if alone else self._dtype(), self.version, alone)
+            self.service.send(weights, torch.float32 if base else self._dtype(), self.version, base)
         else:
             for _ in weights:  # takes part in gathering
                 pass

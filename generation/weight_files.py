@@ -50,7 +50,7 @@ class ChunkUpdate(WeightTransferUpdateInfo):
     size: int
     tensors: list[dict]
     checksum: int
-    adapter: bool = False  # the factors of one (adapters.py), not weights
+    adapter_of: str = ""  # a base model: the chunk holds an adapter's factors (adapters.py), not weights
 
 
 def checksum(chunk_Z: torch.Tensor) -> int:
@@ -69,7 +69,7 @@ class ChunkFiles:
         return self.folder / f"{number}.chunk"
 
     def write(
-        self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, adapter: bool = False
+        self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, adapter_of: str = ""
     ) -> Iterator[ChunkUpdate]:
         """Each tensor is copied once, and a neighbour with the same memory (a tied head) not again."""
         number, end, packed, before = 0, 0, [], None
@@ -77,7 +77,7 @@ class ChunkFiles:
             shares = before is not None and before.data_ptr() == tensor.data_ptr() and before.shape == tensor.shape
             size = _padded(tensor.numel() * dtype.itemsize)
             if packed and not shares and end + size > CHUNK_BYTES:
-                yield self._finished(number, end, packed, adapter)
+                yield self._finished(number, end, packed, adapter_of)
                 number, end, packed = number + 1, 0, []
             if not shares:
                 buffer = self._buffer(number, max(CHUNK_BYTES, size))
@@ -86,7 +86,7 @@ class ChunkFiles:
             packed.append(Packed(name, str(dtype).removeprefix("torch."), list(tensor.shape), end - size))
             before = tensor
         if packed:
-            yield self._finished(number, end, packed, adapter)
+            yield self._finished(number, end, packed, adapter_of)
 
     def content(self, update: ChunkUpdate) -> memoryview:
         number = next(n for n in range(len(self._buffers)) if str(self.path(n)) == update.source)
@@ -96,13 +96,15 @@ class ChunkFiles:
         if number == len(self._buffers):
             self._buffers.append(torch.empty(0))
         if len(self._buffers[number]) < size:
+            with self.path(number).open("ab") as file:  # an error here, where touching a page would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
             mapped = torch.from_file(str(self.path(number)), shared=True, size=size, dtype=torch.uint8)
             self._buffers[number] = mapped
         return self._buffers[number]
 
-    def _finished(self, number: int, end: int, packed: list[Packed], adapter: bool) -> ChunkUpdate:
+    def _finished(self, number: int, end: int, packed: list[Packed], adapter_of: str) -> ChunkUpdate:
         total = checksum(self._buffers[number][:end])
-        return ChunkUpdate(str(self.path(number)), end, [vars(tensor) for tensor in packed], total, adapter)
+        return ChunkUpdate(str(self.path(number)), end, [vars(tensor) for tensor in packed], total, adapter_of)
 
 
 def read_chunk(update: ChunkUpdate) -> torch.Tensor:
@@ -162,10 +164,18 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
         chunk_Z = read_chunk(update_info)
         packed = [Packed(**tensor) for tensor in update_info.tensors]
         tensors = ((t.name, _view(chunk_Z, t.offset, getattr(torch, t.dtype), t.shape)) for t in packed)
-        if update_info.adapter:
+        if update_info.adapter_of:
+            self._check_base(update_info.adapter_of)
             self.factors |= {name: tensor.clone() for name, tensor in tensors}  # the file will hold others
         else:
             self.model.load_weights(tensors)
+
+    def _check_base(self, theirs: str) -> None:
+        if theirs != self.model_config.model:
+            raise ValueError(
+                f"an adapter of {theirs} was sent to a server of {self.model_config.model}: start it with the same "
+                "model_name_or_path"
+            )
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

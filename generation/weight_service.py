@@ -48,7 +48,7 @@ class WeightService:
         self.http.server_close()
 
     def send(
-        self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, version: str, adapter: bool = False
+        self, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, version: str, adapter_of: str = ""
     ) -> None:
         """Chunks go out while the next ones are packed; a server that fails meanwhile gets them all again.
 
@@ -60,7 +60,7 @@ class WeightService:
         with ThreadPoolExecutor(len(self.servers)) as pool:
             asked = [pool.submit(self._send_to, *pair) for pair in zip(self.servers, lines, strict=True)]
             try:
-                for update in self.chunks.write(weights, dtype, adapter):
+                for update in self.chunks.write(weights, dtype, adapter_of):
                     self.updates.append(update)
                     for line in lines:
                         line.put(update)

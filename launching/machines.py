@@ -133,10 +133,10 @@ class Link:
         try:
             introduced = json.loads(line.hear())
             node, theirs = introduced["node"], introduced["started_with"]
+            taken = node not in awaited
         except (ValueError, KeyError, TypeError):
             line.close()  # somebody else's connection
             return
-        taken = node not in awaited
         self.lines[-1 if taken else node] = line
         if taken:
             self._refuse(f"NODE_RANK={node} came twice, or is none of NNODES={self.machines.nodes}")

@@ -20,7 +20,7 @@ def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tu
     """
     verifier = Verifier(config.verifier, config.verifier_limit_s)
 
-    def answer(completions: list[str], log_metric, **columns) -> list[float]:
+    def answer_reward(completions: list[str], log_metric, **columns) -> list[float]:
         """1 for a right answer."""
         keys = [key for key in ("question", "solution", "task", "metadata") if key in columns]
         rows = [dict(zip(keys, values, strict=True)) for values in zip(*(columns[k] for k in keys), strict=True)]
@@ -29,15 +29,16 @@ def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tu
         log_metric("verifier/failures", float(verifier.failures - before))
         return found
 
-    def form(completions: list[str], **_) -> list[float]:
+    def format_reward(completions: list[str], **_) -> list[float]:
         """1 where an answer is given in a way that can be found."""
         return [float(final_answer(text, style) is not None) for text in completions]
 
-    def length(completion_ids: list[list[int]], **_) -> list[float]:
+    def length_penalty(completion_ids: list[list[int]], **_) -> list[float]:
         """0 up to `length_free` tokens, from there linearly to -1 at twice as many."""
         return [-min(1.0, max(0.0, len(ids) / config.length_free - 1.0)) for ids in completion_ids]
 
-    weighted = [(answer, config.answer_weight), (form, config.format_weight), (length, config.length_weight)]
+    weights = (config.answer_weight, config.format_weight, config.length_weight)
+    weighted = zip((answer_reward, format_reward, length_penalty), weights, strict=True)
     chosen = [(function, weight) for function, weight in weighted if weight]
     if not chosen:
         raise ValueError("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")

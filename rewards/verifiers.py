@@ -6,14 +6,23 @@ An answer that could not be checked in time, or broke its checker, is wrong, and
 
 import json
 import multiprocessing
+import os
 import re
+import resource
 import weakref
 from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 
-ANSWER_LINE = re.compile(r"Answer:\s*(.+?)\s*$", re.MULTILINE)
-CHOICE = re.compile(r"\(?\b([A-J])\b\)?")
+ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
+CHOICE = re.compile(r"\b([A-HJ])\b|(?<=\()(I)(?=\))")  # without the pronoun
+# Their checks run the answer as Python (reasoning-gym 0.1.25: eval, or sympy's parse_expr).
+RUN_THE_ANSWER = frozenset(
+    {
+        *("countdown", "puzzle24", "n_queens", "string_insertion"),
+        *("simple_integration", "intermediate_integration", "polynomial_multiplication"),
+    }
+)
 START_LIMIT_S = 120.0  # for a checker's imports
 # What libraries make of a model's text; anything else ends the checker's process, which is noticed and started again.
 BROKEN = (
@@ -26,6 +35,8 @@ BROKEN = (
     TypeError,
     ValueError,
 )
+HARMLESS = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+LIMITS = {resource.RLIMIT_AS: 8 * 2**30, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}  # of a checker's process
 LONGEST = 20_000  # characters of an answer that are read
 
 
@@ -36,7 +47,7 @@ def final_answer(text: str, style: ReasoningFormat) -> str | None:
     if tag:
         return rest.partition(end)[0].strip() or None
     lines = ANSWER_LINE.findall(text)
-    return lines[-1] if lines else None
+    return lines[-1].strip() if lines else None
 
 
 def is_exact(answer: str, row: dict) -> float:
@@ -46,7 +57,7 @@ def is_exact(answer: str, row: dict) -> float:
 
 def is_choice(answer: str, row: dict) -> float:
     """The last letter of A to J that stands alone in both."""
-    found, wanted = CHOICE.findall(answer), CHOICE.findall(row["solution"])
+    found, wanted = (["".join(match) for match in CHOICE.findall(text)] for text in (answer, row["solution"]))
     return float(bool(found and wanted) and found[-1] == wanted[-1])
 
 
@@ -63,7 +74,13 @@ def is_mathematically(answer: str, row: dict) -> float:
 
 
 def is_for_generator(answer: str, row: dict) -> float:
-    """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less."""
+    """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less.
+
+    Raises:
+        ValueError: the task's check would run the answer.
+    """
+    if row["task"] in RUN_THE_ANSWER:
+        raise ValueError(f"reasoning_gym's check of {row['task']} runs what it is given")
     import reasoning_gym
 
     task = reasoning_gym.create_dataset(row["task"], seed=0, size=1)
@@ -81,7 +98,7 @@ CHECKS: dict[str, Callable[[str, dict], float]] = {
 
 def kind_of(row: dict) -> str:
     """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
-    if row.get("task") and row.get("metadata"):
+    if row.get("task") and row.get("metadata") and row["task"] not in RUN_THE_ANSWER:
         return "generator"
     return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
 
@@ -152,9 +169,16 @@ def _end(process, pipe) -> None:
 
 def _serve(pipe) -> None:
     import logging
+    import signal
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's, whose end ends this process too
+    for name in [name for name in os.environ if name not in HARMLESS]:
+        del os.environ[name]  # keys and tokens, which no answer has to do with
+    for limit, most in LIMITS.items():
+        resource.setrlimit(limit, (most, most))
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that it has no time limit of its own is known
     import math_verify  # noqa: F401 (seconds, which no check's limit should pay)
+    import reasoning_gym  # noqa: F401
 
     pipe.send("ready")
     while True:

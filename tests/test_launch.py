@@ -107,19 +107,20 @@ def test_servers_that_others_can_reach_need_a_key():
 
 
 def test_arguments_are_devices_a_run_a_sharding_and_keys():
-    assert read_arguments(["8", "teacher_rlt", "offload", "learning_rate=2e-6"], on_cpu=False) == (
+    assert read_arguments(["8", "teacher_rlt", "offload", "learning_rate=2e-6"]) == (
         8,
         "offload",
         ["teacher_rlt", "learning_rate=2e-6"],
     )
-    assert read_arguments(["8"], on_cpu=False)[1] == "zero3"
-    assert read_arguments(["2"], on_cpu=True)[1] == "ddp"
+    assert read_arguments(["8"])[1] is None
 
 
 def test_a_dry_run_counts_all_devices():
     done = launch("launch.py", "8", "teacher_rlt", "dry_run=true", NNODES="2", NODE_RANK="0", MASTER_ADDR="host0")
     assert done.returncode == 0, done.stderr
     assert "per device                4 x 16 devices x 16 accumulated" in done.stdout
+    alone = launch("launch.py", "16", "teacher_rlt", "zero3", "dry_run=true")
+    assert alone.stdout.partition("devices  ")[2] == done.stdout.partition("devices  ")[2]  # as on GPUs
 
 
 def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run, tmp_path):

@@ -93,6 +93,9 @@ def test_of_an_adapter_only_the_factors_travel(served, tiny_teacher, monkeypatch
     assert sent and all(name.endswith((".lora_A", ".lora_B")) for name in sent)
     (ours, our_values), (theirs, their_values) = (e.generate_seeded(PROMPTS, SEEDS) for e in (served, inside))
     assert ours == theirs != plain[0]
+    monkeypatch.setattr(policy.get_base_model(), "name_or_path", "another/model")
+    with pytest.raises(RuntimeError, match="500"):
+        served.sync_weights()
     for a, b in zip(our_values, their_values, strict=True):
         assert a == pytest.approx(b, abs=2e-4)
 

@@ -268,12 +268,12 @@ def test_shared_questions_are_refused_with_their_number_and_the_first():
 
 
 def test_a_task_takes_options_and_names_those_it_has_not():
-    rows = load_rows("reasoning_gym/gcd?max_value=3&max_numbers=2", size=20).rows
+    rows = load_rows("reasoning_gym/gcd/max_value:3/max_numbers:2", size=20).rows
     assert {row["solution"] for row in rows} <= {"1", "2", "3"}
     with pytest.raises(ValueError, match="unexpected keyword argument 'largest'"):
-        load_rows("reasoning_gym/gcd?largest=3", size=1)
-    with pytest.raises(ValueError, match="'max_value' is no option=value"):
-        inspect_source("reasoning_gym/gcd?max_value")
+        load_rows("reasoning_gym/gcd/largest:3", size=1)
+    with pytest.raises(ValueError, match="'max_value' is no option:value"):
+        inspect_source("reasoning_gym/gcd/max_value")
 
 
 def test_of_several_forms_of_one_table_a_folder_gives_one(tmp_path):

@@ -1,12 +1,18 @@
 """From a teacher's traces to a student's evaluation, with real commands; kills in between change nothing."""
 
 import json
+import math
 import signal
 
 import pandas
 import pytest
+import torch
 import yaml
 from conftest import EMBEDDED, launch
+from safetensors.torch import load_file
+
+from launching import PREEMPTED
+from traces.pairs import preference_pairs
 
 FORMAT = {"name": "short", "explanation_tags": ["<explain>", "."]}  # any sentence ends an explanation
 
@@ -52,7 +58,8 @@ def test_traces_are_scored_ranked_filtered_and_counted(collection):
     assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
 
 
-@pytest.mark.parametrize("place", ["collecting:2", pytest.param("scoring:3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["collecting:2", "scoring:3"])
 def test_a_killed_collection_goes_on_to_the_same_rows(place, collection, tmp_path):
     run, undisturbed = collection
     killed = launch("train.py", *run, f"output_dir={tmp_path}", RLT_KILL_AT=place)
@@ -60,6 +67,17 @@ def test_a_killed_collection_goes_on_to_the_same_rows(place, collection, tmp_pat
     before = sorted(path.name for path in (tmp_path / "parts").glob("*.jsonl"))
     assert before and not (tmp_path / "traces.jsonl").exists()
     done = launch("train.py", *run, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "traces.jsonl").read_bytes() == (undisturbed / "traces.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_collection_that_is_asked_to_stop_ends_its_part_and_goes_on(collection, tmp_path):
+    run, undisturbed = collection
+    stopped = launch("launch.py", "1", *run, f"output_dir={tmp_path}", RLT_SIGNAL_AT="collecting:2:SIGTERM")
+    assert stopped.returncode == PREEMPTED, stopped.stderr[-3000:]
+    assert len(list((tmp_path / "parts").glob("*.jsonl"))) == 2
+    done = launch("launch.py", "1", *run, f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "traces.jsonl").read_bytes() == (undisturbed / "traces.jsonl").read_bytes()
 
@@ -88,6 +106,40 @@ def test_rewards_are_those_of_score_py(collection, style, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for row in lines(target):
         assert row["reward"] == pytest.approx(row["ours"], abs=2e-3)
+
+
+def test_preferences_are_pairs_of_ranked_traces_and_train_a_teacher(collection, tiny_teacher, style, tmp_path):
+    _, folder = collection
+    ranked = pandas.read_parquet(folder / "all/traces.parquet")
+    pairs = preference_pairs(folder, 0.1)
+    for pair in pairs:
+        rewards = ranked[ranked["question"] == pair["question"]].set_index("completion")["reward"]
+        assert rewards[pair["chosen"]].max() == rewards.max() and rewards[pair["rejected"]].min() == rewards.min()
+    with pytest.raises(ValueError, match="min_margin=1000"):
+        preference_pairs(folder, 1000)
+    run = ["dpo_tiny", f"model_name_or_path={tiny_teacher}", f"dataset_id_or_path={folder}", "min_margin=0.1"]
+    small = ["train_batch_size=2", "per_device_train_batch_size=2", "max_steps=2", "bf16=false", "logging_steps=1"]
+    done = launch("train.py", *run, *small, f"reasoning_format={style}", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are one at the start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp", "ddp"])
+def test_the_best_checkpoint_is_kept_under_every_sharding(sharding, collection, tiny_student, style, tmp_path):
+    _, traces = collection
+    data = [f"dataset_id_or_path={traces}", f"model_name_or_path={tiny_student}", f"reasoning_format={style}"]
+    # A learning rate at which the loss gets worse: the first checkpoint stays the best.
+    steps = ["eval_size=2", "eval_steps=1", "save_steps=1", "max_steps=3", "learning_rate=1.0", "warmup_steps=0"]
+    batch = ["train_batch_size=2", "per_device_train_batch_size=1", "bf16=false", "save_total_limit=null"]
+    run = ["2", sharding, "student_distill_tiny", *data, *steps, *batch, f"output_dir={tmp_path}"]
+    done = launch("launch.py", *run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 1
+    final, best = (load_file(f / "model.safetensors") for f in (tmp_path, tmp_path / "checkpoint-1"))
+    assert all(torch.equal(final[name], best[name]) for name in best)
 
 
 def as_override(stage: dict) -> str:
@@ -148,8 +200,11 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
 @pytest.mark.parametrize(
     ("profile", "logged"),
     [
-        ("grpo_verifier", ("rewards/answer/mean", "rewards/form/mean", "verifier/failures", "eval/answer")),
-        ("teacher_grpo_verifier", ("rewards/teacher_reward/mean", "rewards/length/mean", "eval/length")),
+        (
+            "grpo_verifier",
+            ("rewards/answer_reward/mean", "rewards/format_reward/mean", "verifier/failures", "eval/answer_reward"),
+        ),
+        ("teacher_grpo_verifier", ("rewards/teacher_reward/mean", "rewards/length_penalty/mean", "eval/length")),
     ],
 )
 def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tiny_run, tmp_path):

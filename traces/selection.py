@@ -25,15 +25,22 @@ class Selection:
 
 
 def rank(rows: list[dict]) -> list[dict]:
-    """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came."""
+    """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came.
+
+    What has no finite reward comes last.
+    """
     by_question = defaultdict(list)
     for row in rows:
         by_question[row["question_id"]].append(row)
     return [
         {**row, "rank": place}
         for members in by_question.values()
-        for place, row in enumerate(sorted(members, key=lambda r: -r["reward"]), start=1)
+        for place, row in enumerate(sorted(members, key=_behind), start=1)
     ]
+
+
+def _behind(row: dict) -> float:
+    return -row["reward"] if np.isfinite(row["reward"]) else np.inf
 
 
 def similarity(a: str, b: str) -> float:

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,16 +11,19 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
+from trl import DPOConfig
 
-from checks import SFT
+from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
 from data.prompts import render_question, student_answer
 from memory import token_budget
 from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
 from plan import Plan
 from rewards.verified import verified_rewards
-from schema import DataConfig, ModelConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
+from schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
+from traces.pairs import preference_pairs
 from trainers.config_fields import read_table
+from trainers.dpo import DPOTrainer
 from trainers.evaluation import HeldOutEvaluation
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.host_memory import ReturnFreedMemory
@@ -54,7 +58,6 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     arguments = {key: value for key, value in config.items() if key in table}
     arguments |= {
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "logprob_token_budget": token_budget(config),
         "bf16": uses_bfloat16(config),
         "report_to": config["report_to"] or "none",
         "use_cpu": device_type() == "cpu",
@@ -63,7 +66,9 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
         "dataloader_pin_memory": device_type() != "cpu",
         "save_strategy": "steps",
     }
-    if config["trainer"] in SFT and config["eval_size"] and config["eval_steps"]:
+    if "logprob_token_budget" in table:
+        arguments["logprob_token_budget"] = token_budget(config)
+    if config["trainer"] in OFFLINE and config["eval_size"] and config["eval_steps"]:
         arguments["eval_strategy"] = "steps"
     if plan.is_grpo:
         arguments |= {
@@ -104,7 +109,7 @@ def build_trainer(plan: Plan):
     config = plan.config
     style = load_format(config["reasoning_format"])
     tokenizer = load_tokenizer(resolve_model_path(config["model_name_or_path"]), config["trust_remote_code"])
-    build = build_grpo if plan.is_grpo else build_sft
+    build = build_grpo if plan.is_grpo else build_dpo if config["trainer"] == "dpo" else build_sft
     trainer, evaluation = build(plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
@@ -126,6 +131,24 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
         args=arguments,
         train_dataset=Dataset.from_list(sft_examples(config, train_rows, tokenizer, style)),
         eval_dataset=Dataset.from_list(sft_examples(config, eval_rows, tokenizer, style)) if eval_rows else None,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[ReturnFreedMemory()],
+    )
+    return trainer, None
+
+
+def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
+    config = plan.config
+    pairs = preference_pairs(Path(config["dataset_id_or_path"]), pick(config, PairConfig).min_margin)
+    rows = teaching_rows(pairs, tokenizer, style, pick(config, DataConfig))
+    arguments = DPOConfig(**trainer_arguments(plan))
+    let_fsdp_run_on_cpu()
+    policy, adapter = build_policy(config)
+    trainer = DPOTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]),
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainers.sharding import load_training_state, training_state
+from trainers.sharding import load_full_weights, load_training_state, training_state
 
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 TRAINING_STATE = "training_state.pt"
@@ -108,9 +108,10 @@ class AtomicCheckpoints:
             self._writing_aside = False
         name = f"checkpoint-{self.state.global_step}"
         self._save_extra_state(aside / name)
-        if self.state.best_global_step and self.args.should_save:
+        if self.state.best_global_step:
             # Super has it below the folder that the checkpoint is about to leave.
             self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and self.args.should_save:
             self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         kill_point("saving")
         self.accelerator.wait_for_everyone()
@@ -134,6 +135,12 @@ class AtomicCheckpoints:
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         return prepared
+
+    def _load_best_model(self) -> None:
+        # Overridden for the same reason.
+        path = Path(self.state.best_model_checkpoint) / TRAINING_STATE
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        load_full_weights(self.model_wrapped, state["weights"])
 
     def _restore(self, folder: Path) -> None:
         state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)

@@ -37,11 +37,13 @@ def read_table() -> dict[str, dict[str, list[str]]]:
 
 def build_table() -> dict[str, dict[str, list[str]]]:
     """The table as the installed TRL has it."""
+    from trl import DPOConfig
+
     from trainers.grpo import GRPOConfig
     from trainers.sft import SFTConfig
 
     grpo, sft = fields_of(GRPOConfig), fields_of(SFTConfig)
-    return {"grpo": grpo, "teacher_grpo": grpo, "sft": sft, "student_sft": sft}
+    return {"grpo": grpo, "teacher_grpo": grpo, "sft": sft, "student_sft": sft, "dpo": fields_of(DPOConfig)}
 
 
 def main() -> None:

@@ -118,7 +118,8 @@ class HeldOutEvaluation(TrainerCallback):
         if "solution_log_prob_reward" in last:
             solution = paired_bootstrap(first["solution_log_prob_reward"], last["solution_log_prob_reward"])
             text += f"; solution part {solution.signed}; format rate {_nanmean(last['format_rate']):.0%}"
-        if "answer" in last:
-            right = paired_bootstrap(first["answer"], last["answer"])
-            text += f"; accuracy {_nanmean(first['answer']):.1%} -> {_nanmean(last['answer']):.1%}, {right.signed}"
+        if "answer_reward" in last:
+            before, after = first["answer_reward"], last["answer_reward"]
+            text += f"; accuracy {_nanmean(before):.1%} -> {_nanmean(after):.1%}, "
+            text += paired_bootstrap(before, after).signed
         return f"{text}; length {_nanmean(first['length']):.0f} -> {_nanmean(last['length']):.0f} tokens"

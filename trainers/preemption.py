@@ -1,11 +1,14 @@
 """A run that is asked to stop (SIGTERM, Ctrl-C) ends its step, saves a checkpoint, and stops; asked again, at once."""
 
 import signal
+import sys
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import TrainerCallback
+
+from launching import PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,6 +31,11 @@ class StopOnSignal(TrainerCallback):
     def _note(self, number, frame) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C; SIGTERM may come from many sides
+
+    def leave_together(self) -> None:
+        """For runs that train nothing, once each rank has ended its part of the work or was asked to stop."""
+        if bool(gather(torch.tensor([self.asked], device=PartialState().device)).any()):
+            sys.exit(PREEMPTED)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor([self.asked], device=PartialState().device)

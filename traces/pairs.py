@@ -1,0 +1,33 @@
+"""Preferences from ranked traces: the best of a question against its worst (for arXiv 2305.18290)."""
+
+from pathlib import Path
+
+import numpy as np
+
+ALL = Path("all") / "traces.parquet"
+
+
+def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
+    """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair.
+
+    Args:
+        folder: of a collection.
+        min_margin: of the rewards of a pair.
+
+    Raises:
+        ValueError: the folder is not a collection's, or has no such pair.
+    """
+    import pandas
+
+    if not (folder / ALL).is_file():
+        raise ValueError(f"dataset_id_or_path={folder} holds no {ALL}: name the output folder of a collection")
+    pairs = []
+    table = pandas.read_parquet(folder / ALL)
+    for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
+        best, worst = rows.iloc[0], rows.iloc[-1]  # in order of their rank
+        if best["match_reward"] == 0 and best["reward"] - worst["reward"] >= min_margin:
+            shared = {"question": best["question"], "solution": best["solution"]}
+            pairs.append({**shared, "chosen": best["completion"], "rejected": worst["completion"]})
+    if not pairs:
+        raise ValueError(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")
+    return pairs
