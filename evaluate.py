@@ -7,6 +7,7 @@ parts, each written at once: after a kill the same command goes on with the next
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from schema import DataConfig, pick
 
 MARKER = "COMPLETE"
 RESULT = "evaluation.json"
+
+logger = logging.getLogger("train")
 
 
 def run(plan: Plan, stop) -> None:
@@ -107,6 +110,10 @@ def answer_parts(config: dict, sampler, rows: list[dict], folder: Path, stop) ->
         aside = file.with_suffix(".tmp")
         aside.write_text("".join(f"{json.dumps(row)}\n" for row in made), encoding="utf-8")
         os.replace(aside, file)
+    if verifier.failures:
+        logger.warning(
+            "%d answers broke their check or were not checked in time: they count as wrong", verifier.failures
+        )
 
 
 def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
