@@ -14,7 +14,6 @@ from schema import (
     DataConfig,
     EvaluationConfig,
     GRPOKeys,
-    JobConfig,
     ModelConfig,
     PairConfig,
     PipelineConfig,
@@ -23,22 +22,23 @@ from schema import (
     StudentConfig,
     TeacherRewardConfig,
     TraceConfig,
+    TrainConfig,
     VerifiedRewardConfig,
 )
 from trainers.config_fields import fields_of, read_table
 
 TRAINER_KEYS: dict[str, tuple[type, ...]] = {
-    "sft": (RunConfig, ModelConfig, DataConfig),
-    "grpo": (RunConfig, ModelConfig, DataConfig, GRPOKeys, VerifiedRewardConfig),
+    "sft": (RunConfig, TrainConfig, ModelConfig, DataConfig),
+    "grpo": (RunConfig, TrainConfig, ModelConfig, DataConfig, GRPOKeys, VerifiedRewardConfig),
     "teacher_grpo": (
-        *(RunConfig, ModelConfig, DataConfig, GRPOKeys),
+        *(RunConfig, TrainConfig, ModelConfig, DataConfig, GRPOKeys),
         *(TeacherRewardConfig, StudentConfig, VerifiedRewardConfig),
     ),
-    "student_sft": (RunConfig, ModelConfig, DataConfig),
-    "dpo": (RunConfig, ModelConfig, DataConfig, PairConfig),
-    "collect": (JobConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
-    "evaluate": (JobConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
-    "pipeline": (JobConfig, ModelConfig, DataConfig, PipelineConfig),
+    "student_sft": (RunConfig, TrainConfig, ModelConfig, DataConfig),
+    "dpo": (RunConfig, TrainConfig, ModelConfig, DataConfig, PairConfig),
+    "collect": (RunConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
+    "evaluate": (RunConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
+    "pipeline": (RunConfig, ModelConfig, DataConfig, PipelineConfig),
 }
 OFFLINE = ("sft", "student_sft", "dpo")  # they train on what is written already
 JOBS = ("collect", "evaluate", "pipeline")  # they train nothing

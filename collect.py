@@ -16,12 +16,11 @@ from tqdm import tqdm
 from data.formats import ReasoningFormat, load_format
 from data.prompts import prompt_token_ids, split_completion
 from generation import request_seed
-from plan import Plan
+from plan import MARKER, Plan
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
 from traces.selection import rank, select
 
-MARKER = "COMPLETE"
 PARTS = "parts"
 
 

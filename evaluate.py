@@ -21,10 +21,9 @@ from data.sources import load_rows
 from data.splits import check_disjoint
 from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
 from generation import request_seed
-from plan import Plan
+from plan import MARKER, Plan
 from schema import DataConfig, pick
 
-MARKER = "COMPLETE"
 RESULT = "evaluation.json"
 
 logger = logging.getLogger("train")

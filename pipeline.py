@@ -19,11 +19,10 @@ from typing import Any
 
 from launching import PREEMPTED
 from launching.lifetime import end_with
-from plan import Plan, make_plan
+from plan import MARKER, Plan, make_plan
 from train import apply_memory_profile, compose_config, is_complete
 
 ROOT = Path(__file__).resolve().parent
-MARKER = "COMPLETE"
 
 logger = logging.getLogger("train")
 

@@ -49,6 +49,7 @@ CONTINUABLE = frozenset(
     }
 )
 NETWORK_TIMEOUT_S = 3.0
+MARKER = "COMPLETE"  # written last into an output folder, with what was done
 BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
 
 

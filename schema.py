@@ -23,8 +23,14 @@ class RunConfig:
     dry_run: bool
     seed: int
     report_to: str | None
-    train_batch_size: int
     requires: str | None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What it needs of a run that trains."""
+
+    train_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -107,23 +113,6 @@ class StudentConfig:
     """Whose understanding is measured."""
 
     student_model: str | None
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """What the entry point needs of a run that trains nothing."""
-
-    trainer: str
-    run_name: str
-    results_dir: str
-    output_dir: str
-    overwrite_output_dir: bool
-    resume_from: str | None
-    warmup_run: str | None
-    dry_run: bool
-    seed: int
-    report_to: str | None
-    requires: str | None
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,11 @@ from checks import JOBS, check_keys, key_names, known_keys
 from launching import PREEMPTED, folder_lock
 from memory import choose_profile, gpu_memory_gib
 from models.versions import check_versions, requirements_file
-from plan import BEFORE_A_RUN, Plan, make_plan
+from plan import BEFORE_A_RUN, MARKER, Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent
 CFGS = ROOT / "cfgs"
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
-MARKER = "COMPLETE"  # written last, with the steps and epochs that were trained
 WEIGHT_KEYS = {"use_peft", "load_in_4bit", "load_in_8bit"}  # belong together: naming one leaves all to the run
 SECRET = ("token", "password", "secret", "api_key")
 

@@ -27,10 +27,6 @@ class Estimate:
         """As a difference."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def pass_at_k(right: int, n: int, k: int) -> float:
     """Chance that one of k answers is right, unbiased from n of them (arXiv 2107.03374, eq. 1).
