@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.embedded import embedded_model_path
@@ -18,6 +20,7 @@ from trainers.build import build_trainer
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded/smollm2-135m-instruct"
 RUN_TIMEOUT_S = 300
+RANKS_TIMEOUT_S = 120
 # A whole teacher run of seconds: two prompts of four completions, sixteen tokens each.
 TINY_RUN = [
     "run_cfg=teacher_rlt_tiny",
@@ -88,6 +91,18 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
         check=False,
         env={**os.environ, **environment},
     )
+
+
+def spawn_ranks(function, arguments: tuple, ranks: int = 2) -> None:
+    """`function(rank, *arguments)` in processes of their own, which are ended when they take too long."""
+    context = multiprocessing.spawn(function, args=arguments, nprocs=ranks, join=False)
+    deadline = time.monotonic() + RANKS_TIMEOUT_S
+    try:
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            assert time.monotonic() < deadline, f"ranks still running after {RANKS_TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 def config_of(*overrides: str) -> dict:

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import spawn_ranks
 from test_logprobs import group_of_three, llama, one_row_at_a_time
-from torch import multiprocessing
 from trl.models.utils import _ForwardRedirection
 
 from logprobs import token_log_probs
@@ -88,7 +88,7 @@ def run_rank(rank: int, sharding: str, folder: str) -> None:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_an_update_of_a_sharded_model_is_that_of_one_row_at_a_time(sharding, tmp_path):
-    multiprocessing.spawn(run_rank, args=(sharding, str(tmp_path)), nprocs=RANKS)
+    spawn_ranks(run_rank, (sharding, str(tmp_path)), RANKS)
     model = llama(tie_word_embeddings=True).float()
     losses = [loss_of(one_row_at_a_time(model, *batch_of(rank), 1.0)) for rank in range(RANKS)]
     (sum(losses) / RANKS).backward()
