@@ -19,6 +19,7 @@ import yaml
 
 from data.benchmarks import PREFIX as BENCHMARK
 from data.benchmarks import benchmark_rows, check_benchmark
+from data.worked import worked_solution
 
 GENERATOR = "reasoning_gym/"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -138,7 +139,7 @@ def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{GENERATOR}{name}: {error}") from None
     for entry in entries:
-        trace = entry["metadata"].get("answer_cot", "").strip()
+        trace = worked_solution(task, entry["metadata"])
         metadata = json.dumps(entry["metadata"], default=str)
         row = {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
         yield {**row, "metadata": metadata}
