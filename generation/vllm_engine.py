@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
+from generation import cpu_sampling
 from generation.server import Completions
 
 QUANTISED = (Linear4bit, Linear8bitLt)
@@ -78,6 +79,7 @@ class VLLMEngine(VLLMGeneration):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        cpu_sampling.install()
         if self.engine_dtype == "bfloat16":
             prepare_bfloat16()
         return {
