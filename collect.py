@@ -8,20 +8,21 @@ after a kill the same command goes on with the next part. In float32 parts are t
 """
 
 import json
-import os
+import logging
+import time
+from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from data.formats import ReasoningFormat, load_format
 from data.prompts import prompt_token_ids, split_completion
 from generation import request_seed
+from generation.parts import Parts
 from plan import MARKER, Plan
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
 from traces.selection import rank, select
 
-PARTS = "parts"
+logger = logging.getLogger("train")
 
 
 def run(plan: Plan, stop) -> None:
@@ -37,42 +38,32 @@ def run(plan: Plan, stop) -> None:
     config = plan.config
     quiet_libraries()
     style, data, folder = load_format(config["reasoning_format"]), pick(config, DataConfig), Path(config["output_dir"])
-    (folder / PARTS).mkdir(exist_ok=True)
     sampler = Sampler(config)
     rows = teaching_rows(load_split_rows(data, style)[0], sampler.tokenizer, style, data)
-    work_on_parts(config, sampler, style, rows, folder, stop)
+    parts = Parts(folder, len(rows), config["questions_at_once"])
+    if parts.missing(sampler.accelerator):
+        scorer, pace = build_scorer(config, sampler, style), Pace()
+        parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, scorer, style, rows, part, pace))
+        logger.info("rank %d: %s", sampler.accelerator.process_index, pace)
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        count = finish(config, rows, folder)
+        count = finish(config, parts.read(), folder)
         (folder / MARKER).write_text(json.dumps({"traces": count}))
 
 
-def parts_of(count: int, size: int) -> list[range]:
-    """Which rows belong to each part, whatever the number of devices: what runs at once decides the last bits."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+@dataclass
+class Pace:
+    """How fast traces were made."""
 
+    tokens: int = 0
+    sampling_s: float = 0.0
+    scoring_s: float = 0.0
 
-def part_file(folder: Path, number: int) -> Path:
-    return folder / PARTS / f"{number:05d}.jsonl"
-
-
-def work_on_parts(config: dict, sampler, style: ReasoningFormat, rows: list[dict], folder: Path, stop) -> None:
-    """This rank's parts that are not there yet."""
-    parts = parts_of(len(rows), config["questions_at_once"])
-    accelerator = sampler.accelerator
-    mine = range(accelerator.process_index, len(parts), accelerator.num_processes)
-    missing = [number for number in mine if not part_file(folder, number).is_file()]
-    if not missing:
-        return
-    scorer = build_scorer(config, sampler, style)
-    for number in tqdm(missing, unit="part", disable=not accelerator.is_main_process, dynamic_ncols=True):
-        if stop.asked:
-            return
-        made = answer(config, sampler, scorer, style, rows, parts[number])
-        file = part_file(folder, number)
-        aside = file.with_suffix(".tmp")
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in made), encoding="utf-8")
-        os.replace(aside, file)
+    def __str__(self) -> str:
+        if not self.sampling_s:
+            return "nothing sampled"
+        rate, share = self.tokens / self.sampling_s, self.scoring_s / self.sampling_s
+        return f"{self.tokens} tokens sampled at {rate:.0f} per second; scoring added {share:.0%}"
 
 
 def build_scorer(config: dict, sampler, style: ReasoningFormat):
@@ -95,8 +86,11 @@ def build_scorer(config: dict, sampler, style: ReasoningFormat):
     )
 
 
-def answer(config: dict, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range) -> list[dict]:
+def answer(
+    config: dict, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
+) -> list[dict]:
     """Every completion of a part's questions, scored."""
+    from rewards.tokens import token_columns
     from trainers.checkpoints import kill_point
 
     count = config["traces_per_question"]
@@ -104,30 +98,34 @@ def answer(config: dict, sampler, scorer, style: ReasoningFormat, rows: list[dic
     prompts = prompt_token_ids(sampler.tokenizer, [rows[number]["prompt"] for number in asked])
     seeds = [request_seed(config["seed"], "collect", number) + member for number in part for member in range(count)]
     kill_point("collecting")
+    begun = time.monotonic()
     sampled, log_probs = sampler(prompts, seeds)
+    sampled_at = time.monotonic()
     texts, scored = scorer.score([rows[number] for number in asked], prompts, sampled, log_probs)
     kill_point("scoring")
+    pace.tokens += sum(map(len, sampled))
+    pace.sampling_s += sampled_at - begun
+    pace.scoring_s += time.monotonic() - sampled_at
     made = []
-    for number, text, ids, score, reading in zip(asked, texts, sampled, scored, scorer.readings, strict=True):
+    shown = token_columns(sampler.tokenizer, scorer.readings, scored)
+    columns = zip(asked, texts, sampled, scored, scorer.readings, shown, strict=True)
+    for number, text, ids, score, reading, tokens in columns:
         known = {key: value for key, value in rows[number].items() if key not in ("prompt", "reasoning_trace")}
         trace = split_completion(style, text)[0].strip()
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
-        made.append(
-            {"question_id": number, **known, "completion": text, "reasoning_trace": trace, **sizes, **score.as_dict()}
-        )
+        written = {"completion": text, "reasoning_trace": trace, "token_scores": tokens}
+        made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
     return made
 
 
-def finish(config: dict, rows: list[dict], folder: Path) -> int:
+def finish(config: dict, scored: list[dict], folder: Path) -> int:
     """Rank, filter and write everything; returns how many traces are left."""
     import pandas
 
-    parts = range(len(parts_of(len(rows), config["questions_at_once"])))
-    lines = [line for number in parts for line in part_file(folder, number).read_text(encoding="utf-8").splitlines()]
-    ranked = rank([json.loads(line) for line in lines])
+    ranked = rank(scored)
     selection = select(ranked, pick(config, TraceConfig))
     style = load_format(config["reasoning_format"])
-    kept = [{**row, "messages": messages(style, row)} for row in selection.kept]
+    kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
     (folder / "all").mkdir(exist_ok=True)
     pandas.DataFrame(ranked).to_parquet(folder / "all" / "traces.parquet")
     pandas.DataFrame(kept).to_parquet(folder / "traces.parquet")
@@ -135,6 +133,10 @@ def finish(config: dict, rows: list[dict], folder: Path) -> int:
     (folder / "traces.jsonl").write_text(text, encoding="utf-8")
     write_card(folder / "DATA_CARD.md", config, selection)
     return len(kept)
+
+
+def without(row: dict, column: str) -> dict:
+    return {key: value for key, value in row.items() if key != column}
 
 
 def messages(style: ReasoningFormat, row: dict) -> list[dict[str, str]]:

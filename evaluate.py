@@ -8,12 +8,10 @@ parts, each written at once: after a kill the same command goes on with the next
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from data.formats import load_format
 from data.prompts import prompt_token_ids, render_question
@@ -21,6 +19,7 @@ from data.sources import load_rows
 from data.splits import check_disjoint
 from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
 from generation import request_seed
+from generation.parts import Parts
 from plan import MARKER, Plan
 from schema import DataConfig, pick
 
@@ -36,17 +35,23 @@ def run(plan: Plan, stop) -> None:
         stop: a `StopOnSignal`, asked between two parts.
     """
     from generation.sampler import Sampler
+    from rewards.verifiers import Verifier
     from trainers.build import quiet_libraries
 
     config, folder = plan.config, Path(plan.config["output_dir"])
     quiet_libraries()
-    (folder / "parts").mkdir(exist_ok=True)
     rows = questions(config)
     sampler = Sampler(config)
-    answer_parts(config, sampler, rows, folder, stop)
+    parts = Parts(folder, len(rows), config["questions_at_once"])
+    verifier = Verifier(config["verifier"], config["verifier_limit_s"])
+    parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, verifier, rows, part))
+    if verifier.failures:
+        logger.warning(
+            "%d answers broke their check or were not checked in time: they count as wrong", verifier.failures
+        )
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        result = sum_up(config, folder)
+        result = sum_up(config, parts.read(), folder)
         (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
         sys.stdout.write(table(config, result))
 
@@ -92,29 +97,6 @@ def _around(model: Path) -> list[Path]:
     return [model, model.parent] if inside else [model]
 
 
-def answer_parts(config: dict, sampler, rows: list[dict], folder: Path, stop) -> None:
-    """This rank's parts that are not there yet."""
-    from rewards.verifiers import Verifier
-
-    size, accelerator = config["questions_at_once"], sampler.accelerator
-    starts = range(0, len(rows), size)[accelerator.process_index :: accelerator.num_processes]
-    missing = [start for start in starts if not (folder / "parts" / f"{start:06d}.jsonl").is_file()]
-    verifier = Verifier(config["verifier"], config["verifier_limit_s"])
-    for start in tqdm(missing, unit="part", disable=not accelerator.is_main_process, dynamic_ncols=True):
-        if stop.asked:
-            return
-        part = range(start, min(start + size, len(rows)))
-        made = answer(config, sampler, verifier, rows, part)
-        file = folder / "parts" / f"{start:06d}.jsonl"
-        aside = file.with_suffix(".tmp")
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in made), encoding="utf-8")
-        os.replace(aside, file)
-    if verifier.failures:
-        logger.warning(
-            "%d answers broke their check or were not checked in time: they count as wrong", verifier.failures
-        )
-
-
 def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
     """Every answer to a part's questions, checked."""
     from rewards.verifiers import final_answer
@@ -143,12 +125,10 @@ def prompt_of(config: dict, tokenizer, style, row: dict) -> str:
     return render_question(tokenizer, style, row["question"], row.get("student_system_prompt"), config["answer_line"])
 
 
-def sum_up(config: dict, folder: Path) -> dict:
+def sum_up(config: dict, answers: list[dict], folder: Path) -> dict:
     """Figures of all answers, written to `evaluation.json` with what they were compared with."""
     import pandas
 
-    files = sorted((folder / "parts").glob("*.jsonl"))
-    answers = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pandas.DataFrame(answers).to_parquet(folder / "answers.parquet")
     by_question: dict[str, list[dict]] = {}
     for row in answers:

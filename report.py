@@ -6,33 +6,17 @@ Curves of rewards and their parts, KL, length, entropy, clipping, mismatch and s
 worst completions; evaluations; the configuration and where it differs from the default.
 """
 
-import base64
 import html
-import io
 import json
-import math
 import sys
 from pathlib import Path
 
 import yaml
 
+from reports.completions import completions
+from reports.curves import curves
+
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
-PANELS = (  # of a run's logs
-    ("reward", "reward"),
-    ("reward_parts/solution_log_prob_reward", "solution part"),
-    ("reward_parts/kl_reward", "KL part"),
-    ("reward_parts/format_rate", "format rate"),
-    ("kl", "KL to the reference"),
-    ("completions/mean_length", "tokens per completion"),
-    ("entropy", "entropy"),
-    ("clip_ratio/region_mean", "clipped share"),
-    ("sampling/sampling_logp_difference/mean", "mismatch with the engine (nats)"),
-    ("generation/seconds", "seconds of generation"),
-    ("step_time", "seconds of a step"),
-    ("loss", "loss"),
-    ("eval_loss", "loss on held-out rows"),
-)
-COLORS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#e09f3e", "#335c67")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1,h2,h3{line-height:1.2}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;"
@@ -65,54 +49,6 @@ def sections(folder: Path) -> list[str]:
     return [section for section in found if section]
 
 
-def records_of(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def curves(folders: list[Path]) -> str:
-    """Every panel that some run has figures for, the runs side by side in it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    logs = {str(folder): records for folder in folders if (records := records_of(folder))}
-    lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in PANELS}
-    drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
-    if not drawn:
-        return ""
-    rows = math.ceil(len(drawn) / 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(12, 2.7 * rows), constrained_layout=True, squeeze=False)
-    colors = dict(zip(logs, COLORS * len(logs), strict=False))
-    for axis, (label, of_runs) in zip(axes.flat, drawn.items(), strict=False):
-        for name, steps in of_runs.items():
-            if steps:
-                marker = "." if len(steps) < 3 else ""
-                axis.plot(*zip(*steps, strict=True), color=colors[name], label=Path(name).name, marker=marker)
-        axis.set_title(label, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(logs) > 1:
-            axis.legend(frameon=False, fontsize=7)
-    for axis in axes.flat[len(drawn) :]:
-        axis.set_axis_off()
-    return image(figure)
-
-
-def points(records: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
-
-
-def image(figure) -> str:
-    """A figure as part of the page."""
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
 def evaluation(folder: Path) -> str:
     path = folder / "evaluation.json"
     if not path.is_file():
@@ -132,27 +68,6 @@ def card(folder: Path) -> str:
         if path.is_file()
         else ""
     )
-
-
-def completions(folder: Path) -> str:
-    """The best, the median and the worst of the last step, or of all traces."""
-    import pandas
-
-    steps = sorted((folder / "completions").glob("step-*.parquet")) or sorted((folder / "all").glob("traces.parquet"))
-    if not steps:
-        return ""
-    frame = pandas.read_parquet(steps[-1])
-    score = "reward" if "reward" in frame else next((c for c in frame if c.startswith("reward/")), None)
-    if score is None or frame.empty:
-        return ""
-    frame = frame.sort_values(score, ascending=False, ignore_index=True)
-    shown = []
-    for name, place in (("best", 0), ("median", len(frame) // 2), ("worst", len(frame) - 1)):
-        row = frame.iloc[place]
-        numbers = {k: f"{v:.3f}" for k, v in row.items() if isinstance(v, float)}
-        listed = ", ".join(f"{k} {v}" for k, v in numbers.items())
-        shown.append(f"<h3>{name}</h3><p class=n>{html.escape(listed)}</p><pre>{html.escape(row['completion'])}</pre>")
-    return f"<details><summary>completions of {steps[-1].stem}</summary>{''.join(shown)}</details>"
 
 
 def configuration(folder: Path) -> str:

@@ -5,7 +5,9 @@
 Each input line has `question`, `solution`, and `completion` or a list of `completions`; optional are
 `teacher_system_prompt`, `student_system_prompt` and `id`. It is written again with `reward`,
 `solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a `completion`, lists
-for `completions`. Reward keys are overrides, as in training.
+for `completions`, which get their `rank` and the `best_index` too. Of these a table by source follows (a list `sources`
+in each line says who wrote which; else it is by place): how many questions each won, mean rank and reward, also in
+`OUTPUT.ranking.json`. Reward keys are overrides, as in training.
 """
 
 import json
@@ -22,6 +24,7 @@ from checks import check_reward, check_types
 from data.formats import load_format
 from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
+from traces.ranking import ranks, sources_of, summary, table
 from train import fail
 
 DTYPES = ("float32", "bfloat16")
@@ -54,8 +57,9 @@ def check(config: dict) -> None:
         raise ValueError(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
     if not Path(config["input"]).is_file():
         raise ValueError(f"input={config['input']} does not exist")
-    if Path(config["output"]).exists():
-        raise ValueError(f"output={config['output']} exists and would be overwritten: name another file")
+    for path in (Path(config["output"]), ranking_file(Path(config["output"]))):
+        if path.exists():
+            raise ValueError(f"output={config['output']}: {path} exists and would be overwritten: name another file")
     if not Path(config["output"]).absolute().parent.is_dir():
         raise ValueError(f"output={config['output']}: its folder does not exist")
     check_models_exist({key: config[key] for key in ("teacher_model", "student_model")})
@@ -85,6 +89,10 @@ def read_lines(path: Path) -> Iterator[dict]:
                 f"input={path} line {number} needs a text 'completion' or a list of texts 'completions'; "
                 f"it has {sorted(row)}"
             )
+        try:
+            sources_of(row, len(answers))
+        except ValueError as error:
+            raise ValueError(f"input={path} line {number}: {error}") from None
         yield row
 
 
@@ -131,22 +139,37 @@ def build_reward(config: dict):
     )
 
 
-def score_file(config: dict) -> int:
-    """Score every line; the output appears when all of it is written. Returns how many completions."""
+def score_file(config: dict) -> str:
+    """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(config["input"])))
     reward = build_reward(config)
-    aside = Path(config["output"]).with_name(Path(config["output"]).name + ".tmp")
-    count = 0
+    output = Path(config["output"])
+    aside = output.with_name(f"{output.name}.tmp")
+    count, ranked = 0, []
     with aside.open("w", encoding="utf-8") as file:
         for row in rows:
             answers = row.get("completions", [row.get("completion")])
             scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
             named = {name: [s[name] for s in scored] for name in scored[0]}
-            added = named if "completions" in row else {name: values[0] for name, values in named.items()}
+            if "completions" in row:
+                places = ranks(named["reward"])
+                added = {**named, "rank": places, "best_index": places.index(1)}
+                ranked.append((sources_of(row, len(answers)), named["reward"]))
+            else:
+                added = {name: values[0] for name, values in named.items()}
             file.write(json.dumps({**row, **added}) + "\n")
             count += len(answers)
-    os.replace(aside, config["output"])
-    return count
+    os.replace(aside, output)
+    said = f"{count} completions scored, written to {output}\n"
+    if not ranked:
+        return said
+    found = summary(ranked)
+    ranking_file(output).write_text(json.dumps(found, indent=1))
+    return said + table(found)
+
+
+def ranking_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.ranking.json")
 
 
 @hydra.main(version_base="1.3", config_path="cfgs", config_name="score")
@@ -154,12 +177,12 @@ def job(cfg) -> None:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         check(config)
-        count = score_file(config)
+        said = score_file(config)
     except MissingMandatoryValue as error:
         fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
     except ValueError as error:
         fail(error)
-    sys.stdout.write(f"{count} completions scored, written to {config['output']}\n")
+    sys.stdout.write(said)
 
 
 def main() -> None:

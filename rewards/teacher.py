@@ -29,17 +29,19 @@ LogProbFunction = Callable[[list[list[int]], list[list[int]], float], list[torch
 
 @dataclass(frozen=True)
 class Scored:
-    """A reward and its parts; `parts` holds the reductions by name."""
+    """A reward and its parts; `parts` holds the reductions by name, `log_probs` what they were made of: the student's
+    of the explanation and the solution, and the teacher's of the explanation."""
 
     reward: float
     solution_log_prob_reward: float
     kl_reward: float
     match_reward: float
     parts: dict[str, float]
+    log_probs: tuple[torch.Tensor, torch.Tensor]
 
     def as_dict(self) -> dict[str, float]:
-        """Flat, in the names that logs and files use."""
-        named = {k: v for k, v in vars(self).items() if k != "parts"}
+        """Its numbers, flat, in the names that logs and files use."""
+        named = {k: v for k, v in vars(self).items() if k not in ("parts", "log_probs")}
         return {**named, **self.parts}
 
 
@@ -195,4 +197,5 @@ class TeacherReward:
         solution, solution_names = solution_part(solution_T, self.config)
         term, kl, kl_names = kl_part(teacher_T.to(thought_T.device), thought_T, self.config)
         match = 0.0 if reading.matched else self.config.not_matched_penalty
-        return Scored(solution + term + match, solution, kl, match, {**solution_names, **kl_names})
+        parts = {**solution_names, **kl_names}
+        return Scored(solution + term + match, solution, kl, match, parts, (student.cpu(), teacher_T.cpu()))

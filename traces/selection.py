@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from schema import TraceConfig
+from traces.ranking import ranks
 
 SHINGLE = 5  # words
 
@@ -32,15 +33,15 @@ def rank(rows: list[dict]) -> list[dict]:
     by_question = defaultdict(list)
     for row in rows:
         by_question[row["question_id"]].append(row)
-    return [
-        {**row, "rank": place}
-        for members in by_question.values()
-        for place, row in enumerate(sorted(members, key=_behind), start=1)
-    ]
+    ranked = []
+    for members in by_question.values():
+        places = ranks([row["reward"] for row in members])
+        ranked += sorted(({**row, "rank": place} for row, place in zip(members, places, strict=True)), key=_rank)
+    return ranked
 
 
-def _behind(row: dict) -> float:
-    return -row["reward"] if np.isfinite(row["reward"]) else np.inf
+def _rank(row: dict) -> int:
+    return row["rank"]
 
 
 def similarity(a: str, b: str) -> float:

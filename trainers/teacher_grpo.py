@@ -14,6 +14,7 @@ from data.formats import ReasoningFormat
 from logprobs import token_log_probs
 from models.residence import resident
 from rewards import Reading, Scored, TeacherReward
+from rewards.tokens import token_columns
 from schema import TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
 from trainers.ranks import agree_on_forwards, inside_forward
@@ -83,6 +84,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
             readings = self.reward.read([dict(zip(present, row, strict=True)) for row in values], completions)
         scored = self.reward.score_readings(readings)
         self._log_parts(scored, log_extra, log_metric)
+        if self.model.training:
+            log_extra("token_scores", token_columns(self.processing_class, readings, scored))
         return [s.reward if torch.isfinite(torch.tensor(s.reward)) else None for s in scored]
 
     def _log_parts(self, scored: list[Scored], log_extra, log_metric) -> None:

@@ -1,0 +1,103 @@
+"""The method's claim in miniature: do students learn more from the traces of a teacher that was trained for it?
+
+    .venv/bin/python benchmarks/replication --out DIR          (continues where it was stopped)
+
+For each seed a teacher is warmed up on worked solutions and trained with GRPO. Students of the same number of trained
+tokens learn from unedited samples of the warm-up teacher, of the teacher half way and at its end, and from the
+generator's own worked solutions, and answer questions that no run has seen. Leaves `replication.json`,
+`replication.md` and `replication.png`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import outcome  # noqa: E402
+import rows  # noqa: E402
+
+from pipeline import run_one  # noqa: E402
+from train import compose_config, is_complete  # noqa: E402
+
+STEPS = 12  # of GRPO
+SHORT = ["max_prompt_length=384", "report_to=null"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    out, seeds = options.out.absolute(), range(1, options.seeds + 1)
+    os.chdir(ROOT)
+    rows.write_questions(out / "questions", seeds)
+    evaluate(out, None, out / "base" / "evaluation")
+    for seed in seeds:
+        one_seed(out, seed)
+    sys.stdout.write(outcome.write(out, seeds))
+
+
+def one_seed(out: Path, seed: int) -> None:
+    """Teachers, their traces, and a student of each set."""
+    folder, questions = out / str(seed), out / "questions" / str(seed)
+    teachers = train_teachers(folder, questions, seed)
+    for name, model in teachers.items():
+        collect(folder / name / "traces", questions, seed, model)
+    sets = {name: rows.unedited(folder / name / "traces") for name in teachers}
+    sets["worked"] = rows.read(questions / "collect.jsonl")
+    rows.write_equal(sets, folder / "equal")
+    for name in sets:
+        learn(folder / name / "student", folder / "equal" / f"{name}.jsonl", seed)
+        evaluate(out, folder / name / "student", folder / name / "evaluation")
+
+
+def train_teachers(folder: Path, questions: Path, seed: int) -> dict[str, Path]:
+    """Models by the name of their trace set."""
+    warmup, teacher = folder / "warmup" / "teacher", folder / "rl" / "teacher"
+    stage("teacher_sft_tiny", warmup, seed, questions / "warmup.jsonl", "max_steps=8", "save_steps=8")
+    stage(
+        "teacher_rlt_tiny",
+        teacher,
+        seed,
+        questions / "teach.jsonl",
+        *SHORT,
+        f"model_name_or_path={warmup}",
+        "max_completion_length=96",
+        f"max_steps={STEPS}",
+        f"save_steps={STEPS // 2}",
+        "eval_size=16",
+    )
+    return {"warmup": warmup, "half": teacher / f"checkpoint-{STEPS // 2}", "rl": teacher}
+
+
+def collect(folder: Path, questions: Path, seed: int, model: Path) -> None:
+    """One trace of each question, none filtered out before it is read again."""
+    every = ["traces_per_question=1", "min_format_rate=0", "questions_at_once=144", "max_completion_length=96"]
+    stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, f"model_name_or_path={model}", *every)
+
+
+def learn(folder: Path, traces: Path, seed: int) -> None:
+    whole = ["eval_size=0", "eval_steps=null", "load_best_model_at_end=false", "num_train_epochs=1", "save_steps=100"]
+    stage("student_distill_tiny", folder, seed, traces, *whole)
+
+
+def evaluate(out: Path, model: Path | None, folder: Path) -> None:
+    """Two answers to each question that no run has seen; None: of the base model."""
+    asked = ["samples_per_question=2", "pass_at=[1]", "questions_at_once=160", "max_completion_length=160"]
+    named = [] if model is None else [f"model_name_or_path={model}"]
+    stage("evaluate_tiny", folder, 0, out / "questions" / "evaluate.jsonl", *SHORT, *named, *asked)
+
+
+def stage(run: str, folder: Path, seed: int, source: Path, *overrides: str) -> None:
+    """A run in a process of its own, unless it is complete."""
+    place = [f"output_dir={folder}", f"seed={seed}", f"dataset_id_or_path={source}", "dataset_size=null"]
+    arguments = [run, *place, *overrides]
+    if not is_complete(compose_config(arguments)[0]):
+        run_one(["train.py", *arguments])
+
+
+if __name__ == "__main__":
+    main()

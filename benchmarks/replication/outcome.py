@@ -1,0 +1,96 @@
+"""What came out of the replication: accuracies with intervals, paired differences, the correlation, a figure."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import rows
+
+from evaluation.metrics import RESAMPLES, Estimate, bootstrap, paired_difference
+
+ARMS = {
+    "base": "the model as it is",
+    "warmup": "student of the warm-up teacher's traces",
+    "half": "student of the teacher's traces half way",
+    "rl": "student of the trained teacher's traces",
+    "worked": "student of the generator's worked solutions",
+}
+TEACHERS = ("warmup", "half", "rl")
+
+
+def write(out: Path, seeds: range) -> str:
+    """Figures, table and picture; returns the table."""
+    found = {arm: accuracies(out, arm, seeds) for arm in ARMS}
+    rewards = {(arm, seed): rows.mean_reward(out / str(seed) / arm / "traces") for arm in TEACHERS for seed in seeds}
+    means = {(arm, seed): mean_of(found[arm], seed) for arm in TEACHERS for seed in seeds}
+    r = correlation([rewards[key] for key in rewards], [means[key] for key in rewards])
+    differences = {arm: paired_difference(found["warmup"], found[arm]) for arm in ("half", "rl", "worked")}
+    text = table(found, rewards, differences, r, seeds)
+    sets = [{"set": arm, "seed": s, "reward": rewards[arm, s], "accuracy": means[arm, s]} for arm, s in rewards]
+    result = {
+        "accuracy": {arm: vars(bootstrap(list(values.values()))) for arm, values in found.items()},
+        "against the warm-up's": {arm: vars(value) for arm, value in differences.items()},
+        "correlation": vars(r),
+        "sets": sets,
+    }
+    (out / "replication.json").write_text(json.dumps(result, indent=1))
+    (out / "replication.md").write_text(text)
+    draw(out / "replication.png", found, sets, r)
+    return text
+
+
+def accuracies(out: Path, arm: str, seeds: range) -> dict[str, float]:
+    """By seed and question; the base model has one evaluation, which counts for every seed."""
+    found = {}
+    for seed in seeds:
+        folder = out / "base" if arm == "base" else out / str(seed) / arm
+        read = json.loads((folder / "evaluation" / "evaluation.json").read_text())["accuracy"]
+        found |= {f"{seed} {question}": value for question, value in read.items()}
+    return found
+
+
+def mean_of(values: dict[str, float], seed: int) -> float:
+    return float(np.mean([value for key, value in values.items() if key.startswith(f"{seed} ")]))
+
+
+def correlation(x_N: list[float], y_N: list[float]) -> Estimate:
+    """Pearson's, with the percentile bootstrap's interval over trace sets."""
+    x_N, y_N = np.asarray(x_N), np.asarray(y_N)
+    draws = np.random.default_rng(0).integers(0, len(x_N), size=(RESAMPLES, len(x_N)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw of one set alone has none
+        resampled = [np.corrcoef(x_N[draw], y_N[draw])[0, 1] for draw in draws]
+        low, high = np.nanpercentile(resampled, [2.5, 97.5])
+        return Estimate(float(np.corrcoef(x_N, y_N)[0, 1]), float(low), float(high))
+
+
+def table(found: dict, rewards: dict, differences: dict, r: Estimate, seeds: range) -> str:
+    lines = ["| | held-out accuracy | against the warm-up's student | mean reward of the traces |", "|---|---|---|---|"]
+    for arm, words in ARMS.items():
+        difference = differences[arm].signed if arm in differences else ""
+        reward = f"{np.mean([rewards[arm, seed] for seed in seeds]):.2f}" if arm in TEACHERS else ""
+        lines.append(f"| {words} | {bootstrap(list(found[arm].values()))} | {difference} | {reward} |")
+    sets = len(rewards)
+    return "\n".join([*lines, "", f"Correlation of reward and accuracy over {sets} trace sets: {r.signed}", ""])
+
+
+def draw(path: Path, found: dict, sets: list[dict], r: Estimate) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), constrained_layout=True)
+    estimates = [bootstrap(list(values.values())) for values in found.values()]
+    spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+    left.bar(["base", "warm-up", "half way", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
+    left.errorbar(range(len(estimates)), [e.mean for e in estimates], yerr=spread, fmt="none", ecolor="#333", capsize=4)
+    left.set(title="Students by what they learned from", ylabel="held-out accuracy")
+    for arm, colour in zip(TEACHERS, ("#c9822b", "#8a8f98", "#1f6f8b"), strict=True):
+        mine = [entry for entry in sets if entry["set"] == arm]
+        right.scatter([e["reward"] for e in mine], [e["accuracy"] for e in mine], color=colour, label=ARMS[arm][11:])
+    right.set(title=f"Trace sets, r = {r.mean:.2f}", xlabel="mean reward of the traces", ylabel="student's accuracy")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

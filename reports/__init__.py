@@ -1,0 +1,1 @@
+"""Parts of report.py's page: curves, and completions coloured token by token."""
