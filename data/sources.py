@@ -27,6 +27,8 @@ REQUIRED = ("question", "solution")
 OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
 TAGS = (("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>"))
 NEEDS_CONFIG = {"composite"}  # tasks of the generator that cannot be made from a name alone
+# Row i of the generator's seed s is its row i + 1 of seed s - 1: a run's seeds are as far apart as no dataset is long.
+SEED_STRIDE = 10_000_000
 GENERATED_ROWS = 1024  # when no size is given
 CSV_FIELD_LIMIT = 2**27  # characters; the default of 131,072 is shorter than a long reasoning trace
 
@@ -135,7 +137,7 @@ def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
     import reasoning_gym
 
     try:
-        entries = reasoning_gym.create_dataset(task, seed=seed, size=size, **options)
+        entries = reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE, size=size, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{GENERATOR}{name}: {error}") from None
     for entry in entries:

@@ -202,8 +202,8 @@ def test_generated_rows_follow_seed_and_size_and_carry_the_worked_solution():
 
 
 def test_a_task_without_worked_solutions_gives_rows_without_a_trace():
-    (row,) = load_rows("reasoning_gym/chain_sum", size=1).rows
-    assert row["reasoning_trace"] is None and row["task"] == "chain_sum"
+    (row,) = load_rows("reasoning_gym/lcm", size=1).rows
+    assert row["reasoning_trace"] is None and row["task"] == "lcm"
 
 
 def test_tasks_read_from_the_source_are_those_that_are_registered():
@@ -292,3 +292,11 @@ def test_options_of_a_multiple_choice_benchmark_are_mixed_in_a_fixed_order():
     assert all(f"{m['solution']}) right" in m["question"] for m in made)
     with pytest.raises(ValueError, match="no benchmark 'aime'"):
         inspect_source("benchmark/aime")
+
+
+@pytest.mark.parametrize("task", ["gsm_symbolic", "leg_counting"])
+def test_neighbouring_seeds_share_no_question(task):
+    first, second = (
+        {row["question"] for row in load_rows(f"reasoning_gym/{task}", seed=s, size=60).rows} for s in (0, 1)
+    )
+    assert not first & second

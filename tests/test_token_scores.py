@@ -22,7 +22,9 @@ def test_tokens_add_up_to_the_parts_of_the_reward(reward, tokenizer):  # noqa: F
     scored = reward.score_readings(readings)
     for text, columns, one in zip(texts, token_columns(tokenizer, readings, scored), scored, strict=True):
         found = json.loads(columns)
-        assert "".join(piece for piece, *_ in found["explanation"]).strip() == text.partition("<|")[0]
+        # Without the tokens that straddle a tag, such as the last full stop's.
+        assert text.startswith("".join(piece for piece, *_ in found["explanation"]).strip())
+        assert len(found["explanation"]) >= 4
         assert "".join(piece for piece, _ in found["solution"]) == "four"
         kl = [k for *_, k in found["explanation"]]
         assert one.parts["reasoning_kl_mean"] == pytest.approx(sum(kl) / len(kl), abs=1e-3)

@@ -19,7 +19,7 @@ TASKS = (
 MODEL = "embedded/smollm2-135m-instruct"
 # Rows of each task; questions that are evaluated are in none of the others.
 SIZES = {"evaluate": 80, "warmup": 32, "teach": 80, "collect": 72}
-SPARE = 2  # times as many are drawn, because small tasks repeat themselves
+SPARE = 3  # times as many are drawn, because small tasks repeat themselves
 
 
 def write_questions(folder: Path, seeds: range) -> None:
