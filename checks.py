@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from schema import (
+    AnswersConfig,
     DataConfig,
     EvaluationConfig,
     GRPOKeys,
@@ -34,7 +35,7 @@ TRAINER_KEYS: dict[str, tuple[type, ...]] = {
         *(RunConfig, TrainConfig, ModelConfig, DataConfig, GRPOKeys),
         *(TeacherRewardConfig, StudentConfig, VerifiedRewardConfig),
     ),
-    "student_sft": (RunConfig, TrainConfig, ModelConfig, DataConfig),
+    "student_sft": (RunConfig, TrainConfig, ModelConfig, DataConfig, AnswersConfig),
     "dpo": (RunConfig, TrainConfig, ModelConfig, DataConfig, PairConfig),
     "collect": (RunConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
     "evaluate": (RunConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
@@ -114,6 +115,8 @@ def check_common(config: dict[str, Any]) -> None:
         raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
     if config.get("load_best_model_at_end") and (not config["eval_size"] or not config["eval_steps"]):
         raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
+    if config.get("eval_answers") and (not config["eval_size"] or not config["eval_steps"]):
+        raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 

@@ -134,6 +134,18 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class AnswersConfig:
+    """Answers to held-out questions while a student is trained (trainers/answers.py)."""
+
+    eval_answers: int
+    temperature: float
+    max_completion_length: int
+    verifier: str
+    verifier_limit_s: float
+    vllm_gpu_memory_utilization: float
+
+
+@dataclass(frozen=True)
 class TraceConfig:
     """Which of a teacher's traces become a student's data (collect.py)."""
 

@@ -6,6 +6,8 @@ a prompt between its completions is the same idea with a tree instead of a list.
 T tokens of a packed row.
 """
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -121,3 +123,17 @@ def pad_batch(batch: list[int], sequences: list[list[int]], device: torch.device
         "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=device),
     }
+
+
+def members_of(groups: list[Hashable]) -> list[list[int]]:
+    """Indices of the sequences of each group, in the order in which groups begin."""
+    members = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    return list(members.values())
+
+
+def pad_rows(values: list[torch.Tensor], widths: list[int], width: int) -> torch.Tensor:
+    """(B, width): the last `widths[i]` entries of each row's values, zeros behind them."""
+    rows = [torch.nn.functional.pad(v[len(v) - n :], (0, width - n)) for v, n in zip(values, widths, strict=True)]
+    return torch.stack(rows)

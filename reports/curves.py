@@ -17,6 +17,7 @@ PANELS = (  # of a run's logs
     ("clip_ratio/region_mean", "clipped share"),
     ("sampling/sampling_logp_difference/mean", "mismatch with the engine (nats)"),
     ("generation/seconds", "seconds of generation"),
+    ("scoring/seconds", "seconds of scoring"),
     ("step_time", "seconds of a step"),
     ("loss", "loss"),
     ("eval_loss", "loss on held-out rows"),

@@ -142,6 +142,22 @@ def test_the_best_checkpoint_is_kept_under_every_sharding(sharding, collection, 
     assert all(torch.equal(final[name], best[name]) for name in best)
 
 
+def test_a_students_answers_are_counted_while_it_learns_and_choose_the_checkpoint(tiny_student, style, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"question": f"What is {n}?", "solution": "4", "reasoning_trace": "Two and two."} for n in range(18)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"dataset_id_or_path={source}", f"model_name_or_path={tiny_student}", f"reasoning_format={style}"]
+    steps = ["eval_size=2", "eval_steps=30", "save_steps=30", "max_steps=60", "learning_rate=1e-2", "bf16=false"]
+    asked = ["eval_answers=2", "temperature=0.1", "max_completion_length=48", "metric_for_best_model=eval_accuracy"]
+    folder = tmp_path / "run"
+    done = launch("train.py", "student_distill_tiny", *data, *steps, *asked, f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracy = [record["eval_accuracy"] for record in lines(folder / "metrics.jsonl") if "eval_accuracy" in record]
+    assert accuracy[-1] == 1.0  # there is but one answer to learn
+    state = json.loads((folder / "checkpoint-60" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(accuracy)
+
+
 def as_override(stage: dict) -> str:
     settings = ",".join(f"{key}:'{value}'" for key, value in stage["set"].items())
     return f"{{name:{stage['name']},run:{stage['run']},set:{{{settings}}}}}"
@@ -228,6 +244,7 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("pipeline_tiny", "stages=[{name:a,run:collect_tiny,set:{model_name_or_path:'{b}'}}]"), "names 'b'"),
         (("student_distill_tiny", "dataset_id_or_path=nowhere/at/all"), "does not exist"),
         (("student_distill_tiny", "eval_size=0"), "load_best_model_at_end=true needs eval_size"),
+        (("student_sft_tiny", "eval_answers=2"), "eval_answers=2 needs eval_size and eval_steps"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path):

@@ -22,6 +22,7 @@ from plan import Plan
 from rewards.verified import verified_rewards
 from schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
 from traces.pairs import preference_pairs
+from trainers.answers import HeldOutAnswers
 from trainers.config_fields import read_table
 from trainers.dpo import DPOTrainer
 from trainers.evaluation import HeldOutEvaluation
@@ -126,7 +127,9 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
+    asked = eval_rows and config.get("eval_answers")
     trainer = SFTTrainer(
+        answers=HeldOutAnswers(config, eval_rows, style) if asked else None,
         model=policy,
         args=arguments,
         train_dataset=Dataset.from_list(sft_examples(config, train_rows, tokenizer, style)),

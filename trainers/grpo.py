@@ -7,7 +7,7 @@ B completions of a batch, P prompt tokens, C completion tokens.
 
 import logging
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from data.prompts import prompt_token_ids
 from generation import request_seed
 from logprobs import token_log_probs
+from logprobs.packing import members_of, pad_rows
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.overlap import OverlappedGeneration
@@ -229,7 +230,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             inner,
             sequences + [rider.ids for rider in riders],
             counted + [rider.counted for rider in riders],
-            _members(groups + [rider.group for rider in riders]),
+            members_of(groups + [rider.group for rider in riders]),
             temperature=[self.temperature] * len(sequences) + [rider.temperature for rider in riders],
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
@@ -242,7 +243,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         if which:
             self._take(which, log_probs[:rows], log_probs[rows:])
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
-        padded = [_pad_rows(values[:rows], widths, logits_to_keep) for values in (log_probs, entropies)]
+        padded = [pad_rows(values[:rows], widths, logits_to_keep) for values in (log_probs, entropies)]
         return padded[0], padded[1] if compute_entropy else None, None
 
     def _frozen_after(self, which: str) -> torch.nn.Module | None:
@@ -287,7 +288,10 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         # Extended by which completions were scored: what has no finite reward is never trained on.
         self._awaited_passes = deque(self._passes_before_rewards())
+        metrics, start = self._metrics["train" if self.model.training else "eval"], time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
+        # The passes over new completions and their rewards; what is left of a step is its update.
+        metrics["scoring/seconds"].append(time.perf_counter() - start - metrics["generation/seconds"][-1])
         self._awaited_passes.clear()
         batch["scored"] = self._scored
         tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
@@ -384,17 +388,3 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _read_rollouts(self, folder: Path, rank: int) -> dict:
         return torch.load(folder / f"rollouts-{rank}.pt", map_location=self.accelerator.device, weights_only=True)
-
-
-def _members(groups: list[Hashable]) -> list[list[int]]:
-    """Indices of the sequences of each group."""
-    members = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    return list(members.values())
-
-
-def _pad_rows(values: list[torch.Tensor], widths: list[int], width: int) -> torch.Tensor:
-    """(B, width): the last `widths[i]` entries of each row's values, zeros behind them."""
-    rows = [torch.nn.functional.pad(v[len(v) - n :], (0, width - n)) for v, n in zip(values, widths, strict=True)]
-    return torch.stack(rows)

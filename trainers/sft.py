@@ -26,7 +26,25 @@ class SFTConfig(trl.SFTConfig):
 
 
 class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
-    """Trains on rows with `input_ids` and `completion_mask`."""
+    """Trains on rows with `input_ids` and `completion_mask`.
+
+    Args:
+        answers: a `HeldOutAnswers`, asked at every evaluation; None: the loss alone.
+        other arguments: as in TRL's `SFTTrainer`.
+    """
+
+    def __init__(self, *args, answers=None, **kwargs):
+        self.answers = answers
+        super().__init__(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        # Extended by what a student answers, so that it can choose the best checkpoint.
+        metrics = super().evaluate(*args, **kwargs)
+        if self.answers is None:
+            return metrics
+        found = self.answers(self)
+        self.log(dict(found))
+        return metrics | found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Overridden because TRL runs the output head on every position, three quarters of which carry no loss here.

@@ -1,0 +1,71 @@
+"""How often a student in training answers held-out questions correctly, with the engine that evaluations use."""
+
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from data.formats import ReasoningFormat
+from data.prompts import prompt_token_ids, render_question
+from generation import request_seed
+from generation.sampler import MAX_SEQUENCES
+from rewards.verifiers import Verifier, final_answer
+
+
+class HeldOutAnswers:
+    """Accuracy with the weights of the moment; seeds are the same at every evaluation.
+
+    Args:
+        config: flat; `eval_answers` answers to each question.
+        rows: held-out questions with their solutions.
+    """
+
+    def __init__(self, config: dict[str, Any], rows: list[dict], style: ReasoningFormat):
+        self.config, self.rows, self.style = config, rows, style
+        self.verifier = Verifier(config["verifier"], config["verifier_limit_s"])
+        self.engine = None  # built with the first evaluation
+
+    def __call__(self, trainer) -> dict[str, float]:
+        """`eval_accuracy` and `eval_format_rate` over all ranks' questions."""
+        if self.engine is None:
+            self.engine = self._build(trainer)
+        self.engine.sync_weights()
+        accelerator = trainer.accelerator
+        mine = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
+        found = gather_object(self._answer(trainer.processing_class, mine))
+        return {
+            "eval_accuracy": sum(right for right, _ in found) / len(found),
+            "eval_format_rate": sum(given for _, given in found) / len(found),
+        }
+
+    def _build(self, trainer):
+        from generation.vllm_engine import VLLMEngine
+
+        on_gpu = trainer.accelerator.device.type == "cuda"
+        return VLLMEngine(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            engine_dtype="bfloat16" if trainer.args.bf16 else "float32",
+            gpu_memory_utilization=self.config["vllm_gpu_memory_utilization"],
+            max_model_length=self.config["max_prompt_length"] + self.config["max_completion_length"],
+            max_num_seqs=MAX_SEQUENCES,
+            enable_sleep_mode=on_gpu,  # its memory is the update's in between
+            temperature=self.config["temperature"],
+            max_completion_length=self.config["max_completion_length"],
+            mode="colocate",
+            generation_kwargs={},
+        )
+
+    def _answer(self, tokenizer, mine: range) -> list[tuple[bool, bool]]:
+        """Of each answer to this rank's questions, whether it is right and whether one was given."""
+        count, seed = self.config["eval_answers"], self.config["seed"]
+        asked = [self.rows[number] for number in mine for _ in range(count)]
+        texts = [
+            render_question(tokenizer, self.style, row["question"], row.get("student_system_prompt")) for row in asked
+        ]
+        seeds = [request_seed(seed, "answers", number) + member for number in mine for member in range(count)]
+        sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, texts), seeds)
+        written = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+        given = [final_answer(text, self.style) for text in written]
+        right = [self.verifier.check(answer, row) > 0 for answer, row in zip(given, asked, strict=True)]
+        return [(one, answer is not None) for one, answer in zip(right, given, strict=True)]
