@@ -8,7 +8,7 @@ after a kill the same command goes on with the next part. In float32 parts are t
 """
 
 import json
-import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,6 @@ from plan import MARKER, Plan
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
 from traces.selection import rank, select
-
-logger = logging.getLogger("train")
 
 
 def run(plan: Plan, stop) -> None:
@@ -44,7 +42,8 @@ def run(plan: Plan, stop) -> None:
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(config, sampler, style), Pace()
         parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, scorer, style, rows, part, pace))
-        logger.info("rank %d: %s", sampler.accelerator.process_index, pace)
+        if sampler.accelerator.is_main_process:
+            sys.stdout.write(f"{config['run_name']}: {pace}\n")
     stop.leave_together()
     if sampler.accelerator.is_main_process:
         count = finish(config, parts.read(), folder)

@@ -13,7 +13,7 @@ from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 
 TASKS = (
-    "reasoning_gym/chain_sum/min_terms:3/max_terms:4/min_digits:1/max_digits:1",
+    "reasoning_gym/chain_sum/min_terms:4/max_terms:5/min_digits:1/max_digits:1",
     "reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",
 )
 MODEL = "embedded/smollm2-135m-instruct"
