@@ -17,7 +17,9 @@ def test_no_run_sees_a_question_that_is_evaluated(tmp_path):
     evaluated = {row["question"] for row in rows.read(tmp_path / "evaluate.jsonl")}
     assert len(evaluated) == 2 * rows.SIZES["evaluate"]
     for seed in (1, 2):
-        roles = {role: rows.read(tmp_path / str(seed) / f"{role}.jsonl") for role in ("warmup", "teach", "collect")}
+        roles = {
+            role: rows.read(tmp_path / str(seed) / f"{role}.jsonl") for role in ("format", "warmup", "teach", "collect")
+        }
         seen = [row["question"] for mine in roles.values() for row in mine]
         assert len(seen) == len(set(seen))
         assert not evaluated & set(seen)

@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/replication --out DIR          (continues where it was stopped)
 
-For each seed a teacher is warmed up on worked solutions and trained with GRPO. Students of the same number of trained
-tokens learn from unedited samples of the warm-up teacher, of the teacher half way and at its end, and from the
-generator's own worked solutions, and answer questions that no run has seen. Leaves `replication.json`,
+For each seed a novice learns the format of answers on another task; it is the frozen student of the reward and what
+every student starts from. A teacher is warmed up on worked solutions and trained with GRPO. Students of the same number
+of trained tokens learn from unedited samples of the warm-up teacher, of the teacher half way and at its end, and from
+the generator's own worked solutions, and answer questions that no run has seen. Leaves `replication.json`,
 `replication.md` and `replication.png`.
 """
 
@@ -34,7 +35,6 @@ def main() -> None:
     out, seeds = options.out.absolute(), range(1, options.seeds + 1)
     os.chdir(ROOT)
     rows.write_questions(out / "questions", seeds)
-    evaluate(out, None, out / "base" / "evaluation")
     for seed in seeds:
         one_seed(out, seed)
     sys.stdout.write(outcome.write(out, seeds))
@@ -43,18 +43,21 @@ def main() -> None:
 def one_seed(out: Path, seed: int) -> None:
     """Teachers, their traces, and a student of each set."""
     folder, questions = out / str(seed), out / "questions" / str(seed)
-    teachers = train_teachers(folder, questions, seed)
+    novice = folder / "novice" / "student"
+    stage("student_sft_tiny", novice, seed, questions / "format.jsonl", "max_steps=10")
+    evaluate(out, novice, folder / "novice" / "evaluation")
+    teachers = train_teachers(folder, questions, seed, novice)
     for name, model in teachers.items():
-        collect(folder / name / "traces", questions, seed, model)
+        collect(folder / name / "traces", questions, seed, model, novice)
     sets = {name: rows.unedited(folder / name / "traces") for name in teachers}
     sets["worked"] = rows.read(questions / "collect.jsonl")
     rows.write_equal(sets, folder / "equal")
     for name in sets:
-        learn(folder / name / "student", folder / "equal" / f"{name}.jsonl", seed)
+        learn(folder / name / "student", folder / "equal" / f"{name}.jsonl", seed, novice)
         evaluate(out, folder / name / "student", folder / name / "evaluation")
 
 
-def train_teachers(folder: Path, questions: Path, seed: int) -> dict[str, Path]:
+def train_teachers(folder: Path, questions: Path, seed: int, novice: Path) -> dict[str, Path]:
     """Models by the name of their trace set."""
     warmup, teacher = folder / "warmup" / "teacher", folder / "rl" / "teacher"
     stage("teacher_sft_tiny", warmup, seed, questions / "warmup.jsonl", "max_steps=8", "save_steps=8")
@@ -65,6 +68,7 @@ def train_teachers(folder: Path, questions: Path, seed: int) -> dict[str, Path]:
         questions / "teach.jsonl",
         *SHORT,
         f"model_name_or_path={warmup}",
+        f"student_model={novice}",
         "max_completion_length=96",
         f"max_steps={STEPS}",
         f"save_steps={STEPS // 2}",
@@ -73,22 +77,23 @@ def train_teachers(folder: Path, questions: Path, seed: int) -> dict[str, Path]:
     return {"warmup": warmup, "half": teacher / f"checkpoint-{STEPS // 2}", "rl": teacher}
 
 
-def collect(folder: Path, questions: Path, seed: int, model: Path) -> None:
+def collect(folder: Path, questions: Path, seed: int, model: Path, novice: Path) -> None:
     """One trace of each question, none filtered out before it is read again."""
     every = ["traces_per_question=1", "min_format_rate=0", "questions_at_once=144", "max_completion_length=96"]
-    stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, f"model_name_or_path={model}", *every)
+    models = [f"model_name_or_path={model}", f"student_model={novice}"]
+    stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, *models, *every)
 
 
-def learn(folder: Path, traces: Path, seed: int) -> None:
+def learn(folder: Path, traces: Path, seed: int, novice: Path) -> None:
     whole = ["eval_size=0", "eval_steps=null", "load_best_model_at_end=false", "num_train_epochs=1", "save_steps=100"]
-    stage("student_distill_tiny", folder, seed, traces, *whole)
+    stage("student_distill_tiny", folder, seed, traces, f"model_name_or_path={novice}", *whole)
 
 
-def evaluate(out: Path, model: Path | None, folder: Path) -> None:
-    """Two answers to each question that no run has seen; None: of the base model."""
+def evaluate(out: Path, model: Path, folder: Path) -> None:
+    """Two answers to each question that no run has seen."""
     asked = ["samples_per_question=2", "pass_at=[1]", "questions_at_once=160", "max_completion_length=160"]
-    named = [] if model is None else [f"model_name_or_path={model}"]
-    stage("evaluate_tiny", folder, 0, out / "questions" / "evaluate.jsonl", *SHORT, *named, *asked)
+    named = f"model_name_or_path={model}"
+    stage("evaluate_tiny", folder, 0, out / "questions" / "evaluate.jsonl", *SHORT, named, *asked)
 
 
 def stage(run: str, folder: Path, seed: int, source: Path, *overrides: str) -> None:

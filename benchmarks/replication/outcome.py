@@ -9,7 +9,7 @@ import rows
 from evaluation.metrics import RESAMPLES, Estimate, bootstrap, paired_difference
 
 ARMS = {
-    "base": "the model as it is",
+    "novice": "the novice that all students start from",
     "warmup": "student of the warm-up teacher's traces",
     "half": "student of the teacher's traces half way",
     "rl": "student of the trained teacher's traces",
@@ -40,11 +40,10 @@ def write(out: Path, seeds: range) -> str:
 
 
 def accuracies(out: Path, arm: str, seeds: range) -> dict[str, float]:
-    """By seed and question; the base model has one evaluation, which counts for every seed."""
+    """By seed and question."""
     found = {}
     for seed in seeds:
-        folder = out / "base" if arm == "base" else out / str(seed) / arm
-        read = json.loads((folder / "evaluation" / "evaluation.json").read_text())["accuracy"]
+        read = json.loads((out / str(seed) / arm / "evaluation" / "evaluation.json").read_text())["accuracy"]
         found |= {f"{seed} {question}": value for question, value in read.items()}
     return found
 
@@ -82,7 +81,7 @@ def draw(path: Path, found: dict, sets: list[dict], r: Estimate) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), constrained_layout=True)
     estimates = [bootstrap(list(values.values())) for values in found.values()]
     spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
-    left.bar(["base", "warm-up", "half way", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
+    left.bar(["novice", "warm-up", "half way", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
     left.errorbar(range(len(estimates)), [e.mean for e in estimates], yerr=spread, fmt="none", ecolor="#333", capsize=4)
     left.set(title="Students by what they learned from", ylabel="held-out accuracy")
     for arm, colour in zip(TEACHERS, ("#c9822b", "#8a8f98", "#1f6f8b"), strict=True):

@@ -16,26 +16,27 @@ TASKS = (
     "reasoning_gym/chain_sum/min_terms:4/max_terms:5/min_digits:1/max_digits:1",
     "reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",
 )
+FORMAT_TASKS = ("reasoning_gym/gcd/max_value:20",)  # on which answering in sections is learned
 MODEL = "embedded/smollm2-135m-instruct"
 # Rows of each task; questions that are evaluated are in none of the others.
-SIZES = {"evaluate": 80, "warmup": 32, "teach": 80, "collect": 72}
+SIZES = {"evaluate": 80, "format": 80, "warmup": 32, "teach": 80, "collect": 72}
 SPARE = 3  # times as many are drawn, because small tasks repeat themselves
 
 
 def write_questions(folder: Path, seeds: range) -> None:
-    """`evaluate.jsonl` for all, and `SEED/{warmup,teach,collect}.jsonl`, tasks in turn."""
+    """`evaluate.jsonl` for all, and `SEED/{format,warmup,teach,collect}.jsonl`, tasks in turn."""
     seen: set[str] = set()
     _write(folder / "evaluate.jsonl", _draw("evaluate", 0, seen))
     for seed in seeds:
         taken = set(seen)
-        for number, role in enumerate(("warmup", "teach", "collect"), start=1):
+        for number, role in enumerate(("format", "warmup", "teach", "collect"), start=1):
             _write(folder / str(seed) / f"{role}.jsonl", _draw(role, 100 * seed + number, taken))
 
 
 def _draw(role: str, seed: int, taken: set[str]) -> list[dict]:
     """Rows whose questions are not taken yet, which they are from then on."""
     drawn = []
-    for task in TASKS:
+    for task in FORMAT_TASKS if role == "format" else TASKS:
         rows = load_rows(task, seed=seed, size=SPARE * SIZES[role]).rows
         new = list({row["question"]: row for row in rows if row["question"] not in taken}.values())[: SIZES[role]]
         taken |= {row["question"] for row in new}
