@@ -50,5 +50,5 @@ def forward_cpu(self, logits, generators, k, p):
 
 
 def install() -> None:
-    """For every engine that this process builds from here on."""
+    """For every engine that this process builds from here on; GPUs sample in their own way."""
     TopKTopPSampler.forward_cpu = forward_cpu

@@ -19,7 +19,7 @@ HUB_OFF = {"HF_HUB_OFFLINE": "1"}
 def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(config_of(run, "dry_run=true"), pending_warmup=None)
-    expected = {"collect": "questions x answers", "evaluate": "questions x answers", "pipeline": "1. warmup"}
+    expected = {"collect": "questions x answers", "evaluate": "questions x answers", "pipeline": ". collect: collect"}
     assert expected.get(plan.config["trainer"], "rows per step") in plan.report()
 
 

@@ -147,8 +147,16 @@ def test_a_students_answers_are_counted_while_it_learns_and_choose_the_checkpoin
     rows = [{"question": f"What is {n}?", "solution": "4", "reasoning_trace": "Two and two."} for n in range(18)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [f"dataset_id_or_path={source}", f"model_name_or_path={tiny_student}", f"reasoning_format={style}"]
-    steps = ["eval_size=2", "eval_steps=30", "save_steps=30", "max_steps=60", "learning_rate=1e-2", "bf16=false"]
+    steps = [
+        "eval_size=2",
+        "eval_steps=30",
+        "save_steps=30",
+        "max_steps=60",
+        "learning_rate=1e-2",
+        "save_total_limit=null",
+    ]
     asked = ["eval_answers=2", "temperature=0.1", "max_completion_length=48", "metric_for_best_model=eval_accuracy"]
+    steps += ["bf16=false"]
     folder = tmp_path / "run"
     done = launch("train.py", "student_distill_tiny", *data, *steps, *asked, f"output_dir={folder}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -289,9 +289,11 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         # Extended by which completions were scored: what has no finite reward is never trained on.
         self._awaited_passes = deque(self._passes_before_rewards())
         metrics, start = self._metrics["train" if self.model.training else "eval"], time.perf_counter()
+        before = len(metrics["generation/seconds"])
         batch = super()._generate_and_score_completions(inputs)
         # The passes over new completions and their rewards; what is left of a step is its update.
-        metrics["scoring/seconds"].append(time.perf_counter() - start - metrics["generation/seconds"][-1])
+        generation = sum(metrics["generation/seconds"][before:])
+        metrics["scoring/seconds"].append(time.perf_counter() - start - generation)
         self._awaited_passes.clear()
         batch["scored"] = self._scored
         tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
