@@ -1,8 +1,8 @@
 """The best, the median and the worst completions, each token coloured by what its reward saw.
 
 The redder, the less the student expected a token (its log-prob, down to -8 nats). In the second reading, the more
-violet, the more the teacher knew what the student could not (KL, up to 8 nats); green is
-what the student expected more.
+violet, the more the teacher knew what the student could not (KL, up to 8 nats);
+green is what the student expected more.
 """
 
 import html

@@ -7,7 +7,6 @@ from accelerate.utils import gather_object
 from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_question
 from generation import request_seed
-from generation.sampler import MAX_SEQUENCES
 from rewards.verifiers import Verifier, final_answer
 
 
@@ -38,6 +37,7 @@ class HeldOutAnswers:
         }
 
     def _build(self, trainer):
+        from generation.sampler import MAX_SEQUENCES
         from generation.vllm_engine import VLLMEngine
 
         on_gpu = trainer.accelerator.device.type == "cuda"

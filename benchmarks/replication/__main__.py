@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: at least 1")
     out, seeds = options.out.absolute(), range(1, options.seeds + 1)
     os.chdir(ROOT)
     rows.write_questions(out / "questions", seeds)
