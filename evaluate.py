@@ -62,18 +62,32 @@ def questions(config: dict) -> list[dict]:
     Raises:
         ValueError: there are none, or the model was trained on some of them.
     """
-    data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
-    tags = (style.thought_tags, style.solution_tags)
-    options = {"split": data.dataset_split, "seed": data.dataset_seed, "size": data.dataset_size}
-    rows = load_rows(data.dataset_id_or_path, **options, tags=tags).rows
+    source, options = read_by(config)
+    rows = load_rows(source, **options).rows
     if not rows:
-        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row")
-    for source, options in trained_on(config):
-        try:
-            check_disjoint(load_rows(source, **options, tags=tags).rows, rows)
-        except ValueError as error:
-            raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path} against {source}: {error}") from None
+        raise ValueError(f"dataset_id_or_path={source}: no usable row")
+    for read, its in trained_on(config):
+        check_apart(rows, source, read, {**its, "tags": options["tags"]})
     return rows
+
+
+def read_by(config: dict) -> tuple[str, dict]:
+    """Which source a run reads, and how: the arguments of `load_rows`."""
+    data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
+    options = {"split": data.dataset_split, "seed": data.dataset_seed, "size": data.dataset_size}
+    return data.dataset_id_or_path, {**options, "tags": (style.thought_tags, style.solution_tags)}
+
+
+def check_apart(rows: list[dict], source: str, read: str, options: dict) -> None:
+    """That no row to be answered is among those that a training run reads.
+
+    Raises:
+        ValueError: how many are, and the first.
+    """
+    try:
+        check_disjoint(load_rows(read, **options).rows, rows)
+    except ValueError as error:
+        raise ValueError(f"dataset_id_or_path={source} against {read}: {error}") from None
 
 
 def trained_on(config: dict) -> list[tuple[str, dict]]:

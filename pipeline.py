@@ -65,6 +65,7 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
     stages = stages_of(config)
     command = ["train.py"] if devices is None else ["launch.py", str(devices), *([sharding] if sharding else [])]
     found = [(stage, configuration_of(stage, stages, devices or 1)) for stage in stages]  # all, before any starts
+    check_evaluations(found)
     for stage, its_config in found:
         if is_complete(its_config):
             logger.info("%s is complete", stage.name)
@@ -90,6 +91,30 @@ def configuration_of(stage: Stage, stages: list[Stage], devices: int) -> dict[st
         if not any(folder in line for folder in to_come) or "holds a different run" in line:
             raise ValueError(f"stage {stage.name}: {line}")
     return config
+
+
+def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]]) -> None:
+    """That no evaluation to come asks what another stage reads, before that one has spent its hours.
+
+    Raises:
+        ValueError: how many questions are read, and the first.
+    """
+    from data.sources import load_rows
+    from evaluate import check_apart, read_by
+
+    to_come = tuple(stage.folder for stage, _ in stages)
+    learned = [read_by(config) for _, config in stages if config["trainer"] != "evaluate"]
+    learned = [(source, options) for source, options in learned if not source.startswith(to_come)]
+    for stage, config in stages:
+        if config["trainer"] != "evaluate" or is_complete(config):
+            continue
+        source, options = read_by(config)
+        rows = load_rows(source, **options).rows
+        for read, its in learned:
+            try:
+                check_apart(rows, source, read, its)
+            except ValueError as error:
+                raise ValueError(f"stage {stage.name}: {error}") from None
 
 
 def run_one(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from logprobs.head import head_log_probs
-from logprobs.packing import batch_sequences, fill_rows, lay_out, offsets, pack_group, pad_batch
+from logprobs.packing import batch_sequences, common_prefix, fill_rows, lay_out, pack_group, pad_batch, positions_in
 from models.attention import takes_layout
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,13 @@ def _forwards(causal, sequences, counted, groups, token_budget: int, device) -> 
     groups = [group for group in groups if group]
     if takes_layout(causal):
         packs = [pack for group in groups for pack in pack_group(read, group, token_budget)]
-        for row in fill_rows(packs, token_budget):
-            wanted = [
-                (0, start + pack.position(order, i - 1), member, i)
-                for start, pack in zip(offsets(row), row, strict=True)
-                for order, member in enumerate(pack.members)
-                for i in counted[member]
-            ]
-            yield lay_out(row, read, device), [member for pack in row for member in pack.members], wanted
+        stem = common_prefix([read[member] for group in groups for member in group]) if groups else 0
+        for row in fill_rows(packs, token_budget, stem):
+            members = [member for pack in row for member in pack.members]
+            named = [(member, i) for member in members for i in counted[member]]
+            places = positions_in(row, stem, counted)
+            wanted = [(0, place, *name) for place, name in zip(places, named, strict=True)]
+            yield lay_out(row, read, device, stem), members, wanted
         return
     _say_that_nothing_is_shared(type(causal).__name__, causal.config._attn_implementation)
     for batch in batch_sequences(read, [member for group in groups for member in group], token_budget):

@@ -1,7 +1,8 @@
 """Token sequences that share a prefix, laid out so that the prefix is computed once.
 
 A packed row is `prefix + rest_1 + … + rest_G`, group after group: positions restart after the prefix, and each rest
-sees the prefix and itself (models/attention.py). Packing without cross-talk is described in arXiv 2107.02027; sharing
+sees the prefix and itself (models/attention.py). What all sequences begin with, the stem (a system prompt), stands once
+in each row: the second group's prefix follows the first group without it. Packing without cross-talk is described in arXiv 2107.02027; sharing
 a prompt between its completions is the same idea with a tree instead of a list.
 T tokens of a packed row.
 """
@@ -59,11 +60,15 @@ def pack_group(sequences: list[list[int]], members: list[int], token_budget: int
     return [*packs, Pack(inside, starts, prefix_length, length)]
 
 
-def fill_rows(packs: list[Pack], token_budget: int) -> list[list[Pack]]:
-    """Rows of at most `token_budget` tokens (first fit, longest first); a longer pack is a row of its own."""
+def fill_rows(packs: list[Pack], token_budget: int, stem: int = 0) -> list[list[Pack]]:
+    """Rows of at most `token_budget` tokens (first fit, longest first); a longer pack is a row of its own.
+
+    Args:
+        stem: tokens that all packs begin with; each row has them once.
+    """
     rows: list[list[Pack]] = []
     for pack in sorted(packs, key=lambda p: p.length, reverse=True):
-        fits = (row for row in rows if sum(p.length for p in row) + pack.length <= token_budget)
+        fits = (row for row in rows if stem + sum(p.length - stem for p in [*row, pack]) <= token_budget)
         row = next(fits, None)
         if row is None:
             rows.append([pack])
@@ -72,7 +77,7 @@ def fill_rows(packs: list[Pack], token_budget: int) -> list[list[Pack]]:
     return rows
 
 
-def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device) -> dict:
+def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device, stem: int = 0) -> dict:
     """Model inputs of a row: `input_ids` and `position_ids` (1, T), `layout`, and a placeholder for the mask.
 
     On a GPU the row is padded to a multiple of `BLOCK`.
@@ -80,12 +85,13 @@ def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device) -
     ids: list[int] = []
     positions: list[int] = []
     spans = []
-    for pack in row:
+    for number, pack in enumerate(row):
         first = sequences[pack.members[0]]
         rests = [sequences[member][pack.prefix_length :] for member in pack.members]
-        spans.append(Span(len(ids), pack.prefix_length, tuple(map(len, rests))))
-        ids += first[: pack.prefix_length]
-        positions += range(pack.prefix_length)
+        known = stem if number else 0
+        spans.append(Span(len(ids), pack.prefix_length - known, tuple(map(len, rests)), known))
+        ids += first[known : pack.prefix_length]
+        positions += range(known, pack.prefix_length)
         for rest in rests:
             ids += rest
             positions += range(pack.prefix_length, pack.prefix_length + len(rest))
@@ -99,9 +105,19 @@ def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device) -
     }
 
 
-def offsets(row: list[Pack]) -> list[int]:
-    """Where each pack of a row begins."""
-    return [0, *accumulate(pack.length for pack in row)][:-1]
+def positions_in(row: list[Pack], stem: int, counted: list[list[int]]) -> list[int]:
+    """Where in the row stands what comes before each counted token, pack by pack, member by member.
+
+    A pack's tokens behind the stem stand `offset` later than in the pack alone.
+    """
+    offsets = [0, *accumulate(pack.length - stem for pack in row)]
+    alone = [
+        (offset, pack.position(order, index - 1))
+        for offset, pack in zip(offsets, row, strict=False)
+        for order, member in enumerate(pack.members)
+        for index in counted[member]
+    ]
+    return [at if at < stem else offset + at for offset, at in alone]
 
 
 def batch_sequences(sequences: list[list[int]], members: list[int], token_budget: int) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Attention over a packed row in which the sequences of a group share their prefix.
 
-A row is `prefix + rest_1 + … + rest_G`, group after group. Each rest looks at its prefix and at itself, so that no
-mask over all pairs of the row is needed: on the CPU each sequence is a few small products (cpu_attention.py), on a GPU
+A row is `prefix + rest_1 + … + rest_G`, group after group. Each rest looks at its prefix and at itself, and where all
+prefixes begin alike (a system prompt) at that stem, which stands once at the beginning of the row. So no mask over all
+pairs of the row is needed: on the CPU each sequence is a few small products (cpu_attention.py), on a GPU
 the row is one call of FlexAttention with a block mask (arXiv 2412.05496). Computing a shared prefix apart from what
 follows it is the idea of cascade inference (arXiv 2402.05099), here with gradients.
 
@@ -29,11 +30,15 @@ WITHOUT_LAYOUT = frozenset({"nemotron", "doge"})
 
 @dataclass(frozen=True)
 class Span:
-    """A group in a row: where it begins, the length of its prefix and of each rest behind it."""
+    """A group in a row: where it begins, the length of its prefix and of each rest behind it.
+
+    `stem` tokens at the beginning of the row stand before its prefix, too; 0 for the group that they are part of.
+    """
 
     start: int
     prefix: int
     rests: tuple[int, ...]
+    stem: int = 0
 
     @property
     def end(self) -> int:
@@ -47,23 +52,24 @@ class SharedPrefixLayout:
     spans: tuple[Span, ...]
     length: int
 
-    def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token (T,): its group (-1: padding), and its rest within the group (0: the prefix)."""
+    def owners(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each token (T,): its group (-1: padding), its rest within the group (0: the prefix), its stem's length."""
         groups_T = torch.full((self.length,), -1)
-        rests_T = torch.zeros(self.length, dtype=torch.long)
+        rests_T, stems_T = torch.zeros(2, self.length, dtype=torch.long)
         for number, span in enumerate(self.spans):
             groups_T[span.start : span.end] = number
+            stems_T[span.start : span.end] = span.stem
             counts = torch.tensor([span.prefix, *span.rests])
             rests_T[span.start : span.end] = torch.arange(len(counts)).repeat_interleave(counts)
-        return groups_T, rests_T
+        return groups_T, rests_T, stems_T
 
     def may_look(self, device: torch.device):
         """FlexAttention's rule: which key a query looks at."""
-        groups_T, rests_T = (owner.to(device) for owner in self.owners())
+        groups_T, rests_T, stems_T = (owner.to(device) for owner in self.owners())
 
         def rule(batch, head, query, key):
             same = (rests_T[key] == 0) | (rests_T[key] == rests_T[query])
-            return (groups_T[query] == groups_T[key]) & same & (query >= key)
+            return (key < stems_T[query]) | (groups_T[query] == groups_T[key]) & same & (query >= key)
 
         return rule
 

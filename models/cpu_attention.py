@@ -1,7 +1,7 @@
 """Attention of a packed row on the CPU: exact, without a mask over all pairs of the row, in blocks that fit a cache.
 
-Every block of queries is multiplied with the keys that it sees (its prefix, and its own sequence up to the block) by
-the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes; nothing but
+Every block of queries is multiplied with the keys that it sees (the row's stem, its prefix, and its own sequence up to
+the block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes; nothing but
 queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv 2205.14135).
 In bfloat16, products and probabilities are rounded to bfloat16, as in transformers' eager attention; the softmax
 computes in float32 inside, and a prefix sums its siblings' gradients in float32.
@@ -18,30 +18,35 @@ FEWEST_QUERIES = 16  # of a block, however many keys it sees
 
 
 class Block(NamedTuple):
-    """Queries [start, end) of a row, and the keys that they see: [prefix_start, prefix_end) and [own_start, end)."""
+    """Queries [start, end) of a row, and the keys that they see: those of `before`, and [own_start, end)."""
 
     start: int
     end: int
-    prefix_start: int
-    prefix_end: int
+    before: tuple[slice, ...]
     own_start: int
+
+    @property
+    def seen(self) -> tuple[slice, ...]:
+        return (*self.before, slice(self.own_start, self.end))
 
 
 def blocks_of(spans, heads: int) -> Iterator[Block]:
     """The blocks of a layout's spans, sequence by sequence."""
     for span in spans:
-        after_prefix = at = span.start + span.prefix
-        yield from _blocks_of_sequence(span.start, after_prefix, span.start, span.start, heads)
+        at = span.start + span.prefix
+        stem, prefix = slice(0, span.stem), slice(span.start, at)
+        yield from _blocks_of_sequence(prefix.start, prefix.stop, (stem,), heads)
         for rest in span.rests:
-            yield from _blocks_of_sequence(at, at + rest, span.start, after_prefix, heads)
+            yield from _blocks_of_sequence(at, at + rest, (stem, prefix), heads)
             at += rest
 
 
-def _blocks_of_sequence(first: int, end: int, prefix_start: int, prefix_end: int, heads: int) -> Iterator[Block]:
-    keys = prefix_end - prefix_start + end - first
+def _blocks_of_sequence(first: int, end: int, before: tuple[slice, ...], heads: int) -> Iterator[Block]:
+    before = tuple(keys for keys in before if keys.start < keys.stop)
+    keys = sum(keys.stop - keys.start for keys in before) + end - first
     step = max(FEWEST_QUERIES, BLOCK_ELEMENTS // (heads * max(keys, 1)))
     for start in range(first, end, step):
-        yield Block(start, min(start + step, end), prefix_start, prefix_end, first)
+        yield Block(start, min(start + step, end), before, first)
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -84,7 +89,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def block_attention(query, key, value, spans, scale: float) -> torch.Tensor:
-    """Each sequence attends, causally, to its group's prefix and to itself.
+    """Each sequence attends, causally, to the row's stem, to its group's prefix and to itself.
 
     Args:
         query: (1, K * R, T, D).
@@ -113,16 +118,14 @@ def _rows(x_KRTD: torch.Tensor, block: Block) -> torch.Tensor:
 
 def _seen(x_1KTD: torch.Tensor, block: Block) -> torch.Tensor:
     """(K, S, D): what the block sees of keys or values."""
-    own = x_1KTD[0, :, block.own_start : block.end]
-    if block.prefix_start == block.prefix_end:
-        return own
-    return torch.cat([x_1KTD[0, :, block.prefix_start : block.prefix_end], own], dim=1)
+    parts = [x_1KTD[0, :, keys] for keys in block.seen]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _collect(grad_1KTD: torch.Tensor, block: Block, seen_KSD: torch.Tensor) -> None:
-    prefix = block.prefix_end - block.prefix_start
-    grad_1KTD[0, :, block.prefix_start : block.prefix_end] += seen_KSD[:, :prefix]
-    grad_1KTD[0, :, block.own_start : block.end] += seen_KSD[:, prefix:]
+    lengths = [keys.stop - keys.start for keys in block.seen]
+    for keys, part in zip(block.seen, seen_KSD.split(lengths, dim=1), strict=True):
+        grad_1KTD[0, :, keys] += part
 
 
 def _probabilities(q_KND: torch.Tensor, keys_KSD: torch.Tensor, block: Block) -> torch.Tensor:

@@ -16,7 +16,7 @@ class Attention(torch.nn.Module):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled")
 def test_flex_attention_of_a_ragged_row_is_the_two_part_form():
-    spans = (Span(0, 60, (20, 10, 0, 5)), Span(95, 30, (40, 40, 3)))
+    spans = (Span(0, 60, (20, 10, 0, 5)), Span(95, 30, (40, 40, 3), stem=50))
     layout = SharedPrefixLayout(spans, 256)
     torch.manual_seed(0)
     query = torch.randn(1, 4, layout.length, 16)

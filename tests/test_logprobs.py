@@ -26,7 +26,7 @@ from trl.models.utils import _ForwardRedirection
 
 from logprobs import token_log_probs
 from logprobs.head import _LinearHead
-from logprobs.packing import common_prefix, fill_rows, lay_out, pack_group
+from logprobs.packing import common_prefix, fill_rows, lay_out, pack_group, positions_in
 from models.attention import NAME, takes_layout
 
 VOCABULARY = 53
@@ -72,9 +72,9 @@ GROUPS = st.lists(
 
 
 @settings(max_examples=25, deadline=None)
-@given(groups=GROUPS, budget=st.integers(1, 80), data=st.data())
-def test_random_ragged_groups_equal_one_row_at_a_time(model, groups, budget, data):
-    sequences, members = flatten(groups)
+@given(groups=GROUPS, stem=st.lists(TOKENS, max_size=12), budget=st.integers(1, 80), data=st.data())
+def test_random_ragged_groups_equal_one_row_at_a_time(model, groups, stem, budget, data):
+    sequences, members = flatten([(stem + prefix, rests) for prefix, rests in groups])
     counted = [data.draw(st.sets(st.integers(1, len(s) - 1)).map(sorted)) if len(s) > 1 else [] for s in sequences]
     ours, _ = token_log_probs(model, sequences, counted, members, temperature=0.7, token_budget=budget)
     for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 0.7), strict=True):
@@ -245,6 +245,21 @@ def test_a_shared_prompt_is_laid_out_once_and_siblings_do_not_see_each_other():
     assert looks[last_of_third].nonzero().flatten().tolist() == [*range(9), 11, 12, 13, 14, 15]
     assert looks[last_of_second].nonzero().flatten().tolist() == list(range(11))
     assert looks[16 + last_of_second].nonzero().flatten().tolist() == list(range(16, 16 + 11))
+
+
+def test_what_all_groups_begin_with_is_laid_out_once_a_row():
+    sequences = [[7, 7, 7, *tokens] for tokens in ([1, 2, 3], [1, 2, 4, 5], [8, 9], [8])]
+    packs = [pack for members in ([0, 1], [2, 3]) for pack in pack_group(sequences, members, token_budget=64)]
+    (row,) = fill_rows(packs, token_budget=10, stem=3)  # 8 + 5 tokens on their own
+    inputs = lay_out(row, sequences, torch.device("cpu"), stem=3)
+    assert inputs["input_ids"].tolist() == [[7, 7, 7, 1, 2, 3, 4, 5, 8, 9]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 5, 6, 3, 4]]
+    index = torch.arange(10)
+    looks = inputs["layout"].may_look(torch.device("cpu"))(0, 0, index[:, None], index[None, :])
+    assert looks[9].nonzero().flatten().tolist() == [0, 1, 2, 8, 9]
+    assert looks[7].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 6, 7]
+    counted = [[5], [5, 6], [3, 4], []]
+    assert positions_in(row, 3, counted) == [4, 4, 6, 2, 8]
 
 
 def test_packs_and_rows_stay_within_the_budget():

@@ -250,6 +250,10 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("evaluate_tiny", "temperature=0"), "all are the same"),
         (("evaluate_tiny", "dataset_id_or_path=benchmark/aime99"), "use one of aime24, math500, gpqa_diamond"),
         (("pipeline_tiny", "stages=[{name:a,run:collect_tiny,set:{model_name_or_path:'{b}'}}]"), "names 'b'"),
+        (
+            ("pipeline_tiny", "stages=[{name:a,run:teacher_sft_tiny},{name:b,run:evaluate_tiny,set:{dataset_seed:1}}]"),
+            "stage b: dataset_id_or_path=reasoning_gym/gsm_symbolic against reasoning_gym/gsm_symbolic: 100 evaluation",
+        ),
         (("student_distill_tiny", "dataset_id_or_path=nowhere/at/all"), "does not exist"),
         (("student_distill_tiny", "eval_size=0"), "load_best_model_at_end=true needs eval_size"),
         (("student_sft_tiny", "eval_answers=2"), "eval_answers=2 needs eval_size and eval_steps"),

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/replication --out DIR          (continues where it was stopped)
 
-For each seed a novice learns the format of answers on another task; it is the frozen student of the reward and what
-every student starts from. A teacher is warmed up on worked solutions and trained with GRPO. Students of the same number
+For each seed a novice learns the format of answers on another task, which every student starts from. A few worked
+solutions warm up a teacher, and make of a novice the frozen student of the reward; the teacher is trained with GRPO. Students of the same number
 of trained tokens learn from unedited samples of the warm-up teacher, of the teacher half way and at its end, and from
 the generator's own worked solutions, and answer questions that no run has seen. Leaves `replication.json`,
 `replication.md` and `replication.png`.
@@ -23,7 +23,7 @@ import rows  # noqa: E402
 from pipeline import run_one  # noqa: E402
 from train import compose_config, is_complete  # noqa: E402
 
-STEPS = 12  # of GRPO
+STEPS = 16  # of GRPO
 SHORT = ["max_prompt_length=384", "report_to=null"]
 
 
@@ -45,12 +45,13 @@ def main() -> None:
 def one_seed(out: Path, seed: int) -> None:
     """Teachers, their traces, and a student of each set."""
     folder, questions = out / str(seed), out / "questions" / str(seed)
-    novice = folder / "novice" / "student"
+    novice, reader = folder / "novice" / "student", folder / "reader"
     stage("student_sft_tiny", novice, seed, questions / "format.jsonl", "max_steps=10")
     evaluate(out, novice, folder / "novice" / "evaluation")
-    teachers = train_teachers(folder, questions, seed, novice)
+    stage("student_sft_tiny", reader, seed, questions / "warmup.jsonl", "max_steps=8", f"model_name_or_path={novice}")
+    teachers = train_teachers(folder, questions, seed, reader)
     for name, model in teachers.items():
-        collect(folder / name / "traces", questions, seed, model, novice)
+        collect(folder / name / "traces", questions, seed, model, reader)
     sets = {name: rows.unedited(folder / name / "traces") for name in teachers}
     sets["worked"] = rows.read(questions / "collect.jsonl")
     rows.write_equal(sets, folder / "equal")
@@ -59,7 +60,7 @@ def one_seed(out: Path, seed: int) -> None:
         evaluate(out, folder / name / "student", folder / name / "evaluation")
 
 
-def train_teachers(folder: Path, questions: Path, seed: int, novice: Path) -> dict[str, Path]:
+def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> dict[str, Path]:
     """Models by the name of their trace set."""
     warmup, teacher = folder / "warmup" / "teacher", folder / "rl" / "teacher"
     stage("teacher_sft_tiny", warmup, seed, questions / "warmup.jsonl", "max_steps=8", "save_steps=8")
@@ -70,7 +71,7 @@ def train_teachers(folder: Path, questions: Path, seed: int, novice: Path) -> di
         questions / "teach.jsonl",
         *SHORT,
         f"model_name_or_path={warmup}",
-        f"student_model={novice}",
+        f"student_model={reader}",
         "max_completion_length=96",
         f"max_steps={STEPS}",
         f"save_steps={STEPS // 2}",
@@ -79,10 +80,10 @@ def train_teachers(folder: Path, questions: Path, seed: int, novice: Path) -> di
     return {"warmup": warmup, "half": teacher / f"checkpoint-{STEPS // 2}", "rl": teacher}
 
 
-def collect(folder: Path, questions: Path, seed: int, model: Path, novice: Path) -> None:
+def collect(folder: Path, questions: Path, seed: int, model: Path, reader: Path) -> None:
     """One trace of each question, none filtered out before it is read again."""
     every = ["traces_per_question=1", "min_format_rate=0", "questions_at_once=144", "max_completion_length=96"]
-    models = [f"model_name_or_path={model}", f"student_model={novice}"]
+    models = [f"model_name_or_path={model}", f"student_model={reader}"]
     stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, *models, *every)
 
 

@@ -13,10 +13,10 @@ from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 
 TASKS = (
-    "reasoning_gym/chain_sum/min_terms:4/max_terms:5/min_digits:1/max_digits:1",
-    "reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",
+    "reasoning_gym/chain_sum/min_terms:3/max_terms:4/min_digits:1/max_digits:1",
+    "reasoning_gym/gcd/max_value:30",
 )
-FORMAT_TASKS = ("reasoning_gym/gcd/max_value:20",)  # on which answering in sections is learned
+FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
 MODEL = "embedded/smollm2-135m-instruct"
 # Rows of each task; questions that are evaluated are in none of the others.
 SIZES = {"evaluate": 80, "format": 80, "warmup": 32, "teach": 80, "collect": 72}
