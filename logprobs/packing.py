@@ -2,8 +2,8 @@
 
 A packed row is `prefix + rest_1 + … + rest_G`, group after group: positions restart after the prefix, and each rest
 sees the prefix and itself (models/attention.py). What all sequences begin with, the stem (a system prompt), stands once
-in each row: the second group's prefix follows the first group without it. Packing without cross-talk is described in arXiv 2107.02027; sharing
-a prompt between its completions is the same idea with a tree instead of a list.
+in each row: the second group's prefix follows the first group without it. Packing without cross-talk is described in
+arXiv 2107.02027; sharing a prompt between its completions is the same idea with a tree instead of a list.
 T tokens of a packed row.
 """
 

@@ -1,8 +1,9 @@
 """Attention of a packed row on the CPU: exact, without a mask over all pairs of the row, in blocks that fit a cache.
 
 Every block of queries is multiplied with the keys that it sees (the row's stem, its prefix, and its own sequence up to
-the block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes; nothing but
-queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv 2205.14135).
+the block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes;
+nothing but queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv
+2205.14135).
 In bfloat16, products and probabilities are rounded to bfloat16, as in transformers' eager attention; the softmax
 computes in float32 inside, and a prefix sums its siblings' gradients in float32.
 K key heads, R query heads per key head, N queries of a block, S keys that it sees, T tokens of the row, D head size.

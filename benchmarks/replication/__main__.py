@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/replication --out DIR          (continues where it was stopped)
 
-For each seed a novice learns the format of answers on another task, which every student starts from. A few worked
-solutions warm up a teacher, and make of a novice the frozen student of the reward; the teacher is trained with GRPO. Students of the same number
-of trained tokens learn from unedited samples of the warm-up teacher, of the teacher half way and at its end, and from
-the generator's own worked solutions, and answer questions that no run has seen. Leaves `replication.json`,
-`replication.md` and `replication.png`.
+For each seed a novice learns the format of answers on another task; every student starts from it. A few worked
+solutions warm up a teacher, and make of a novice the frozen student of the reward; the teacher is trained with GRPO.
+Students of the same number of trained tokens learn from unedited samples of the warm-up teacher, of the teacher half
+way and at its end, and from the generator's own worked solutions, and answer questions that no run has seen. Leaves
+`replication.json`, `replication.md` and `replication.png`.
 """
 
 import argparse
