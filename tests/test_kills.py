@@ -71,7 +71,7 @@ def results(folder: Path) -> dict[str, bytes | torch.Tensor]:
     """The weights, or the rows."""
     if (folder / "model.safetensors").is_file():
         return load_file(folder / "model.safetensors")
-    return {path.name: path.read_bytes() for path in folder.glob("parts/*.jsonl")}
+    return {path.name: path.read_bytes() for path in folder.glob("**/*.jsonl")}
 
 
 @pytest.fixture(scope="module")

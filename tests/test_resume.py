@@ -49,6 +49,7 @@ def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path
     assert "is complete" in again.stdout
 
 
+@pytest.mark.slow
 def test_with_vllm_three_steps_and_three_more_equal_six(tiny_run, tmp_path):
     run = [o for o in tiny_run if not o.startswith("use_vllm")]
     for folder, lengths in (("straight", [6]), ("resumed", [3, 6])):

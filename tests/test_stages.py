@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 
 import pandas
 import pytest
@@ -56,19 +55,6 @@ def test_traces_are_scored_ranked_filtered_and_counted(collection):
     assert kept[0]["reasoning_trace"] in answer and kept[0]["solution"] in answer
     card = (folder / "DATA_CARD.md").read_text()
     assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["collecting:2", "scoring:3"])
-def test_a_killed_collection_goes_on_to_the_same_rows(place, collection, tmp_path):
-    run, undisturbed = collection
-    killed = launch("train.py", *run, f"output_dir={tmp_path}", RLT_KILL_AT=place)
-    assert killed.returncode == -signal.SIGKILL
-    before = sorted(path.name for path in (tmp_path / "parts").glob("*.jsonl"))
-    assert before and not (tmp_path / "traces.jsonl").exists()
-    done = launch("train.py", *run, f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "traces.jsonl").read_bytes() == (undisturbed / "traces.jsonl").read_bytes()
 
 
 @pytest.mark.slow
