@@ -43,7 +43,8 @@ def accuracies(out: Path, arm: str, seeds: range) -> dict[str, float]:
     """By seed and question."""
     found = {}
     for seed in seeds:
-        read = json.loads((out / str(seed) / arm / "evaluation" / "evaluation.json").read_text())["accuracy"]
+        place = out / arm if arm == "novice" else out / str(seed) / arm
+        read = json.loads((place / "evaluation" / "evaluation.json").read_text())["accuracy"]
         found |= {f"{seed} {question}": value for question, value in read.items()}
     return found
 
