@@ -53,3 +53,4 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
     found = outcome.accuracies(tmp_path, "rl", range(1, 3))
     assert found == {"1 a": 1.0, "1 b": 0.0, "2 a": 0.0, "2 b": 0.0}
     assert outcome.mean_of(found, 1) == 0.5
+    assert outcome.of_task(found, "sums", {"a": "sums", "b": "other"}) == 0.5

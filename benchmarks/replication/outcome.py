@@ -25,7 +25,8 @@ def write(out: Path, seeds: range) -> str:
     means = {(arm, seed): mean_of(found[arm], seed) for arm in TEACHERS for seed in seeds}
     r = correlation([rewards[key] for key in rewards], [means[key] for key in rewards])
     differences = {arm: paired_difference(found["warmup"], found[arm]) for arm in ("half", "rl", "worked")}
-    text = table(found, rewards, differences, r, seeds)
+    tasks = {row["question"]: row["task"] for row in rows.read(out / "questions" / "evaluate.jsonl")}
+    text = table(found, rewards, differences, r, seeds, tasks)
     sets = [{"set": arm, "seed": s, "reward": rewards[arm, s], "accuracy": means[arm, s]} for arm, s in rewards]
     result = {
         "accuracy": {arm: vars(bootstrap(list(values.values()))) for arm, values in found.items()},
@@ -63,12 +64,20 @@ def correlation(x_N: list[float], y_N: list[float]) -> Estimate:
         return Estimate(float(np.corrcoef(x_N, y_N)[0, 1]), float(low), float(high))
 
 
-def table(found: dict, rewards: dict, differences: dict, r: Estimate, seeds: range) -> str:
-    lines = ["| | held-out accuracy | against the warm-up's student | mean reward of the traces |", "|---|---|---|---|"]
+def of_task(values: dict[str, float], task: str, tasks: dict[str, str]) -> float:
+    return float(np.mean([value for key, value in values.items() if tasks[key.partition(" ")[2]] == task]))
+
+
+def table(found: dict, rewards: dict, differences: dict, r: Estimate, seeds: range, tasks: dict[str, str]) -> str:
+    names = sorted(set(tasks.values()))
+    heads = ["", "held-out accuracy", *names, "against the warm-up's student", "mean reward of the traces"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, words in ARMS.items():
         difference = differences[arm].signed if arm in differences else ""
         reward = f"{np.mean([rewards[arm, seed] for seed in seeds]):.2f}" if arm in TEACHERS else ""
-        lines.append(f"| {words} | {bootstrap(list(found[arm].values()))} | {difference} | {reward} |")
+        shares = [f"{of_task(found[arm], name, tasks):.3f}" for name in names]
+        cells = [words, str(bootstrap(list(found[arm].values()))), *shares, difference, reward]
+        lines.append(f"| {' | '.join(cells)} |")
     sets = len(rewards)
     return "\n".join([*lines, "", f"Correlation of reward and accuracy over {sets} trace sets: {r.signed}", ""])
 
