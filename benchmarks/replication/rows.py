@@ -16,6 +16,7 @@ TASKS = (
     "reasoning_gym/chain_sum/min_terms:3/max_terms:4/min_digits:1/max_digits:1",
     "reasoning_gym/gcd/max_value:30",
 )
+# On which answering in sections is learned.
 FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
 MODEL = "embedded/smollm2-135m-instruct"
 # Rows of each task; questions that are evaluated are in none of the others.
