@@ -39,12 +39,12 @@ TRAINER_KEYS: dict[str, tuple[type, ...]] = {
     "dpo": (RunConfig, TrainConfig, ModelConfig, DataConfig, PairConfig),
     "collect": (RunConfig, ModelConfig, DataConfig, SamplingConfig, TeacherRewardConfig, StudentConfig, TraceConfig),
     "evaluate": (RunConfig, ModelConfig, DataConfig, SamplingConfig, EvaluationConfig),
-    "pipeline": (RunConfig, ModelConfig, DataConfig, PipelineConfig),
+    "pipeline": (RunConfig, PipelineConfig),
 }
 OFFLINE = ("sft", "student_sft", "dpo")  # they train on what is written already
 JOBS = ("collect", "evaluate", "pipeline")  # they train nothing
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
-VERIFIERS = ("auto", "math", "exact", "choice", "generator")
+VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
 DERIVED = {
@@ -113,8 +113,12 @@ def check_common(config: dict[str, Any]) -> None:
             raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if config["load_in_4bit"] and config["load_in_8bit"]:
         raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
+    if config.get("load_best_model_at_end") and config["trainer"] not in ("sft", "student_sft"):
+        raise ValueError(f"load_best_model_at_end=true: a {config['trainer']} run ends with its last weights; unset it")
     if config.get("load_best_model_at_end") and (not config["eval_size"] or not config["eval_steps"]):
         raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
+    if config["trainer"] == "dpo" and config["eval_size"]:
+        raise ValueError(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
     if config.get("eval_answers") and (not config["eval_size"] or not config["eval_steps"]):
         raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
     if config["save_steps"] <= 0:
@@ -240,7 +244,7 @@ def check_stages(stages: list) -> None:
     for entry in stages:
         if not isinstance(entry, dict) or not {"name", "run"} <= set(entry) <= {"name", "run", "set"}:
             raise ValueError(f"stages: {entry} must have name and run, and may have set")
-        for key, value in entry.get("set", {}).items():
+        for key, value in (entry.get("set") or {}).items():
             for name in re.findall(r"{(.*?)}", str(value)):
                 if name not in seen:
                     raise ValueError(f"stages: {key} of {entry['name']} names {name!r}, which is no stage before it")

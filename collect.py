@@ -122,11 +122,11 @@ def finish(config: dict, scored: list[dict], folder: Path) -> int:
     import pandas
 
     ranked = rank(scored)
-    selection = select(ranked, pick(config, TraceConfig))
-    style = load_format(config["reasoning_format"])
-    kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
     (folder / "all").mkdir(exist_ok=True)
     pandas.DataFrame(ranked).to_parquet(folder / "all" / "traces.parquet")
+    selection = select(ranked, pick(config, TraceConfig))  # may refuse, and the traces are there to look at
+    style = load_format(config["reasoning_format"])
+    kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
     pandas.DataFrame(kept).to_parquet(folder / "traces.parquet")
     text = "".join(f"{json.dumps(row)}\n" for row in kept)
     (folder / "traces.jsonl").write_text(text, encoding="utf-8")

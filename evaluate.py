@@ -9,14 +9,15 @@ parts, each written at once: after a kill the same command goes on with the next
 import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
 from data.formats import load_format
 from data.prompts import prompt_token_ids, render_question
-from data.sources import load_rows
-from data.splits import check_disjoint
+from data.sources import Rows, load_rows, say_dropped
+from data.splits import check_disjoint, hold_out
 from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
 from generation import request_seed
 from generation.parts import Parts
@@ -60,55 +61,90 @@ def questions(config: dict) -> list[dict]:
     """The rows to answer.
 
     Raises:
-        ValueError: there are none, or the model was trained on some of them.
+        ValueError: there are none, the model was trained on some of them, or they cannot be checked or compared.
     """
-    source, options = read_by(config)
-    rows = load_rows(source, **options).rows
-    if not rows:
-        raise ValueError(f"dataset_id_or_path={source}: no usable row")
-    for read, its in trained_on(config):
-        check_apart(rows, source, read, {**its, "tags": options["tags"]})
-    return rows
+    from rewards.verifiers import check_rows
+
+    loaded = rows_of(config)
+    say_dropped(loaded.dropped, config["dataset_id_or_path"])
+    if not loaded.rows:
+        raise ValueError(f"dataset_id_or_path={config['dataset_id_or_path']}: no usable row, {loaded.dropped}")
+    check_apart(config, loaded.rows, trained_on(config))
+    check_rows(config["verifier"], loaded.rows)
+    if config["compare_with"] and not compared(config, {row["question"] for row in loaded.rows}):
+        raise ValueError(f"compare_with={config['compare_with']}: the two evaluations share no question")
+    return loaded.rows
 
 
-def read_by(config: dict) -> tuple[str, dict]:
-    """Which source a run reads, and how: the arguments of `load_rows`."""
+def compared(config: dict, questions: Iterable[str]) -> set[str]:
+    """The questions that the evaluation to compare with has answered too."""
+    return set(json.loads((Path(config["compare_with"]) / RESULT).read_text())["accuracy"]) & set(questions)
+
+
+def rows_of(config: dict) -> Rows:
+    """What a run's source holds."""
     data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
-    options = {"split": data.dataset_split, "seed": data.dataset_seed, "size": data.dataset_size}
-    return data.dataset_id_or_path, {**options, "tags": (style.thought_tags, style.solution_tags)}
+    return load_rows(
+        data.dataset_id_or_path,
+        split=data.dataset_split,
+        seed=data.dataset_seed,
+        size=data.dataset_size,
+        tags=(style.thought_tags, style.solution_tags),
+    )
 
 
-def check_apart(rows: list[dict], source: str, read: str, options: dict) -> None:
-    """That no row to be answered is among those that a training run reads.
+def check_apart(config: dict, rows: list[dict], learned: list[dict]) -> None:
+    """That no row to be answered is among those that a training run learns from.
+
+    Args:
+        config: of the evaluation.
+        rows: what it asks.
+        learned: configurations of training runs; what they hold out themselves may be asked.
 
     Raises:
         ValueError: how many are, and the first.
     """
-    try:
-        check_disjoint(load_rows(read, **options).rows, rows)
-    except ValueError as error:
-        raise ValueError(f"dataset_id_or_path={source} against {read}: {error}") from None
+    for its in learned:
+        try:
+            seen = rows_of(its).rows
+        except ValueError as error:  # it may be gone since
+            logger.warning("not checked against %s: %s", its["dataset_id_or_path"], error)
+            continue
+        if its["eval_size"] and its["eval_dataset_id_or_path"] is None:
+            seen = hold_out(seen, its["eval_size"], its["dataset_seed"])[0]
+        try:
+            check_disjoint(seen, rows)
+        except ValueError as error:
+            sources = f"{config['dataset_id_or_path']} against {its['dataset_id_or_path']}"
+            raise ValueError(f"dataset_id_or_path={sources}: {error}") from None
 
 
-def trained_on(config: dict) -> list[tuple[str, dict]]:
-    """Sources of what the model is known to have been trained on, with the split, seed and size that were read.
+def trained_on(config: dict) -> list[dict]:
+    """Configurations of what the model is known to have learned from: its run's, and those its run started from.
 
-    `trained_on` names a run's output folder or a source; without it, the run that made the model is asked.
+    `trained_on` names a run's output folder or a source; without it, the model's folder is asked.
     """
     named = config["trained_on"]
-    places = [Path(named)] if named else _around(Path(config["model_name_or_path"]).expanduser())
-    for place in places:
-        if (place / "config.yaml").is_file():
-            its = yaml.safe_load((place / "config.yaml").read_text())
-            read = {"split": its["dataset_split"], "seed": its["dataset_seed"], "size": its["dataset_size"]}
-            return [(its["dataset_id_or_path"], read)]
-    return [(named, {})] if named else []
+    found = list(_lineage(Path(named or config["model_name_or_path"]).expanduser()))
+    if named and not found:
+        everything = {"dataset_split": "train", "dataset_seed": 0, "dataset_size": None, "eval_size": 0}
+        return [{**config, **everything, "dataset_id_or_path": named}]
+    return found
 
 
-def _around(model: Path) -> list[Path]:
+def _lineage(model: Path) -> Iterator[dict]:
     """A run's output folder is a model, and so are its `merged` and `checkpoint-N`."""
     inside = model.name == "merged" or model.name.startswith("checkpoint-")
-    return [model, model.parent] if inside else [model]
+    for place in [model, model.parent] if inside else [model]:
+        file = place / "config.yaml"
+        its = yaml.safe_load(file.read_text()) if file.is_file() else None
+        if not isinstance(its, dict) or "trainer" not in its:
+            continue
+        if its["trainer"] == "dpo":
+            its["dataset_id_or_path"] += "/all/traces.parquet"
+        yield its
+        yield from _lineage(Path(its["model_name_or_path"]).expanduser())
+        return
 
 
 def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
@@ -159,6 +195,7 @@ def sum_up(config: dict, answers: list[dict], folder: Path) -> dict:
     if config["compare_with"]:
         other = json.loads((Path(config["compare_with"]) / RESULT).read_text())
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
+        result["compared"] = len(compared(config, accuracy))
     (folder / RESULT).write_text(json.dumps(result, indent=1))
     draw(folder, result)
     return result
@@ -174,7 +211,8 @@ def table(config: dict, result: dict) -> str:
     lines += [f"  {name:<12} {Estimate(**value)}" for name, value in result["figures"].items()]
     if "difference" in result:
         lines.append(
-            f"  against {config['compare_with']}: {Estimate(**result['difference']).signed}, paired by question"
+            f"  against {config['compare_with']}: {Estimate(**result['difference']).signed}, paired over "
+            f"{result['compared']} questions"
         )
     return "\n".join([*lines, ""])
 

@@ -50,7 +50,7 @@ def read_gates(path: Path) -> list[Gate]:
 def _gate(entry: Any, place: str) -> Gate:
     if not isinstance(entry, dict) or set(entry) != {"metric", "direction", "threshold"}:
         raise ValueError(f"{place} must have metric, direction and threshold, and nothing else")
-    if entry["direction"] not in DIRECTIONS:
+    if not isinstance(entry["direction"], str) or entry["direction"] not in DIRECTIONS:
         raise ValueError(f"{place}: direction={entry['direction']!r} is none of {', '.join(DIRECTIONS)}")
     threshold = entry["threshold"]
     if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or math.isnan(threshold):

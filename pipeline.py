@@ -41,9 +41,10 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     folders: dict[str, str] = {}
     stages = []
     for entry in config["stages"]:
-        overrides = [f"{key}={_filled(value, folders)}" for key, value in entry.get("set", {}).items()]
+        overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
-        shared = [f"output_dir={folders[entry['name']]}", f"report_to={config['report_to'] or 'null'}"]
+        shared = [f"output_dir={folders[entry['name']]}", f"seed={config['seed']}"]
+        shared.append(f"report_to={config['report_to'] or 'null'}")
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
 
@@ -87,10 +88,21 @@ def configuration_of(stage: Stage, stages: list[Stage], devices: int) -> dict[st
     apply_memory_profile(config, given, devices)
     missing = make_plan({**config, "dry_run": True}, devices).missing
     to_come = [s.folder for s in stages]
-    for line in missing:
-        if not any(folder in line for folder in to_come) or "holds a different run" in line:
+    for line in missing:  # what names an earlier stage's folder will be there; of its own, all has to be right now
+        if line.startswith("output_dir=") or not any(folder in line for folder in to_come):
             raise ValueError(f"stage {stage.name}: {line}")
     return config
+
+
+def problems(plan: Plan) -> list[str]:
+    """What would stop each stage, for a dry run."""
+    stages, found = stages_of(plan.config), []
+    for stage in stages:
+        try:
+            configuration_of(stage, stages, plan.devices)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]]) -> None:
@@ -99,22 +111,18 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]]) -> None:
     Raises:
         ValueError: how many questions are read, and the first.
     """
-    from data.sources import load_rows
-    from evaluate import check_apart, read_by
+    from evaluate import check_apart, rows_of
 
     to_come = tuple(stage.folder for stage, _ in stages)
-    learned = [read_by(config) for _, config in stages if config["trainer"] != "evaluate"]
-    learned = [(source, options) for source, options in learned if not source.startswith(to_come)]
+    others = [config for _, config in stages if config["trainer"] != "evaluate"]
+    learned = [config for config in others if not config["dataset_id_or_path"].startswith(to_come)]
     for stage, config in stages:
         if config["trainer"] != "evaluate" or is_complete(config):
             continue
-        source, options = read_by(config)
-        rows = load_rows(source, **options).rows
-        for read, its in learned:
-            try:
-                check_apart(rows, source, read, its)
-            except ValueError as error:
-                raise ValueError(f"stage {stage.name}: {error}") from None
+        try:
+            check_apart(config, rows_of(config).rows, learned)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
 
 
 def run_one(arguments: list[str]) -> None:

@@ -48,6 +48,13 @@ CONTINUABLE = frozenset(
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
     }
 )
+# And with other values of these while it is not complete: they say what is made of its samples.
+UNTIL_COMPLETE = frozenset(
+    {
+        *("min_format_rate", "min_reward_quantile", "keep_per_question", "max_student_length"),
+        *("near_duplicate_similarity", "compare_with", "pass_at"),
+    }
+)
 NETWORK_TIMEOUT_S = 3.0
 MARKER = "COMPLETE"  # written last into an output folder, with what was done
 BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
@@ -131,7 +138,8 @@ def make_plan(
     gpus = count_gpus()
     if config["trainer"] in JOBS:
         check_job(config)
-        load_format(config["reasoning_format"])
+        if config["trainer"] != "pipeline":  # whose stages are planned by themselves
+            load_format(config["reasoning_format"])
         return _on_this_machine(Plan(config, devices, gpus, 0, 0))
     accumulation = check_batch(config, devices)
     generation = config.get("generation_aggregation_steps") or accumulation
@@ -186,8 +194,8 @@ def check_servers(plan: Plan) -> None:
 
 def check_data(plan: Plan) -> None:
     config = plan.config
-    for key in ("dataset_id_or_path", "eval_dataset_id_or_path"):
-        source = config[key]
+    sources = [config.get(key) for key in ("dataset_id_or_path", "eval_dataset_id_or_path")]
+    for key, source in zip(("dataset_id_or_path", "eval_dataset_id_or_path"), sources, strict=True):
         if source is None:
             continue
         try:
@@ -198,12 +206,11 @@ def check_data(plan: Plan) -> None:
             _check_hub(key, BENCHMARKS[source.removeprefix("benchmark/")].hub_name, "datasets")
         elif not source.startswith("reasoning_gym/") and not Path(source).expanduser().exists():
             _check_hub(key, source, "datasets")
-    if config["eval_dataset_id_or_path"] and config["eval_dataset_id_or_path"] == config["dataset_id_or_path"]:
+    if sources[1] and sources[0] == sources[1]:
         raise ValueError(
-            f"eval_dataset_id_or_path={config['eval_dataset_id_or_path']}: the evaluation rows are among the training "
-            "rows; name another source, or set eval_size to hold some out"
+            f"eval_dataset_id_or_path={sources[1]}: the evaluation rows are among the training rows; name another "
+            "source, or set eval_size to hold some out"
         )
-    sources = [config[key] for key in ("dataset_id_or_path", "eval_dataset_id_or_path")]
     if all(source and Path(source).expanduser().is_file() for source in sources):
         style = load_format(config["reasoning_format"])
         tags = (style.thought_tags, style.solution_tags)
@@ -283,7 +290,8 @@ def check_output(plan: Plan) -> None:
     if config["overwrite_output_dir"] or config["resume_from"] is not None:
         return
     before = yaml.safe_load(saved.read_text()) or {}
-    changed = [k for k in sorted({*before, *config} - CONTINUABLE) if before.get(k) != config.get(k)]
+    free = CONTINUABLE if (saved.parent / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
+    changed = [k for k in sorted({*before, *config} - free) if before.get(k) != config.get(k)]
     if changed:
         key = changed[0]
         raise ValueError(

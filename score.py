@@ -11,6 +11,7 @@ in each line says who wrote which; else it is by place): how many questions each
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -71,13 +72,13 @@ def read_lines(path: Path) -> Iterator[dict]:
     Raises:
         ValueError: names the line that is not JSON, or the column that it lacks and those it has.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # JSON strings may hold other line ends
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"input={path} line {number} is not JSON ({error.msg})") from None
+        except ValueError as error:  # of its bytes too
+            raise ValueError(f"input={path} line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"input={path} line {number} is not a JSON object")
         for column in REQUIRED:
@@ -142,7 +143,11 @@ def build_reward(config: dict):
 def score_file(config: dict) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(config["input"])))
+    if not rows:
+        raise ValueError(f"input={config['input']} has no line to score")
     reward = build_reward(config)
+    for row in rows:  # refused before the first is scored
+        reward.read([row], [""])
     output = Path(config["output"])
     aside = output.with_name(f"{output.name}.tmp")
     count, ranked = 0, []
@@ -153,7 +158,7 @@ def score_file(config: dict) -> str:
             named = {name: [s[name] for s in scored] for name in scored[0]}
             if "completions" in row:
                 places = ranks(named["reward"])
-                added = {**named, "rank": places, "best_index": places.index(1)}
+                added = {**named, "rank": places, "best_index": best_index(named["reward"], places)}
                 ranked.append((sources_of(row, len(answers)), named["reward"]))
             else:
                 added = {name: values[0] for name, values in named.items()}
@@ -166,6 +171,11 @@ def score_file(config: dict) -> str:
     found = summary(ranked)
     ranking_file(output).write_text(json.dumps(found, indent=1))
     return said + table(found)
+
+
+def best_index(rewards: list[float], places: list[int]) -> int | None:
+    """Of the completion ranked first; None where none has a finite reward."""
+    return places.index(1) if any(map(math.isfinite, rewards)) else None
 
 
 def ranking_file(output: Path) -> Path:

@@ -267,7 +267,8 @@ def run(config: dict, given: list[str]) -> None:
     plan = make_plan(config, pending_warmup=warmup)
     if config["dry_run"]:
         sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
-        sys.stdout.writelines(f"warning, missing: {line}\n" for line in plan.missing)
+        stages = importlib.import_module("pipeline").problems(plan) if config["trainer"] == "pipeline" else []
+        sys.stdout.writelines(f"warning, missing: {line}\n" for line in [*plan.missing, *stages])
         return
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")

@@ -9,6 +9,7 @@ import csv
 import difflib
 import importlib.util
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -34,6 +35,8 @@ CSV_FIELD_LIMIT = 2**27  # characters; the default of 131,072 is shorter than a 
 
 Tags = tuple[tuple[str, str], tuple[str, str]]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -41,6 +44,12 @@ class Rows:
 
     rows: list[dict]
     dropped: dict[str, int]
+
+
+def say_dropped(dropped: dict[str, int], source: str) -> None:
+    for reason, count in dropped.items():
+        if count:
+            logger.warning("%s: %d rows left out: %s", source, count, reason)
 
 
 def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | None = None, tags: Tags = TAGS) -> Rows:

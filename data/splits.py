@@ -6,7 +6,8 @@ Two questions are the same when they differ in nothing but case and white space.
 import random
 
 
-def _normalised(question: str) -> str:
+def normalised(question: str) -> str:
+    """What is the same for all ways to write a question."""
     return " ".join(question.casefold().split())
 
 
@@ -25,7 +26,7 @@ def hold_out(rows: list[dict], eval_size: int, seed: int) -> tuple[list[dict], l
     Raises:
         ValueError: there are fewer different questions than asked for, or none would be left to train on.
     """
-    questions = [_normalised(row["question"]) for row in rows]
+    questions = [normalised(row["question"]) for row in rows]
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     chosen: dict[str, dict] = {}
@@ -45,7 +46,7 @@ def check_disjoint(train: list[dict], evaluation: list[dict]) -> None:
     Raises:
         ValueError: how many evaluation rows are among the training rows, and the first of them.
     """
-    seen = {_normalised(row["question"]) for row in train}
-    shared = [row["question"] for row in evaluation if _normalised(row["question"]) in seen]
+    seen = {normalised(row["question"]) for row in train}
+    shared = [row["question"] for row in evaluation if normalised(row["question"]) in seen]
     if shared:
         raise ValueError(f"{len(shared)} evaluation rows are among the training rows, the first: {shared[0][:80]!r}")

@@ -40,6 +40,20 @@ def _gcd(metadata: dict) -> str:
     return f"{' '.join(steps)} The largest that all have is {gcd(*numbers)}."
 
 
+def _simple_equations(metadata: dict) -> str:
+    from sympy import Poly, Symbol
+
+    left, _, right = metadata["equation"].partition(" = ")
+    line, total = Poly(left, Symbol(metadata["variable"])), int(right)
+    slope, shift = int(line.coeff_monomial(line.gen)), int(line.coeff_monomial(1))
+    if slope == 0:  # the generator's factor can vanish, and any value then solves the equation
+        return ""
+    steps = [f"{total} {'-' if shift > 0 else '+'} {abs(shift)} = {total - shift}."] if shift else []
+    if slope != 1:
+        steps.append(f"{total - shift} / {slope} = {(total - shift) // slope}.")
+    return f"Step by step: {' '.join(steps)} The result is {(total - shift) // slope}."
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -49,4 +63,5 @@ WRITERS: dict[str, Callable[[dict], str]] = {
     "chain_sum": _chain_sum,
     "leg_counting": _leg_counting,
     "gcd": _gcd,
+    "simple_equations": _simple_equations,
 }

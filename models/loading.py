@@ -1,10 +1,12 @@
 """Loading of policies, frozen models and tokenizers: safetensors only, no remote code unless asked for."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -148,14 +150,21 @@ def load_frozen(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """A model that only reads: evaluation mode, no gradients. Arguments and errors as in `load_policy`."""
+    """A model that only reads: evaluation mode, no gradients. Arguments and errors as in `load_policy`.
+
+    A folder with an adapter alone, as a LoRA run leaves it, is its base model with the adapter merged into it.
+    """
+    adapter = Path(name_or_path) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name_or_path
     model = load_policy(
-        name_or_path,
+        base,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         device=device,
     )
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
     return model.eval().requires_grad_(False)
 
 

@@ -21,6 +21,10 @@ PANELS = (  # of a run's logs
     ("step_time", "seconds of a step"),
     ("loss", "loss"),
     ("eval_loss", "loss on held-out rows"),
+    ("eval/reward", "reward on held-out questions"),
+    ("eval/answer_reward", "accuracy on held-out questions"),
+    ("eval_accuracy", "accuracy on held-out questions, students"),
+    ("eval_format_rate", "format rate on held-out questions, students"),
 )
 COLORS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#e09f3e", "#335c67")
 

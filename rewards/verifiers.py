@@ -1,4 +1,4 @@
-"""Whether an answer is right: mathematics, multiple choice, exact text, or a generator's own check.
+"""Whether an answer is right: mathematics, arithmetic puzzles, multiple choice, exact text, a generator's own check.
 
 Checks run in a process of their own with a time limit each, because text that a model wrote can hang or break a parser.
 An answer that could not be checked in time, or broke its checker, is wrong, and counted.
@@ -13,16 +13,18 @@ import weakref
 from collections.abc import Callable
 
 from data.formats import ReasoningFormat
+from rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
 CHOICE = re.compile(r"\b([A-HJ])\b|(?<=\()(I)(?=\))")  # without the pronoun
-# Their checks run the answer as Python (reasoning-gym 0.1.25: eval, or sympy's parse_expr).
-RUN_THE_ANSWER = frozenset(
-    {
-        *("countdown", "puzzle24", "n_queens", "string_insertion"),
-        *("simple_integration", "intermediate_integration", "polynomial_multiplication"),
-    }
-)
+# Tasks whose own checks run the answer or the row as Python (reasoning-gym 0.1.25: eval, or sympy's parse_expr), and
+# the checks that they get instead.
+RUN_WHAT_THEY_ARE_GIVEN = {
+    **dict.fromkeys(("countdown", "puzzle24"), "expression"),
+    **dict.fromkeys(("simple_integration", "intermediate_integration", "polynomial_multiplication"), "math"),
+    **dict.fromkeys(("n_queens", "string_insertion", "spiral_matrix", "binary_matrix"), "exact"),
+    **dict.fromkeys(("number_sorting", "bitwise_arithmetic"), "exact"),
+}
 START_LIMIT_S = 120.0  # for a checker's imports
 # What libraries make of a model's text; anything else ends the checker's process, which is noticed and started again.
 BROKEN = (
@@ -73,13 +75,19 @@ def is_mathematically(answer: str, row: dict) -> float:
     return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
 
 
+def is_expression(answer: str, row: dict) -> float:
+    """Arithmetic of exactly the puzzle's numbers, which has the value of the solution."""
+    value, numbers = work_out(answer)
+    return float(numbers == sorted(json.loads(row["metadata"])["numbers"]) and value == work_out(row["solution"])[0])
+
+
 def is_for_generator(answer: str, row: dict) -> float:
     """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less.
 
     Raises:
         ValueError: the task's check would run the answer.
     """
-    if row["task"] in RUN_THE_ANSWER:
+    if row["task"] in RUN_WHAT_THEY_ARE_GIVEN:
         raise ValueError(f"reasoning_gym's check of {row['task']} runs what it is given")
     import reasoning_gym
 
@@ -92,15 +100,31 @@ CHECKS: dict[str, Callable[[str, dict], float]] = {
     "math": is_mathematically,
     "exact": is_exact,
     "choice": is_choice,
+    "expression": is_expression,
     "generator": is_for_generator,
 }
 
 
 def kind_of(row: dict) -> str:
     """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
-    if row.get("task") and row.get("metadata") and row["task"] not in RUN_THE_ANSWER:
-        return "generator"
+    if row.get("task") and row.get("metadata"):
+        return RUN_WHAT_THEY_ARE_GIVEN.get(row["task"], "generator")
     return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
+
+
+def check_rows(kind: str, rows: list[dict]) -> None:
+    """
+    Raises:
+        ValueError: rows are to be checked by a generator that they do not name, or that would run what it is given.
+    """
+    if kind != "generator":
+        return
+    for number, row in enumerate(rows, start=1):
+        if kind_of(row) != "generator":
+            raise ValueError(
+                f"verifier=generator: row {number} (task {row.get('task')}) has no check of a generator that can be "
+                "used; verifier=auto takes another for such rows"
+            )
 
 
 class Verifier:
@@ -154,7 +178,10 @@ class Verifier:
         self._end = weakref.finalize(self, _end, self._process, self._pipe)
         if not self._pipe.poll(START_LIMIT_S):
             raise TimeoutError(f"the verifier's process was not ready within {START_LIMIT_S:.0f} s")
-        self._pipe.recv()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the verifier's process ended while it started; what it said stands above") from None
 
     def _stop(self) -> None:
         self._end()
@@ -175,6 +202,8 @@ def _serve(pipe) -> None:
     for name in [name for name in os.environ if name not in HARMLESS]:
         del os.environ[name]  # keys and tokens, which no answer has to do with
     for limit, most in LIMITS.items():
+        hard = resource.getrlimit(limit)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that it has no time limit of its own is known
     import math_verify  # noqa: F401 (seconds, which no check's limit should pay)

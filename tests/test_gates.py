@@ -34,6 +34,11 @@ def test_a_gate_is_a_metric_a_direction_and_a_threshold(metric, direction, thres
     assert decide(read_gates(gates(tmp_path, text)), RESULT)[0] == code
 
 
+def test_a_direction_that_is_a_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is none of above, at_least"):
+        read_gates(gates(tmp_path, "- {metric: accuracy, direction: [above], threshold: 0}"))
+
+
 def test_one_that_fails_fails_all_and_each_value_stands_beside_its_threshold(tmp_path):
     text = """
 - {metric: accuracy, direction: at_least, threshold: 0.4}

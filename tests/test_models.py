@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -210,6 +211,16 @@ def test_a_frozen_model_neither_trains_nor_drops_out(tiny):
     frozen = load_frozen(tiny, torch.bfloat16, device="cpu")
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_an_adapter_is_read_merged_into_its_base(tiny, tmp_path):
+    adapter = get_peft_model(load_frozen(tiny, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path)
+    merged, ids = load_frozen(str(tmp_path), torch.float32), torch.tensor([[1, 2, 3]])
+    assert {*merged.state_dict()} == {*load_frozen(tiny, torch.float32).state_dict()}
+    torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
+    assert not torch.allclose(merged(ids).logits, load_frozen(tiny, torch.float32)(ids).logits)
+    assert Path(merged.name_or_path) == Path(tiny)  # where the engine finds the architecture
 
 
 def test_4_bit_loading_replaces_the_linear_layers(tiny):

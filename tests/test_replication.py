@@ -35,7 +35,7 @@ def test_sets_are_cut_to_the_tokens_of_the_smallest(tmp_path):
     kept = len(rows.read(tmp_path / "long.jsonl"))
     assert 0 < kept < 10
     assert rows.write_equal({"long": long[:kept]}, tmp_path / "again") <= budget
-    assert rows.write_equal({"long": long[: kept + 1]}, tmp_path / "again") > budget
+    assert rows.write_equal({"long": long[: kept + 1]}, tmp_path / "more") > budget
 
 
 def test_the_correlation_by_hand():
@@ -53,4 +53,13 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
     found = outcome.accuracies(tmp_path, "rl", range(1, 3))
     assert found == {"1 a": 1.0, "1 b": 0.0, "2 a": 0.0, "2 b": 0.0}
     assert outcome.mean_of(found, 1) == 0.5
-    assert outcome.of_task(found, "sums", {"a": "sums", "b": "other"}) == 0.5
+    pooled = outcome.over_seeds(found)
+    assert pooled == {"a": 0.5, "b": 0.0}
+    assert outcome.of_task(pooled, "sums", {"a": "sums", "b": "other"}) == 0.5
+
+
+def test_rows_of_other_settings_are_not_overwritten(tmp_path):
+    rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])
+    rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])
+    with pytest.raises(SystemExit, match="holds other rows"):
+        rows._write(tmp_path / "a.jsonl", [{"question": "1 + 2"}])

@@ -1,9 +1,12 @@
 """score.py as a user runs it."""
 
 import json
+import math
 
 import pytest
 from conftest import launch
+
+from score import best_index, read_lines
 
 
 @pytest.fixture
@@ -58,6 +61,19 @@ def test_an_existing_output_is_not_overwritten(rows, tmp_path, tiny_teacher, tin
     done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
     assert "would be overwritten" in done.stderr
     assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_only_line_ends_end_a_line_and_an_empty_file_is_refused(rows, tmp_path):
+    rows.write_text(json.dumps({**json.loads(rows.read_text().splitlines()[0]), "id": "a\u2028b"}, ensure_ascii=False))
+    assert [row["id"] for row in read_lines(rows)] == ["a\u2028b"]
+    rows.write_text("\n")
+    done = score(rows, tmp_path / "out.jsonl", "embedded/smollm2-135m-instruct", "embedded/smollm2-135m-instruct")
+    assert "has no line to score" in done.stderr and done.returncode == 1
+
+
+def test_none_is_best_where_no_reward_is_finite():
+    assert best_index([-math.inf, -1.0], [2, 1]) == 1
+    assert best_index([-math.inf, -math.inf], [1, 2]) is None
 
 
 def test_a_line_that_is_not_json_is_named(rows, tmp_path, tiny_teacher, tiny_student):

@@ -44,6 +44,14 @@ def test_ranks_are_within_a_question():
     ]
 
 
+def test_a_question_that_comes_twice_is_one():
+    again = {**row(7, -0.5, "in other words"), "question": " Q0 "}
+    ranked = rank([row(0, -1.0), again])
+    assert [(r["question_id"], r["rank"]) for r in ranked] == [(7, 1), (0, 2)]
+    selection = select(ranked, CONFIG)
+    assert [r["question_id"] for r in selection.kept] == [7] and selection.questions == 1
+
+
 def test_every_row_that_is_out_is_counted_by_its_reason():
     rows = rank(
         [

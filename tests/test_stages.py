@@ -2,14 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
 import yaml
-from conftest import EMBEDDED, launch
+from conftest import EMBEDDED, config_of, launch
 from safetensors.torch import load_file
 
+from data.splits import hold_out
+from evaluate import check_apart, rows_of, trained_on
 from launching import PREEMPTED
 from traces.pairs import preference_pairs
 
@@ -243,6 +246,9 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("student_distill_tiny", "dataset_id_or_path=nowhere/at/all"), "does not exist"),
         (("student_distill_tiny", "eval_size=0"), "load_best_model_at_end=true needs eval_size"),
         (("student_sft_tiny", "eval_answers=2"), "eval_answers=2 needs eval_size and eval_steps"),
+        (("pipeline_tiny", "model_name_or_path=x"), "'model_name_or_path' is not a key of a pipeline run"),
+        (("dpo_tiny", "eval_size=8"), "eval_size=8: preference training holds no traces out"),
+        (("grpo_verifier_tiny", "load_best_model_at_end=true"), "a grpo run ends with its last weights"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path):
@@ -250,6 +256,32 @@ def test_bad_input_is_one_line(arguments, said, tmp_path):
     assert done.returncode == 1
     assert said in done.stderr
     assert done.stderr.strip().count("\n") == 0
+
+
+def made_by(folder: Path, **settings) -> str:
+    """A model's folder that says which run made it."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config_of("student_sft_tiny"), **settings}))
+    return str(folder)
+
+
+def test_what_a_model_has_learned_from_goes_back_to_where_it_started(tmp_path):
+    first = made_by(tmp_path / "first", dataset_id_or_path="reasoning_gym/gcd")
+    second = made_by(tmp_path / "second", trainer="dpo", dataset_id_or_path="traces", model_name_or_path=first)
+    config = config_of("evaluate_tiny", f"model_name_or_path={second}/checkpoint-2")
+    assert [its["dataset_id_or_path"] for its in trained_on(config)] == [
+        "traces/all/traces.parquet",
+        "reasoning_gym/gcd",
+    ]
+
+
+def test_rows_that_training_held_out_may_be_asked(tmp_path):
+    learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5")
+    rows = rows_of(learned).rows
+    kept, held_out, _ = hold_out(rows, 5, learned["dataset_seed"])
+    check_apart(learned, held_out, [learned])
+    with pytest.raises(ValueError, match="1 evaluation rows are among the training rows"):
+        check_apart(learned, [*held_out, kept[0]], [learned])
 
 
 def test_questions_that_were_trained_on_are_refused(tmp_path):

@@ -1,12 +1,15 @@
 """Answers: found in a text, checked by the right check, in time, whatever the text is."""
 
+import inspect
 import json
+import re
 
 import pytest
+from reasoning_gym.factory import DATASETS, ProceduralDataset
 
 from data.formats import FORMATS
 from rewards.verified import verified_rewards
-from rewards.verifiers import Verifier, final_answer, kind_of
+from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, final_answer, kind_of
 from schema import VerifiedRewardConfig
 
 STYLE = FORMATS["stratos"]
@@ -55,6 +58,24 @@ def test_a_generators_task_checks_its_own(verifier):
     }
     assert kind_of(row) == "generator"
     assert (verifier.check("6", row), verifier.check("3", row), verifier.check(None, row)) == (1.0, 0.0, 0.0)
+
+
+def test_a_puzzle_of_numbers_is_its_numbers_and_its_value(verifier):
+    row = {"question": "Calculate 10 using 4, 3, 2", "solution": "4*3 - 2", "task": "countdown"}
+    row["metadata"] = json.dumps({"numbers": [4, 3, 2], "target": 10})
+    answers = {"3*4 - 2": 1.0, "-2 + (4 * 3)": 1.0, "10": 0.0, "4 + 3 + 2": 0.0, "4*3 - 2 + 0": 0.0, "4**3": 0.0}
+    assert {answer: verifier.check(answer, row) for answer in answers} == answers
+
+
+def test_no_check_of_a_generator_runs_what_it_is_given():
+    """Read from the installed checks, so that a new release cannot add one unseen."""
+    found = set()
+    for name, (cls, _) in DATASETS.items():
+        own = inspect.getsource(cls.score_answer) if cls.score_answer is not ProceduralDataset.score_answer else ""
+        if re.search(r"(?<!\.)\b(eval|exec|parse_expr|sympify)\(", own):
+            found.add(name)
+    assert found <= set(RUN_WHAT_THEY_ARE_GIVEN)
+    assert {"countdown", "spiral_matrix"} <= found
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,21 @@ def test_common_divisors_are_listed():
     )
 
 
+def test_an_equation_is_freed_of_its_constant_then_of_its_factor():
+    assert worked_solution("simple_equations", {"equation": "5 - 8*e = -51", "variable": "e"}) == (
+        "Step by step: -51 - 5 = -56. -56 / -8 = 7. The result is 7."
+    )
+
+
+def test_an_equation_that_any_value_solves_has_none():
+    assert worked_solution("simple_equations", {"equation": "0 = 0", "variable": "e"}) == ""
+
+
 def test_other_tasks_have_none():
     assert worked_solution("sudoku", {}) == ""
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "gcd"])
+@pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "gcd", "simple_equations/max_terms:2"])
 def test_those_written_here_end_with_the_generators_answer(task):
     for row in load_rows(f"reasoning_gym/{task}", size=25).rows:
         assert row["reasoning_trace"].rstrip(".").endswith(row["solution"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.splits import normalised
 from schema import TraceConfig
 from traces.ranking import ranks
 
@@ -28,11 +29,11 @@ class Selection:
 def rank(rows: list[dict]) -> list[dict]:
     """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came.
 
-    What has no finite reward comes last.
+    A question that a source repeats is one. What has no finite reward comes last.
     """
     by_question = defaultdict(list)
     for row in rows:
-        by_question[row["question_id"]].append(row)
+        by_question[normalised(row["question"])].append(row)
     ranked = []
     for members in by_question.values():
         places = ranks([row["reward"] for row in members])
@@ -76,10 +77,10 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     least = float(np.quantile(rewards, config.min_reward_quantile)) if rewards else 0.0
     dropped: Counter[str] = Counter()
     kept: list[dict] = []
-    of_question: dict[int, list[dict]] = defaultdict(list)
+    of_question: dict[str, list[dict]] = defaultdict(list)
     seen: set[str] = set()
     for row in rows:
-        siblings = of_question[row["question_id"]]
+        siblings = of_question[normalised(row["question"])]
         reason = _reason_against(row, siblings, seen, least, config)
         if reason is not None:
             dropped[reason] += 1
@@ -89,7 +90,7 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
         kept.append(row)
     if not kept:
         raise ValueError(f"none of {len(rows)} traces is left: {dict(dropped)}")
-    return Selection(kept, len(rows), len({row["question_id"] for row in rows}), dict(dropped))
+    return Selection(kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped))
 
 
 def _identity(row: dict) -> str:

@@ -16,10 +16,12 @@ from trl import DPOConfig
 from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
 from data.prompts import render_question, student_answer
+from data.sources import say_dropped
 from memory import token_budget
 from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
 from plan import Plan
 from rewards.verified import verified_rewards
+from rewards.verifiers import check_rows
 from schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
 from traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
@@ -165,11 +167,10 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
     Raises:
         ValueError: no row has one, or all are too long.
     """
-    traced = [row for row in rows if row.get("reasoning_trace")]
+    traced, source = [row for row in rows if row.get("reasoning_trace")], config["dataset_id_or_path"]
+    say_dropped({"no reasoning_trace": len(rows) - len(traced)}, source)
     if not traced:
-        raise ValueError(
-            f"dataset_id_or_path={config['dataset_id_or_path']}: no row has a reasoning_trace to learn from"
-        )
+        raise ValueError(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
     if config["trainer"] == "student_sft":
         examples = [student_example(tokenizer, style, row) for row in traced]
     else:
@@ -179,6 +180,7 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
             for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig))
         ]
     fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
+    say_dropped({f"longer than max_length={config['max_length']}": len(examples) - len(fitting)}, source)
     if not fitting:
         raise ValueError(f"max_length={config['max_length']}: every row is longer")
     return fitting
@@ -226,6 +228,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     functions = [load_function(path) for path in config["reward_functions"] or []]
     weights = [1.0] * (is_teacher + len(functions))
     if verified:
+        check_rows(verified.verifier, train_rows)
         more, their_weights = verified_rewards(verified, style)
         functions, weights = functions + more, weights + their_weights
     if arguments.reward_weights is None:

@@ -1,17 +1,14 @@
 """From rows to what a trainer takes: prompts rendered, rows that cannot be used left out, counted and said."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
-from data.sources import load_rows
+from data.sources import load_rows, say_dropped
 from data.splits import check_disjoint, hold_out
 from rewards.spans import tokenize_with_spans
 from schema import DataConfig
-
-logger = logging.getLogger(__name__)
 
 
 def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
@@ -23,27 +20,21 @@ def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict
     tags = (style.thought_tags, style.solution_tags)
     options = {"split": data.dataset_split, "seed": data.dataset_seed, "tags": tags}
     loaded = load_rows(data.dataset_id_or_path, size=data.dataset_size, **options)
-    _say(loaded.dropped, data.dataset_id_or_path)
+    say_dropped(loaded.dropped, data.dataset_id_or_path)
     rows, held_out = loaded.rows, []
     if data.eval_dataset_id_or_path is not None:
         evaluation = load_rows(data.eval_dataset_id_or_path, size=data.eval_size or None, **options)
-        _say(evaluation.dropped, data.eval_dataset_id_or_path)
+        say_dropped(evaluation.dropped, data.eval_dataset_id_or_path)
         held_out = evaluation.rows
         check_disjoint(rows, held_out)
     elif data.eval_size:
         if data.eval_size >= len(rows):
             raise ValueError(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
         rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed)
-        _say({"repeats an evaluation question": repeated}, data.dataset_id_or_path)
+        say_dropped({"repeats an evaluation question": repeated}, data.dataset_id_or_path)
     if not rows:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
     return rows, held_out
-
-
-def _say(dropped: dict[str, int], source: str) -> None:
-    for reason, count in dropped.items():
-        if count:
-            logger.warning("%s: %d rows left out: %s", source, count, reason)
 
 
 def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig) -> list[dict]:
@@ -64,7 +55,7 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
             dropped["solution without a token that lies wholly inside its tags"] += 1
             continue
         kept.append(row)
-    _say(dropped, data.dataset_id_or_path)
+    say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
     return kept
@@ -93,7 +84,7 @@ def question_rows(
             dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
             continue
         kept.append({**row, "prompt": prompt})
-    _say(dropped, data.dataset_id_or_path)
+    say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
     return kept

@@ -1,6 +1,7 @@
 """What the replication's runs read: questions of two generator tasks, and trace sets of the same number of tokens."""
 
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from models.loading import load_tokenizer
 
 TASKS = (
     "reasoning_gym/chain_sum/min_terms:3/max_terms:4/min_digits:1/max_digits:1",
-    "reasoning_gym/gcd/max_value:30",
+    "reasoning_gym/simple_equations/min_terms:2/max_terms:2/max_value:9",
 )
 # On which answering in sections is learned.
 FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
@@ -87,5 +88,7 @@ def _known(row: dict) -> dict:
 def _write(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists():
         path.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        sys.exit(f"error: {path} holds other rows than these settings make: name another --out")
