@@ -14,8 +14,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
 from checks import JOBS, check_keys
 from generation.guard import KEY_VARIABLE
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
@@ -36,6 +34,7 @@ from train import (
     prepare,
     prepare_output,
     prepare_wandb,
+    show,
 )
 
 STARTING = "http://127.0.0.1:0"  # until servers have their ports
@@ -236,8 +235,7 @@ def launch_here(
         config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
     plan = make_plan(config, devices * machines.nodes, pending_warmup=warmup, sharding=sharding)
     if config["dry_run"]:
-        sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
-        sys.stdout.writelines(f"warning, missing: {line}\n" for line in plan.missing)
+        show(plan)
         return 0
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")

@@ -1,4 +1,4 @@
-"""One HTML page of one or several runs, with nothing from outside.
+"""One HTML page of one or several runs, with nothing from outside, and its curves as a PNG beside it.
 
     python report.py OUTPUT_DIR... [--out=report.html]
 
@@ -6,6 +6,7 @@ Curves of rewards and their parts, KL, length, entropy, clipping, mismatch and s
 worst completions; evaluations; the configuration and where it differs from the default.
 """
 
+import base64
 import html
 import json
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from reports.completions import completions
-from reports.curves import curves
+from reports.curves import draw_curves
 
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
 STYLE = (
@@ -34,7 +35,10 @@ def write_report(folders: list[Path], path: Path) -> None:
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} holds no run (no config.yaml)")
     name = ", ".join(folder.name for folder in folders)
-    parts = [f"<h1>{html.escape(name)}</h1>", curves(folders)]
+    parts = [f"<h1>{html.escape(name)}</h1>"]
+    if draw_curves(folders, path.with_suffix(".png")):
+        picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+        parts.append(f'<img alt="curves" src="data:image/png;base64,{picture}">')
     for folder in folders:
         parts += [f"<h2>{html.escape(folder.name)}</h2>", *sections(folder)]
     page = (

@@ -266,10 +266,7 @@ def run(config: dict, given: list[str]) -> None:
     warmup = apply_warmup(config, given)
     plan = make_plan(config, pending_warmup=warmup)
     if config["dry_run"]:
-        sys.stdout.write(f"{yaml.safe_dump(config, sort_keys=True)}\n{plan.report()}\n")
-        stages = importlib.import_module("pipeline").problems(plan) if config["trainer"] == "pipeline" else []
-        sys.stdout.writelines(f"warning, missing: {line}\n" for line in [*plan.missing, *stages])
-        return
+        return show(plan)
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
         return
@@ -280,6 +277,13 @@ def run(config: dict, given: list[str]) -> None:
         prepare_output(config)
         prepare_wandb(config)
         train(plan)
+
+
+def show(plan: Plan) -> None:
+    """What a dry run prints."""
+    sys.stdout.write(f"{yaml.safe_dump(plan.config, sort_keys=True)}\n{plan.report()}\n")
+    stages = importlib.import_module("pipeline").problems(plan) if plan.config["trainer"] == "pipeline" else []
+    sys.stdout.writelines(f"warning, missing: {line}\n" for line in [*plan.missing, *stages])
 
 
 def _sweeps(override: str) -> bool:

@@ -51,7 +51,7 @@ def _simple_equations(metadata: dict) -> str:
     steps = [f"{total} {'-' if shift > 0 else '+'} {abs(shift)} = {total - shift}."] if shift else []
     if slope != 1:
         steps.append(f"{total - shift} / {slope} = {(total - shift) // slope}.")
-    return f"Step by step: {' '.join(steps)} The result is {(total - shift) // slope}."
+    return " ".join(["Step by step:", *steps, f"The result is {(total - shift) // slope}."])
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,5 @@
-"""Curves of one or several runs' logs, as one picture inside the page."""
+"""Curves of one or several runs' logs, as one picture."""
 
-import base64
-import io
 import json
 import math
 from pathlib import Path
@@ -18,6 +16,7 @@ PANELS = (  # of a run's logs
     ("sampling/sampling_logp_difference/mean", "mismatch with the engine (nats)"),
     ("generation/seconds", "seconds of generation"),
     ("scoring/seconds", "seconds of scoring"),
+    ("update/seconds", "seconds of the update"),
     ("step_time", "seconds of a step"),
     ("loss", "loss"),
     ("eval_loss", "loss on held-out rows"),
@@ -31,11 +30,16 @@ COLORS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#e09f3e", "#335c67")
 
 def records_of(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for record in records:
+        if "scoring/seconds" in record and "step_time" in record:  # what a step does besides
+            phases = record["generation/seconds"] + record["scoring/seconds"]
+            record["update/seconds"] = record["step_time"] - phases
+    return records
 
 
-def curves(folders: list[Path]) -> str:
-    """Every panel that some run has figures for, the runs side by side in it."""
+def draw_curves(folders: list[Path], path: Path) -> bool:
+    """Every panel that some run has figures for, the runs side by side in it; False and no file where none has."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +49,7 @@ def curves(folders: list[Path]) -> str:
     lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in PANELS}
     drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
     if not drawn:
-        return ""
+        return False
     rows = math.ceil(len(drawn) / 3)
     figure, axes = pyplot.subplots(rows, 3, figsize=(12, 2.7 * rows), constrained_layout=True, squeeze=False)
     colors = dict(zip(logs, COLORS * len(logs), strict=False))
@@ -60,18 +64,10 @@ def curves(folders: list[Path]) -> str:
             axis.legend(frameon=False, fontsize=7)
     for axis in axes.flat[len(drawn) :]:
         axis.set_axis_off()
-    return image(figure)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
 
 
 def points(records: list[dict], key: str) -> list[tuple[int, float]]:
     return [(record["step"], record[key]) for record in records if record.get(key) is not None]
-
-
-def image(figure) -> str:
-    """A figure as part of the page."""
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

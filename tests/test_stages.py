@@ -201,6 +201,7 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
     state = json.loads(next((folder / "student").glob("checkpoint-4/trainer_state.json")).read_text())
     assert state["best_model_checkpoint"] == str(folder / "student" / f"checkpoint-{state['best_global_step']}")
     page = (folder / "report.html").read_text()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "loss on held-out rows" not in page  # which is drawn, in the picture
     for wanted in ("data:image/png;base64", "<h2>student</h2>", "difference, paired"):
         assert wanted in page

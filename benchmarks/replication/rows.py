@@ -13,9 +13,10 @@ from data.sources import load_rows
 from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 
+# Of one step, which a trace either has right or not.
 TASKS = (
-    "reasoning_gym/chain_sum/min_terms:3/max_terms:4/min_digits:1/max_digits:1",
-    "reasoning_gym/simple_equations/min_terms:2/max_terms:2/max_value:9",
+    "reasoning_gym/chain_sum/min_terms:2/max_terms:2/min_digits:1/max_digits:2",
+    "reasoning_gym/simple_equations/min_terms:1/max_terms:1/max_value:12",
 )
 # On which answering in sections is learned.
 FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
