@@ -27,6 +27,7 @@ from train import compose_config, is_complete  # noqa: E402
 
 STEPS = 20  # of GRPO
 SHORT = ["max_prompt_length=384", "report_to=null"]
+SAMPLING = ["temperature=1.0", "max_completion_length=96"]  # of teachers, in GRPO and when traces are collected
 
 
 def main() -> None:
@@ -82,8 +83,7 @@ def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> di
         *SHORT,
         f"model_name_or_path={warmup}",
         f"student_model={reader}",
-        "max_completion_length=96",
-        "temperature=1.0",  # the warm-up leaves little to choose from at the collection's 0.7
+        *SAMPLING,
         "learning_rate=2e-5",
         f"max_steps={STEPS}",
         f"save_steps={STEPS // 2}",
@@ -94,7 +94,7 @@ def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> di
 
 def collect(folder: Path, questions: Path, seed: int, model: Path, reader: Path) -> None:
     """One trace of each question, none filtered out before it is read again."""
-    every = ["traces_per_question=1", "min_format_rate=0", "questions_at_once=144", "max_completion_length=96"]
+    every = [*SAMPLING, "traces_per_question=1", "min_format_rate=0", "questions_at_once=144"]
     models = [f"model_name_or_path={model}", f"student_model={reader}"]
     stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, *models, *every)
 
