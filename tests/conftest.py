@@ -37,15 +37,6 @@ TINY_RUN = [
 ]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Processes of two workers that share cores wait for each other: each worker, with all it starts, has its own."""
-    worker = getattr(config, "workerinput", None)
-    if worker is not None:
-        number, cores = int(worker["workerid"].removeprefix("gw")), sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[number :: worker["workercount"]] or cores)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-
 def save_tiny(folder: Path, seed: int) -> str:
     tokenizer = load_tokenizer(str(embedded_model_path(EMBEDDED)))
     torch.manual_seed(seed)
