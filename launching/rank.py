@@ -19,6 +19,15 @@ def main() -> None:
         train(Plan(**json.loads(Path(sys.argv[1]).read_text())))
     except ValueError as error:
         fail(error)
+    leave_group()
+
+
+def leave_group() -> None:
+    """Threads of a process group that outlive the interpreter abort a run that came to its end."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
