@@ -107,7 +107,10 @@ def check_apart(config: dict, rows: list[dict], learned: list[dict]) -> None:
     for its in learned:
         try:
             seen = rows_of(its).rows
-        except ValueError as error:  # it may be gone since
+        except ValueError as error:
+            if config["trained_on"]:
+                raise
+            # What the model's folder tells of may be gone since.
             logger.warning("not checked against %s: %s", its["dataset_id_or_path"], error)
             continue
         if its["eval_size"] and its["eval_dataset_id_or_path"] is None:

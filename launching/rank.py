@@ -19,6 +19,9 @@ def main() -> None:
         train(Plan(**json.loads(Path(sys.argv[1]).read_text())))
     except ValueError as error:
         fail(error)
+    except SystemExit:  # asked to stop, and saved
+        leave_group()
+        raise
     leave_group()
 
 

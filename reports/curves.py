@@ -33,7 +33,7 @@ def records_of(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     for record in records:
         if "scoring/seconds" in record and "step_time" in record:  # what a step does besides
-            phases = record["generation/seconds"] + record["scoring/seconds"]
+            phases = record.get("generation/seconds", 0.0) + record["scoring/seconds"]  # no engine: all in the second
             record["update/seconds"] = record["step_time"] - phases
     return records
 

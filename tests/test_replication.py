@@ -61,5 +61,5 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
 def test_rows_of_other_settings_are_not_overwritten(tmp_path):
     rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])
     rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])
-    with pytest.raises(SystemExit, match="holds other rows"):
+    with pytest.raises(ValueError, match="holds other rows"):
         rows._write(tmp_path / "a.jsonl", [{"question": "1 + 2"}])

@@ -11,10 +11,14 @@ import yaml
 from conftest import EMBEDDED, config_of, launch
 from safetensors.torch import load_file
 
-from data.splits import hold_out
-from evaluate import check_apart, rows_of, trained_on
+from data.formats import FORMATS
+from evaluate import check_apart, trained_on
 from launching import PREEMPTED
+from pipeline import stages_of
+from plan import MARKER, Plan, check_output
+from schema import DataConfig, pick
 from traces.pairs import preference_pairs
+from trainers.rows import load_split_rows
 
 FORMAT = {"name": "short", "explanation_tags": ["<explain>", "."]}  # any sentence ends an explanation
 
@@ -276,10 +280,35 @@ def test_what_a_model_has_learned_from_goes_back_to_where_it_started(tmp_path):
     ]
 
 
-def test_rows_that_training_held_out_may_be_asked(tmp_path):
+def test_every_stage_gets_the_pipelines_seed_unless_it_has_its_own(tmp_path):
+    stages = "stages=[{name:a,run:collect_tiny},{name:b,run:evaluate_tiny,set:{seed:7}}]"
+    first, second = stages_of(config_of("pipeline_tiny", "seed=3", stages))
+    assert config_of(*first.arguments)["seed"] == 3 and config_of(*second.arguments)["seed"] == 7
+
+
+def test_what_is_made_of_samples_may_change_until_a_run_is_complete(tmp_path):
+    config = config_of("collect_tiny", f"output_dir={tmp_path}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    changed = Plan({**config, "min_format_rate": 0.5}, 1, 0, 0, 0)
+    check_output(changed)
+    (tmp_path / MARKER).touch()
+    with pytest.raises(ValueError, match="holds a different run .min_format_rate"):
+        check_output(changed)
+
+
+def test_a_source_that_is_named_must_be_there_and_one_that_is_remembered_need_not(tmp_path, caplog):
+    gone = {**config_of("student_sft_tiny"), "dataset_id_or_path": str(tmp_path / "gone.jsonl")}
+    evaluation = config_of("evaluate_tiny")
+    check_apart(evaluation, [], [gone])
+    assert "not checked against" in caplog.text
+    with pytest.raises(ValueError, match="does not exist"):
+        check_apart({**evaluation, "trained_on": gone["dataset_id_or_path"]}, [], [gone])
+
+
+def test_rows_that_training_held_out_may_be_asked():
     learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5")
-    rows = rows_of(learned).rows
-    kept, held_out, _ = hold_out(rows, 5, learned["dataset_seed"])
+    kept, held_out = load_split_rows(pick(learned, DataConfig), FORMATS["stratos"])  # as a run splits them
+    learned["trained_on"] = None
     check_apart(learned, held_out, [learned])
     with pytest.raises(ValueError, match="1 evaluation rows are among the training rows"):
         check_apart(learned, [*held_out, kept[0]], [learned])

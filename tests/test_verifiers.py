@@ -9,7 +9,7 @@ from reasoning_gym.factory import DATASETS, ProceduralDataset
 
 from data.formats import FORMATS
 from rewards.verified import verified_rewards
-from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, final_answer, kind_of
+from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, check_rows, final_answer, kind_of
 from schema import VerifiedRewardConfig
 
 STYLE = FORMATS["stratos"]
@@ -76,6 +76,15 @@ def test_no_check_of_a_generator_runs_what_it_is_given():
             found.add(name)
     assert found <= set(RUN_WHAT_THEY_ARE_GIVEN)
     assert {"countdown", "spiral_matrix"} <= found
+
+
+def test_a_generators_check_is_refused_for_rows_that_have_none():
+    row = {"question": "?", "solution": "1", "task": "gcd", "metadata": "{}"}
+    check_rows("generator", [row])
+    check_rows("auto", [{**row, "task": "countdown"}])
+    for other in ({**row, "task": "countdown"}, {"question": "?", "solution": "1"}):
+        with pytest.raises(ValueError, match="row 2 .* has no check of a generator"):
+            check_rows("generator", [row, other])
 
 
 @pytest.mark.parametrize(

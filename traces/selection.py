@@ -1,6 +1,6 @@
 """From scored completions to a student's rows: ranked within each question, filtered, and every loss counted.
 
-A scored row has `question_id`, `question`, `solution`, `reasoning_trace`, `reward`, `match_reward`, `student_tokens`.
+A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `match_reward`, `student_tokens`.
 """
 
 import re

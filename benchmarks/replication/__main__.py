@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 import outcome  # noqa: E402
 import rows  # noqa: E402
 
-from pipeline import run_one  # noqa: E402
-from plan import Plan, check_output  # noqa: E402
-from train import compose_config, is_complete  # noqa: E402
+from pipeline import Stage, configuration_of, run_one  # noqa: E402
+from train import fail, is_complete  # noqa: E402
 
 STEPS = 20  # of GRPO
 SHORT = ["max_prompt_length=384", "report_to=null"]
@@ -39,10 +38,13 @@ def main() -> None:
         parser.error(f"--seeds {options.seeds}: at least 1")
     out, seeds = options.out.absolute(), range(1, options.seeds + 1)
     os.chdir(ROOT)
-    rows.write_questions(out / "questions", seeds)
-    novice = train_novice(out, seeds[0])
-    for seed in seeds:
-        one_seed(out, seed, novice)
+    try:
+        rows.write_questions(out / "questions", seeds)
+        novice = train_novice(out, seeds[0])
+        for seed in seeds:
+            one_seed(out, seed, novice)
+    except ValueError as error:
+        fail(error)
     sys.stdout.write(outcome.write(out, seeds))
 
 
@@ -112,16 +114,11 @@ def evaluate(out: Path, model: Path, folder: Path) -> None:
 
 
 def stage(run: str, folder: Path, seed: int, source: Path, *overrides: str) -> None:
-    """A run in a process of its own, unless it is complete; what is complete must be of these settings."""
+    """A run in a process of its own, unless it is complete; a folder of other settings is refused."""
     place = [f"output_dir={folder}", f"seed={seed}", f"dataset_id_or_path={source}", "dataset_size=null"]
-    arguments = [run, *place, *overrides]
-    config = compose_config(arguments)[0]
-    if not is_complete(config):
-        return run_one(["train.py", *arguments])
-    try:
-        check_output(Plan(config, devices=1, gpus=0, accumulation_steps=0, steps_per_generation=0))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    its = Stage(str(folder), str(folder), [run, *place, *overrides])
+    if not is_complete(configuration_of(its, [], devices=1)):
+        run_one(["train.py", *its.arguments])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What the replication's runs read: questions of two generator tasks, and trace sets of the same number of tokens."""
 
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -92,4 +91,4 @@ def _write(path: Path, rows: list[dict]) -> None:
     if not path.exists():
         path.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
-        sys.exit(f"error: {path} holds other rows than these settings make: name another --out")
+        raise ValueError(f"{path} holds other rows than these settings make: name another --out")
