@@ -54,6 +54,13 @@ def _simple_equations(metadata: dict) -> str:
     return " ".join(["Step by step:", *steps, f"The result is {(total - shift) // slope}."])
 
 
+def _fraction_simplification(metadata: dict) -> str:
+    above, below = metadata["numerator"], metadata["denominator"]
+    factor = gcd(above, below)
+    steps = [f"{number} / {factor} = {number // factor}." for number in (above, below)]
+    return f"Step by step: {' '.join(steps)} The result is {above // factor}/{below // factor}."
+
+
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
@@ -64,4 +71,5 @@ WRITERS: dict[str, Callable[[dict], str]] = {
     "leg_counting": _leg_counting,
     "gcd": _gcd,
     "simple_equations": _simple_equations,
+    "fraction_simplification": _fraction_simplification,
 }

@@ -30,6 +30,12 @@ def test_an_equation_is_freed_of_its_constant_then_of_its_factor():
     )
 
 
+def test_a_fraction_is_divided_above_and_below():
+    assert worked_solution("fraction_simplification", {"numerator": 12, "denominator": 18}) == (
+        "Step by step: 12 / 6 = 2. 18 / 6 = 3. The result is 2/3."
+    )
+
+
 def test_an_equation_that_any_value_solves_has_none():
     assert worked_solution("simple_equations", {"equation": "0 = 0", "variable": "e"}) == ""
 
@@ -38,7 +44,10 @@ def test_other_tasks_have_none():
     assert worked_solution("sudoku", {}) == ""
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "gcd", "simple_equations/max_terms:2"])
+@pytest.mark.parametrize(
+    "task",
+    ["chain_sum", "leg_counting", "gcd", "simple_equations/max_terms:2", "fraction_simplification/styles:[plain]"],
+)
 def test_those_written_here_end_with_the_generators_answer(task):
     for row in load_rows(f"reasoning_gym/{task}", size=25).rows:
         assert row["reasoning_trace"].rstrip(".").endswith(row["solution"])

@@ -4,8 +4,8 @@
 
 A novice learns the format of answers on another task; every student starts from it. For each seed a few worked
 solutions warm up a teacher, and make of the novice the frozen student of the reward; the teacher is trained with GRPO.
-Students of the same number of trained tokens learn from unedited samples of the warm-up teacher, of the teacher half
-way and at its end, and from the generator's own worked solutions, and answer questions that no run has seen. Leaves
+Students of the same number of trained tokens learn from unedited samples of the teacher early in its warm-up, after
+it and after GRPO, and from the generator's own worked solutions, and answer questions that no run has seen. Leaves
 `replication.json`, `replication.md` and `replication.png`.
 """
 
@@ -24,6 +24,7 @@ import rows  # noqa: E402
 from pipeline import Stage, configuration_of, run_one  # noqa: E402
 from train import fail, is_complete  # noqa: E402
 
+EARLY, WARMUP_STEPS = 4, 6  # after which a teacher is sampled
 STEPS = 20  # of GRPO
 SHORT = ["max_prompt_length=384", "report_to=null"]
 SAMPLING = ["temperature=1.0", "max_completion_length=96"]  # of teachers, in GRPO and when traces are collected
@@ -76,7 +77,8 @@ def one_seed(out: Path, seed: int, novice: Path) -> None:
 def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> dict[str, Path]:
     """Models by the name of their trace set."""
     warmup, teacher = folder / "warmup" / "teacher", folder / "rl" / "teacher"
-    stage("teacher_sft_tiny", warmup, seed, questions / "warmup.jsonl", "max_steps=6", "save_steps=6")
+    steps = [f"max_steps={WARMUP_STEPS}", f"save_steps={EARLY}", "save_total_limit=2"]
+    stage("teacher_sft_tiny", warmup, seed, questions / "warmup.jsonl", *steps)
     stage(
         "teacher_rlt_tiny",
         teacher,
@@ -88,15 +90,15 @@ def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> di
         *SAMPLING,
         "learning_rate=2e-5",
         f"max_steps={STEPS}",
-        f"save_steps={STEPS // 2}",
+        f"save_steps={STEPS}",
         "eval_size=16",
     )
-    return {"warmup": warmup, "half": teacher / f"checkpoint-{STEPS // 2}", "rl": teacher}
+    return {"early": warmup / f"checkpoint-{EARLY}", "warmup": warmup, "rl": teacher}
 
 
 def collect(folder: Path, questions: Path, seed: int, model: Path, reader: Path) -> None:
     """One trace of each question, none filtered out before it is read again."""
-    every = [*SAMPLING, "traces_per_question=1", "min_format_rate=0", "questions_at_once=144"]
+    every = [*SAMPLING, "traces_per_question=1", "min_format_rate=0", "questions_at_once=192"]
     models = [f"model_name_or_path={model}", f"student_model={reader}"]
     stage("collect_tiny", folder, seed, questions / "collect.jsonl", *SHORT, *models, *every)
 

@@ -14,12 +14,12 @@ from evaluation.metrics import RESAMPLES, Estimate, bootstrap, paired_difference
 
 ARMS = {
     "novice": "the novice that all students start from",
+    "early": "student of the teacher's traces early in its warm-up",
     "warmup": "student of the warm-up teacher's traces",
-    "half": "student of the teacher's traces half way",
     "rl": "student of the trained teacher's traces",
     "worked": "student of the generator's worked solutions",
 }
-TEACHERS = ("warmup", "half", "rl")
+TEACHERS = ("early", "warmup", "rl")
 
 
 def write(out: Path, seeds: range) -> str:
@@ -29,7 +29,7 @@ def write(out: Path, seeds: range) -> str:
     means = {(arm, seed): mean_of(found[arm], seed) for arm in TEACHERS for seed in seeds}
     r = correlation([rewards[key] for key in rewards], [means[key] for key in rewards])
     pooled = {arm: over_seeds(values) for arm, values in found.items()}
-    differences = {arm: paired_difference(pooled["warmup"], pooled[arm]) for arm in ("half", "rl", "worked")}
+    differences = {arm: paired_difference(pooled["warmup"], pooled[arm]) for arm in ("early", "rl", "worked")}
     tasks = {row["question"]: row["task"] for row in rows.read(out / "questions" / "evaluate.jsonl")}
     text = table(pooled, rewards, differences, r, seeds, tasks) + by_seed(means, seeds)
     sets = [{"set": arm, "seed": s, "reward": rewards[arm, s], "accuracy": means[arm, s]} for arm, s in rewards]
@@ -109,7 +109,7 @@ def draw(path: Path, pooled: dict, sets: list[dict], r: Estimate) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), constrained_layout=True)
     estimates = [bootstrap(list(values.values())) for values in pooled.values()]
     spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
-    left.bar(["novice", "warm-up", "half way", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
+    left.bar(["novice", "early", "warm-up", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
     left.errorbar(range(len(estimates)), [e.mean for e in estimates], yerr=spread, fmt="none", ecolor="#333", capsize=4)
     left.set(title="Students by what they learned from", ylabel="held-out accuracy")
     for arm, colour in zip(TEACHERS, ("#c9822b", "#8a8f98", "#1f6f8b"), strict=True):

@@ -12,17 +12,17 @@ from data.sources import load_rows
 from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 
-# Of one step, which a trace either has right or not.
+# Of one step each, that has to be found: what divides what.
 TASKS = (
-    "reasoning_gym/chain_sum/min_terms:2/max_terms:2/min_digits:1/max_digits:2",
+    "reasoning_gym/fraction_simplification/max_value:12/min_factor:2/max_factor:9/styles:[plain]",
     "reasoning_gym/simple_equations/min_terms:1/max_terms:1/max_value:12",
 )
 # On which answering in sections is learned.
 FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
 MODEL = "embedded/smollm2-135m-instruct"
 # Rows of each task; questions that are evaluated are in none of the others.
-SIZES = {"evaluate": 80, "format": 80, "warmup": 32, "teach": 80, "collect": 72}
-SPARE = 3  # times as many are drawn, because small tasks repeat themselves
+SIZES = {"evaluate": 80, "format": 80, "warmup": 32, "teach": 48, "collect": 96}
+SPARE = 5  # times as many are drawn, because small tasks repeat themselves
 
 
 def write_questions(folder: Path, seeds: range) -> None:
