@@ -119,8 +119,12 @@ def check_common(config: dict[str, Any]) -> None:
         raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
     if config["trainer"] == "dpo" and config["eval_size"]:
         raise ValueError(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
-    if config.get("eval_answers") and (not config["eval_size"] or not config["eval_steps"]):
-        raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
+    if config.get("eval_answers"):
+        check_verifier(config)
+        if not config["eval_size"] or not config["eval_steps"]:
+            raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
+    if config["trainer"] in ("sft", "student_sft") and config["eval_size"] and not config["eval_steps"]:
+        raise ValueError(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 
@@ -198,9 +202,15 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    if "verifier" in config:
+    wanted = set(fields_of(VerifiedRewardConfig)) - {"answer_line"}
+    verifies = sorted(config.keys() & wanted)
+    if wanted <= config.keys():
         check_verifier(config)
-    elif config["trainer"] == "grpo":
+        if not any(config[key] for key in ("answer_weight", "format_weight", "length_weight")):
+            raise ValueError("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
+    elif verifies:
+        raise ValueError(f"{verifies[0]} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
+    if config["reward_functions"] or (config["trainer"] == "grpo" and not verifies):
         check_functions(config["reward_functions"])
 
 
@@ -279,6 +289,8 @@ def check_verifier(config: dict[str, Any]) -> None:
 
 def check_evaluation(config: dict[str, Any]) -> None:
     check_verifier(config)
+    if config["eval_size"]:
+        raise ValueError(f"eval_size={config['eval_size']}: an evaluation asks all rows, none is held out; set it to 0")
     samples = config["samples_per_question"]
     if samples < 1 or (samples > 1 and config["temperature"] <= 0):
         raise ValueError(f"samples_per_question={samples} with temperature={config['temperature']}: all are the same")

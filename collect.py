@@ -20,7 +20,7 @@ from generation.parts import Parts
 from plan import MARKER, Plan
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
-from traces.selection import rank, select
+from traces.selection import Selection, rank, select
 
 
 def run(plan: Plan, stop) -> None:
@@ -46,8 +46,10 @@ def run(plan: Plan, stop) -> None:
             sys.stdout.write(f"{config['run_name']}: {pace}\n")
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        count = finish(config, parts.read(), folder)
-        (folder / MARKER).write_text(json.dumps({"traces": count}))
+        selection = finish(config, parts.read(), folder)
+        (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
+        kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
+        sys.stdout.write(f"{config['run_name']}: {kept}; in {folder}\n")
 
 
 @dataclass
@@ -112,13 +114,13 @@ def answer(
         known = {key: value for key, value in rows[number].items() if key not in ("prompt", "reasoning_trace")}
         trace = split_completion(style, text)[0].strip()
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
-        written = {"completion": text, "reasoning_trace": trace, "token_scores": tokens}
+        written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
         made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
     return made
 
 
-def finish(config: dict, scored: list[dict], folder: Path) -> int:
-    """Rank, filter and write everything; returns how many traces are left."""
+def finish(config: dict, scored: list[dict], folder: Path) -> Selection:
+    """Rank, filter and write everything."""
     import pandas
 
     ranked = rank(scored)
@@ -131,7 +133,7 @@ def finish(config: dict, scored: list[dict], folder: Path) -> int:
     text = "".join(f"{json.dumps(row)}\n" for row in kept)
     (folder / "traces.jsonl").write_text(text, encoding="utf-8")
     write_card(folder / "DATA_CARD.md", config, selection)
-    return len(kept)
+    return selection
 
 
 def without(row: dict, column: str) -> dict:

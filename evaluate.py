@@ -38,11 +38,18 @@ def run(plan: Plan, stop) -> None:
     from generation.sampler import Sampler
     from rewards.verifiers import Verifier
     from trainers.build import quiet_libraries
+    from trainers.rows import question_rows
 
     config, folder = plan.config, Path(plan.config["output_dir"])
     quiet_libraries()
-    rows = questions(config)
+    rows, style = questions(config), load_format(config["reasoning_format"])
+
+    def prompt_of(tokenizer, row, data):
+        system = row.get("student_system_prompt")
+        return render_question(tokenizer, style, row["question"], system, config["answer_line"])
+
     sampler = Sampler(config)
+    rows = question_rows(rows, sampler.tokenizer, pick(config, DataConfig), prompt_of)
     parts = Parts(folder, len(rows), config["questions_at_once"])
     verifier = Verifier(config["verifier"], config["verifier_limit_s"])
     parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, verifier, rows, part))
@@ -126,8 +133,13 @@ def trained_on(config: dict) -> list[dict]:
     """Configurations of what the model is known to have learned from: its run's, and those its run started from.
 
     `trained_on` names a run's output folder or a source; without it, the model's folder is asked.
+
+    Raises:
+        ValueError: a task is named, of which a run has drawn rows of its own, or a pipeline.
     """
     named = config["trained_on"]
+    if named and named.startswith("reasoning_gym/"):
+        raise ValueError(f"trained_on={named}: which questions were drawn is in a run's output folder, name that")
     found = list(_lineage(Path(named or config["model_name_or_path"]).expanduser()))
     if named and not found:
         everything = {"dataset_split": "train", "dataset_seed": 0, "dataset_size": None, "eval_size": 0}
@@ -143,6 +155,8 @@ def _lineage(model: Path) -> Iterator[dict]:
         its = yaml.safe_load(file.read_text()) if file.is_file() else None
         if not isinstance(its, dict) or "trainer" not in its:
             continue
+        if its["trainer"] == "pipeline":
+            raise ValueError(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
         if its["trainer"] == "dpo":
             its["dataset_id_or_path"] += "/all/traces.parquet"
         yield its
@@ -157,10 +171,7 @@ def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> li
 
     style, count = load_format(config["reasoning_format"]), config["samples_per_question"]
     asked = [number for number in part for _ in range(count)]
-    prompts = prompt_token_ids(sampler.tokenizer, [prompt_of(config, sampler.tokenizer, style, rows[n]) for n in asked])
-    longest = max(map(len, prompts))
-    if longest > config["max_prompt_length"]:
-        raise ValueError(f"max_prompt_length={config['max_prompt_length']}: a question has {longest} tokens")
+    prompts = prompt_token_ids(sampler.tokenizer, [rows[number]["prompt"] for number in asked])
     seeds = [request_seed(config["seed"], "evaluate", n) + member for n in part for member in range(count)]
     kill_point("evaluating")
     sampled, _ = sampler(prompts, seeds)
@@ -172,10 +183,6 @@ def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> li
         known = {key: rows[number][key] for key in ("question", "solution")}
         made.append({**known, "text": text, "answer": given, "right": right, "tokens": len(ids)})
     return made
-
-
-def prompt_of(config: dict, tokenizer, style, row: dict) -> str:
-    return render_question(tokenizer, style, row["question"], row.get("student_system_prompt"), config["answer_line"])
 
 
 def sum_up(config: dict, answers: list[dict], folder: Path) -> dict:

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from checks import JOBS
 from launching import PREEMPTED
 from launching.lifetime import end_with
 from plan import MARKER, Plan, make_plan
-from train import apply_memory_profile, compose_config, is_complete
+from train import apply_memory_profile, apply_warmup, compose_config, is_complete
 
 ROOT = Path(__file__).resolve().parent
 
@@ -43,14 +44,22 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     for entry in config["stages"]:
         overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
-        shared = [f"output_dir={folders[entry['name']]}", f"seed={config['seed']}"]
+        shared = [f"output_dir={_quoted(folders[entry['name']])}", f"seed={config['seed']}"]
         shared.append(f"report_to={config['report_to'] or 'null'}")
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
 
 
 def _filled(value: Any, folders: dict[str, str]) -> str:
-    return "null" if value is None else str(value).format(**folders)
+    if value is None:
+        return "null"
+    filled = str(value).format(**folders)
+    return filled if filled == str(value) else _quoted(filled)
+
+
+def _quoted(path: str) -> str:
+    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
+    return "'" + path.replace("'", "\\'") + "'"
 
 
 def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> None:
@@ -64,29 +73,44 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
 
     config, folder = plan.config, Path(plan.config["output_dir"])
     stages = stages_of(config)
-    command = ["train.py"] if devices is None else ["launch.py", str(devices), *([sharding] if sharding else [])]
-    found = [(stage, configuration_of(stage, stages, devices or 1)) for stage in stages]  # all, before any starts
+    found = [(stage, configuration_of(stage, stages, devices or 1, sharding)) for stage in stages]  # before any starts
     check_evaluations(found)
     for stage, its_config in found:
         if is_complete(its_config):
             logger.info("%s is complete", stage.name)
             continue
-        logger.info("%s: %s %s", stage.name, command[0], " ".join(stage.arguments))
+        command = command_of(its_config, devices, sharding)
+        logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(stage.arguments))
         run_one([*command, *stage.arguments])
     write_report([folder / stage.name for stage in stages], folder / "report.html")
     (folder / MARKER).write_text(json.dumps({"stages": [stage.name for stage in stages]}))
     sys.stdout.write(f"{config['run_name']}: {len(stages)} stages, report in {folder / 'report.html'}\n")
 
 
-def configuration_of(stage: Stage, stages: list[Stage], devices: int) -> dict[str, Any]:
+def command_of(config: dict[str, Any], devices: int | None, sharding: str | None) -> list[str]:
+    """What starts a stage, but for its arguments."""
+    return ["train.py"] if devices is None else ["launch.py", str(devices), *_sharding_word(config, sharding)]
+
+
+def _sharding_word(config: dict[str, Any], sharding: str | None) -> list[str]:
+    """Only what trains is sharded."""
+    return [] if sharding is None or config["trainer"] in JOBS else [sharding]
+
+
+def configuration_of(stage: Stage, stages: list[Stage], devices: int, sharding: str | None = None) -> dict[str, Any]:
     """Of a stage, checked but for what an earlier one has yet to make.
 
     Raises:
         ValueError: the stage cannot work, or its folder holds another run.
     """
     config, given = compose_config(stage.arguments)
-    apply_memory_profile(config, given, devices)
-    missing = make_plan({**config, "dry_run": True}, devices).missing
+    word = _sharding_word(config, sharding) or ["ddp"]
+    try:
+        apply_memory_profile(config, given, devices, *word)
+        warmup = apply_warmup(config, given)
+        missing = make_plan({**config, "dry_run": True}, devices, warmup, *word).missing
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name}: {error}") from None
     to_come = [s.folder for s in stages]
     for line in missing:  # what names an earlier stage's folder will be there; of its own, all has to be right now
         if line.startswith("output_dir=") or not any(folder in line for folder in to_come):

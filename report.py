@@ -105,7 +105,7 @@ def main() -> None:
         sys.exit(f"error: {USAGE}")
     try:
         write_report([Path(name) for name in named], Path(out))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a place that cannot be written to
         fail(error)
     sys.stdout.write(f"{out}\n")
 

@@ -282,8 +282,12 @@ def run(config: dict, given: list[str]) -> None:
 def show(plan: Plan) -> None:
     """What a dry run prints."""
     sys.stdout.write(f"{yaml.safe_dump(plan.config, sort_keys=True)}\n{plan.report()}\n")
-    stages = importlib.import_module("pipeline").problems(plan) if plan.config["trainer"] == "pipeline" else []
-    sys.stdout.writelines(f"warning, missing: {line}\n" for line in [*plan.missing, *stages])
+    missing = list(plan.missing)
+    if plan.pending_warmup:
+        missing.append(f"model {plan.config['model_name_or_path']}: warm-up {plan.pending_warmup} would run first")
+    if plan.config["trainer"] == "pipeline":
+        missing += importlib.import_module("pipeline").problems(plan)
+    sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)
 
 
 def _sweeps(override: str) -> bool:
@@ -309,7 +313,7 @@ def job(cfg) -> None:
         sys.exit(error.returncode if error.returncode > 0 else 1)
 
 
-def fail(error: ValueError) -> None:
+def fail(error: Exception) -> None:
     """One clear line; the traceback only on request."""
     if os.environ.get("RLT_TRACEBACK"):
         raise error

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -151,7 +152,8 @@ def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
         raise ValueError(f"{GENERATOR}{name}: {error}") from None
     for entry in entries:
         trace = worked_solution(task, entry["metadata"])
-        metadata = json.dumps(entry["metadata"], default=str)
+        known = {**entry["metadata"], "task_options": options} if options else entry["metadata"]  # a check needs them
+        metadata = json.dumps(known, default=str)
         row = {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
         yield {**row, "metadata": metadata}
 
@@ -320,6 +322,7 @@ def _check_task(task: str) -> None:
         raise ValueError(f"reasoning_gym has no task {task!r}{hint}")
 
 
+@cache
 def generator_tasks() -> list[str]:
     """Names of reasoning_gym's tasks, read from its source, because importing it takes seconds.
 

@@ -30,12 +30,7 @@ COLORS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#e09f3e", "#335c67")
 
 def records_of(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for record in records:
-        if "scoring/seconds" in record and "step_time" in record:  # what a step does besides
-            phases = record.get("generation/seconds", 0.0) + record["scoring/seconds"]  # no engine: all in the second
-            record["update/seconds"] = record["step_time"] - phases
-    return records
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def draw_curves(folders: list[Path], path: Path) -> bool:

@@ -13,11 +13,7 @@ RewardFunction = Callable[..., list[float]]
 
 
 def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tuple[list[RewardFunction], list[float]]:
-    """Functions and their weights; those of weight 0 are left out.
-
-    Raises:
-        ValueError: all weights are 0.
-    """
+    """Functions and their weights; those of weight 0 are left out."""
     verifier = Verifier(config.verifier, config.verifier_limit_s)
 
     def answer_reward(completions: list[str], log_metric, **columns) -> list[float]:
@@ -40,6 +36,4 @@ def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tu
     weights = (config.answer_weight, config.format_weight, config.length_weight)
     weighted = zip((answer_reward, format_reward, length_penalty), weights, strict=True)
     chosen = [(function, weight) for function, weight in weighted if weight]
-    if not chosen:
-        raise ValueError("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
     return [function for function, _ in chosen], [float(weight) for _, weight in chosen]

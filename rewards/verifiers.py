@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 
 from data.formats import ReasoningFormat
+from data.sources import generator_tasks
 from rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
@@ -91,8 +92,9 @@ def is_for_generator(answer: str, row: dict) -> float:
         raise ValueError(f"reasoning_gym's check of {row['task']} runs what it is given")
     import reasoning_gym
 
-    task = reasoning_gym.create_dataset(row["task"], seed=0, size=1)
-    entry = {"question": row["question"], "answer": row["solution"], "metadata": json.loads(row["metadata"])}
+    metadata = json.loads(row["metadata"])
+    task = reasoning_gym.create_dataset(row["task"], seed=0, size=1, **metadata.pop("task_options", {}))
+    entry = {"question": row["question"], "answer": row["solution"], "metadata": metadata}
     return float(task.score_answer(answer, entry) >= 1.0)
 
 
@@ -107,7 +109,7 @@ CHECKS: dict[str, Callable[[str, dict], float]] = {
 
 def kind_of(row: dict) -> str:
     """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
-    if row.get("task") and row.get("metadata"):
+    if row.get("metadata") and row.get("task") in generator_tasks():  # else they are columns of someone's own
         return RUN_WHAT_THEY_ARE_GIVEN.get(row["task"], "generator")
     return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
 
@@ -115,15 +117,16 @@ def kind_of(row: dict) -> str:
 def check_rows(kind: str, rows: list[dict]) -> None:
     """
     Raises:
-        ValueError: rows are to be checked by a generator that they do not name, or that would run what it is given.
+        ValueError: rows are to be checked by a generator that they do not name, or that would run what it is given, or
+            as puzzles of numbers that they do not have.
     """
-    if kind != "generator":
+    if kind not in ("generator", "expression"):
         return
     for number, row in enumerate(rows, start=1):
-        if kind_of(row) != "generator":
+        if kind_of(row) != kind:
             raise ValueError(
-                f"verifier=generator: row {number} (task {row.get('task')}) has no check of a generator that can be "
-                "used; verifier=auto takes another for such rows"
+                f"verifier={kind}: row {number} (task {row.get('task')}) has nothing that this check can use; "
+                "verifier=auto takes another for such rows"
             )
 
 

@@ -41,7 +41,7 @@ def rows(tmp_path_factory) -> Path:
     worked = [{"question": f"{n} + 1?", "solution": str(n + 1), "reasoning_trace": f"{n} and 1."} for n in range(14)]
     (folder / "worked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worked))
     ranked = [
-        {**row, "question_id": n, "completion": f"It is {row['solution']}{mark}", "reward": reward, "match_reward": 0.0}
+        {**row, "question_id": n, "completion": f"It is {row['solution']}{mark}", "reward": reward, "matched": True}
         for n, row in enumerate(worked)
         for mark, reward in ((".", 0.0), ("!", -1.0))
     ]

@@ -94,6 +94,9 @@ BAD = [
     (["resume_from=nowhere"], "not a checkpoint folder"),
     (["eval_dataset_id_or_path=reasoning_gym/gsm_symbolic"], "among the training rows"),
     (["generation_aggregation_steps=3"], "generation_aggregation_steps=3"),
+    (["verifier=math"], "verifier is a verifier's: set trainer_cfg=grpo_verifier"),
+    (["format_weight=0.5"], "format_weight is a verifier's"),
+    (["reward_functions=[no.such]"], "'no.such' is not a dotted path"),
 ]
 
 

@@ -18,14 +18,14 @@ CONFIG = TraceConfig(
 )
 
 
-def row(question, reward, trace="a trace of its own", match=0.0, tokens=10):
+def row(question, reward, trace="a trace of its own", matched=True, tokens=10):
     return {
         "question_id": question,
         "question": f"q{question}",
         "solution": "s",
         "reasoning_trace": f"{trace} {reward}",
         "reward": reward,
-        "match_reward": match,
+        "matched": matched,
         "student_tokens": tokens,
     }
 
@@ -56,7 +56,7 @@ def test_every_row_that_is_out_is_counted_by_its_reason():
     rows = rank(
         [
             *(row(0, -1.0), row(0, -2.0)),
-            row(1, -1.5, match=-1.0),
+            row(1, -1.5, matched=False),
             row(2, float("-inf")),
             row(3, -0.5, tokens=101),
             row(4, -9.0),
@@ -91,7 +91,7 @@ def test_similarity_by_hand():
 
 
 def test_a_teacher_without_the_format_is_refused():
-    rows = rank([row(i, -1.0, match=-1.0) for i in range(99)] + [row(99, -1.0)])
+    rows = rank([row(i, -1.0, matched=False) for i in range(99)] + [row(99, -1.0)])
     with pytest.raises(ValueError, match="1.0% of 100 completions have the asked format"):
         select(rows, CONFIG)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data.formats import FORMATS
 from evaluate import check_apart, trained_on
 from launching import PREEMPTED
-from pipeline import stages_of
+from pipeline import Stage, command_of, configuration_of, stages_of
 from plan import MARKER, Plan, check_output
 from schema import DataConfig, pick
 from traces.pairs import preference_pairs
@@ -116,6 +116,35 @@ def test_preferences_are_pairs_of_ranked_traces_and_train_a_teacher(collection, 
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl") if "loss" in record]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are one at the start
+    assert losses[1] < losses[0]
+
+
+def test_a_pair_keeps_the_system_prompt_that_its_traces_were_sampled_with(tmp_path):
+    (tmp_path / "all").mkdir()
+    shared = {"solution": "2", "matched": True}
+    traces = [
+        {
+            **shared,
+            "question_id": 0,
+            "question": "a",
+            "completion": "x",
+            "reward": 1.0,
+            "teacher_system_prompt": "Be brief.",
+        },
+        {
+            **shared,
+            "question_id": 0,
+            "question": "a",
+            "completion": "y",
+            "reward": 0.0,
+            "teacher_system_prompt": "Be brief.",
+        },
+        {**shared, "question_id": 1, "question": "b", "completion": "x", "reward": 1.0},
+        {**shared, "question_id": 1, "question": "b", "completion": "y", "reward": 0.0},
+    ]
+    pandas.DataFrame(traces).to_parquet(tmp_path / "all" / "traces.parquet")
+    own, default = preference_pairs(tmp_path, 0.5)
+    assert own["teacher_system_prompt"] == "Be brief." and "teacher_system_prompt" not in default
 
 
 @pytest.mark.slow
@@ -253,6 +282,13 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("student_sft_tiny", "eval_answers=2"), "eval_answers=2 needs eval_size and eval_steps"),
         (("pipeline_tiny", "model_name_or_path=x"), "'model_name_or_path' is not a key of a pipeline run"),
         (("dpo_tiny", "eval_size=8"), "eval_size=8: preference training holds no traces out"),
+        (("student_sft_tiny", "eval_size=4"), "eval_size=4: rows are held out and never looked at; set eval_steps"),
+        (("evaluate_tiny", "eval_size=4"), "eval_size=4: an evaluation asks all rows"),
+        (("student_distill_tiny", "eval_answers=1", "verifier=maths"), "verifier=maths: use one of"),
+        (
+            ("grpo_verifier_tiny", "answer_weight=0", "format_weight=0", "length_weight=0"),
+            "answer_weight, format_weight and length_weight are all 0",
+        ),
         (("grpo_verifier_tiny", "load_best_model_at_end=true"), "a grpo run ends with its last weights"),
     ],
 )
@@ -286,6 +322,37 @@ def test_every_stage_gets_the_pipelines_seed_unless_it_has_its_own(tmp_path):
     assert config_of(*first.arguments)["seed"] == 3 and config_of(*second.arguments)["seed"] == 7
 
 
+def test_a_pipelines_folder_may_have_any_name():
+    stages = "stages=[{name:a,run:student_sft_tiny},{name:b,run:evaluate_tiny,set:{model_name_or_path:'{a}/merged'}}]"
+    made = stages_of(config_of("pipeline_tiny", stages, "output_dir='results/it\\'s/seed=1,2'"))
+    first, second = (config_of(*stage.arguments) for stage in made)
+    assert first["output_dir"] == "results/it's/seed=1,2/a"
+    assert second["model_name_or_path"] == "results/it's/seed=1,2/a/merged"
+
+
+def test_only_stages_that_train_are_sharded(tmp_path):
+    collection = Stage("traces", str(tmp_path / "a"), ["collect_tiny", f"output_dir={tmp_path / 'a'}"])
+    student = Stage(
+        "student",
+        str(tmp_path / "b"),
+        ["student_sft_tiny", f"output_dir={tmp_path / 'b'}", "use_peft=true", "save_merged_model=true"],
+    )
+    assert command_of(configuration_of(collection, [], 2, "zero3"), 2, "zero3") == ["launch.py", "2"]
+    config = configuration_of(student, [], 2, "zero2")
+    assert command_of(config, 2, "zero2") == ["launch.py", "2", "zero2"]
+    assert command_of(config, None, None) == ["train.py"]
+    with pytest.raises(ValueError, match="stage student: save_merged_model=true with zero3"):
+        configuration_of(student, [], 2, "zero3")
+
+
+def test_a_stage_that_warms_up_first_can_be_continued(tmp_path):
+    stage = Stage("rl", str(tmp_path), ["grpo_verifier_tiny", f"output_dir={tmp_path}"])
+    config = configuration_of(stage, [], 1)
+    assert config["model_name_or_path"] == "results/student_sft_tiny"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    configuration_of(stage, [], 1)
+
+
 def test_what_is_made_of_samples_may_change_until_a_run_is_complete(tmp_path):
     config = config_of("collect_tiny", f"output_dir={tmp_path}")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -303,6 +370,25 @@ def test_a_source_that_is_named_must_be_there_and_one_that_is_remembered_need_no
     assert "not checked against" in caplog.text
     with pytest.raises(ValueError, match="does not exist"):
         check_apart({**evaluation, "trained_on": gone["dataset_id_or_path"]}, [], [gone])
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("reasoning_gym/gcd", "which questions were drawn is in a run's"),
+        ("FOLDER", "is a pipeline: name one of its stages"),
+    ],
+)
+def test_what_does_not_say_which_rows_were_learned_is_refused(named, says, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_of("pipeline_tiny")))
+    with pytest.raises(ValueError, match=says):
+        trained_on(config_of("evaluate_tiny", f"trained_on={named.replace('FOLDER', str(tmp_path))}"))
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_of("evaluate_tiny")))
+    done = launch("report.py", str(tmp_path), f"--out={tmp_path / 'nowhere' / 'report.html'}")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_rows_that_training_held_out_may_be_asked():

@@ -8,8 +8,9 @@ import pytest
 from reasoning_gym.factory import DATASETS, ProceduralDataset
 
 from data.formats import FORMATS
+from data.sources import load_rows
 from rewards.verified import verified_rewards
-from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, check_rows, final_answer, kind_of
+from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, check_rows, final_answer, is_for_generator, kind_of
 from schema import VerifiedRewardConfig
 
 STYLE = FORMATS["stratos"]
@@ -83,8 +84,26 @@ def test_a_generators_check_is_refused_for_rows_that_have_none():
     check_rows("generator", [row])
     check_rows("auto", [{**row, "task": "countdown"}])
     for other in ({**row, "task": "countdown"}, {"question": "?", "solution": "1"}):
-        with pytest.raises(ValueError, match="row 2 .* has no check of a generator"):
+        with pytest.raises(ValueError, match="verifier=generator: row 2 .* has nothing that this check can use"):
             check_rows("generator", [row, other])
+    check_rows("expression", [{**row, "task": "countdown"}])
+    with pytest.raises(ValueError, match="verifier=expression: row 1"):
+        check_rows("expression", [row])
+
+
+def test_columns_of_someones_own_are_no_generators():
+    row = {"question": "Half of 1?", "solution": "0.5", "task": "algebra", "metadata": '{"source": "x"}'}
+    assert kind_of(row) == "math" and Verifier().check("\\frac{1}{2}", row) == 1
+
+
+def test_a_generators_check_knows_the_options_of_its_rows():
+    loose, strict = (
+        load_rows(f"reasoning_gym/decimal_arithmetic/max_num_decimal_places:{places}", size=1).rows[0]
+        for places in (3, 6)
+    )
+    for row, right in ((loose, 1), (strict, 0)):  # half a thousandth off
+        near = f"{float(row['solution']) + 0.0004:.6f}"
+        assert is_for_generator(near, row) == right
 
 
 @pytest.mark.parametrize(
@@ -96,11 +115,11 @@ def test_hostile_text_is_wrong_and_the_next_check_works(text):
     assert verifier.check("4/2", {"solution": "2"}) == 1.0
 
 
-def test_a_check_that_throws_is_counted(verifier):
-    before = verifier.failures
+def test_a_check_that_throws_is_counted():
+    verifier = Verifier("generator")
     row = {"question": "?", "solution": "1", "task": "no_such_task", "metadata": "{}"}
     assert verifier.check("2", row) == 0.0
-    assert verifier.failures == before + 1
+    assert verifier.failures == 1
 
 
 def test_rewards_of_answer_format_and_length():

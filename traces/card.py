@@ -26,7 +26,7 @@ def card(config: dict[str, Any], selection: Selection) -> str:
         "| | rows |",
         "|---|---|",
         f"| questions | {selection.questions} |",
-        f"| completions scored | {selection.scored} |",
+        f"| completions scored, {selection.format_rate:.1%} of them in the format | {selection.scored} |",
         *(f"| out: {reason} | {count} |" for reason, count in selection.dropped.items()),
         f"| kept | {len(selection.kept)} |",
         "",

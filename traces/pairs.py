@@ -10,6 +10,8 @@ ALL = Path("all") / "traces.parquet"
 def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
     """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair.
 
+    And `teacher_system_prompt` where the row has one of its own.
+
     Args:
         folder: of a collection.
         min_margin: of the rewards of a pair.
@@ -25,8 +27,9 @@ def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
     table = pandas.read_parquet(folder / ALL)
     for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
         best, worst = rows.iloc[0], rows.iloc[-1]  # in order of their rank
-        if best["match_reward"] == 0 and best["reward"] - worst["reward"] >= min_margin:
-            shared = {"question": best["question"], "solution": best["solution"]}
+        if best["matched"] and best["reward"] - worst["reward"] >= min_margin:
+            asked = ("question", "solution", "teacher_system_prompt")  # the prompt that the traces were sampled with
+            shared = {key: best[key] for key in asked if isinstance(best.get(key), str)}
             pairs.append({**shared, "chosen": best["completion"], "rejected": worst["completion"]})
     if not pairs:
         raise ValueError(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")

@@ -1,6 +1,6 @@
 """From scored completions to a student's rows: ranked within each question, filtered, and every loss counted.
 
-A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `match_reward`, `student_tokens`.
+A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `matched` (its format), `student_tokens`.
 """
 
 import re
@@ -24,6 +24,7 @@ class Selection:
     scored: int
     questions: int
     dropped: dict[str, int]
+    format_rate: float  # of what came in
 
 
 def rank(rows: list[dict]) -> list[dict]:
@@ -66,7 +67,7 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     Raises:
         ValueError: the teacher hardly ever has the format, or nothing is left.
     """
-    matched = [row for row in rows if row["match_reward"] == 0]
+    matched = [row for row in rows if row["matched"]]
     share = len(matched) / len(rows)
     if share < config.min_format_rate:
         raise ValueError(
@@ -90,7 +91,7 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
         kept.append(row)
     if not kept:
         raise ValueError(f"none of {len(rows)} traces is left: {dict(dropped)}")
-    return Selection(kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped))
+    return Selection(kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), share)
 
 
 def _identity(row: dict) -> str:
@@ -100,7 +101,7 @@ def _identity(row: dict) -> str:
 def _reason_against(row: dict, siblings: list[dict], seen: set[str], least: float, config: TraceConfig) -> str | None:
     if not np.isfinite(row["reward"]):
         return "no finite reward"
-    if row["match_reward"] != 0:
+    if not row["matched"]:
         return "format"
     if row["student_tokens"] > config.max_student_length:
         return f"longer than max_student_length={config.max_student_length}"

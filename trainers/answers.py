@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from data.formats import ReasoningFormat
-from data.prompts import prompt_token_ids, render_question
+from data.prompts import prompt_token_ids
 from generation import request_seed
 from rewards.verifiers import Verifier, final_answer
 
@@ -15,7 +15,7 @@ class HeldOutAnswers:
 
     Args:
         config: flat; `eval_answers` answers to each question.
-        rows: held-out questions with their solutions.
+        rows: held-out questions with their prompts and solutions.
     """
 
     def __init__(self, config: dict[str, Any], rows: list[dict], style: ReasoningFormat):
@@ -60,9 +60,7 @@ class HeldOutAnswers:
         """Of each answer to this rank's questions, whether it is right and whether one was given."""
         count, seed = self.config["eval_answers"], self.config["seed"]
         asked = [self.rows[number] for number in mine for _ in range(count)]
-        texts = [
-            render_question(tokenizer, self.style, row["question"], row.get("student_system_prompt")) for row in asked
-        ]
+        texts = [row["prompt"] for row in asked]
         seeds = [request_seed(seed, "answers", number) + member for number in mine for member in range(count)]
         sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, texts), seeds)
         written = tokenizer.batch_decode(sampled, skip_special_tokens=True)

@@ -129,9 +129,8 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
-    asked = eval_rows and config.get("eval_answers")
     trainer = SFTTrainer(
-        answers=HeldOutAnswers(config, eval_rows, style) if asked else None,
+        answers=held_out_answers(config, eval_rows, tokenizer, style),
         model=policy,
         args=arguments,
         train_dataset=Dataset.from_list(sft_examples(config, train_rows, tokenizer, style)),
@@ -143,9 +142,22 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
+def held_out_answers(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat):
+    """What answers the held-out questions at every evaluation; None where that is not asked for."""
+    if not rows or not config.get("eval_answers"):
+        return None
+
+    def render(tokenizer, row, data):
+        return render_question(tokenizer, style, row["question"], row.get("student_system_prompt"))
+
+    check_rows(config["verifier"], rows)
+    return HeldOutAnswers(config, question_rows(rows, tokenizer, pick(config, DataConfig), render), style)
+
+
 def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     pairs = preference_pairs(Path(config["dataset_id_or_path"]), pick(config, PairConfig).min_margin)
+    pairs = pairs[: config["dataset_size"]]
     rows = teaching_rows(pairs, tokenizer, style, pick(config, DataConfig))
     arguments = DPOConfig(**trainer_arguments(plan))
     let_fsdp_run_on_cpu()

@@ -45,8 +45,8 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     trainer._pending_metrics = defaultdict(list)
     trainer._metrics["eval"].clear()
     columns["length"] = [len(ids) for ids in completion_ids]
-    if "match_reward" in columns:
-        columns["format_rate"] = [float(v == 0) for v in columns["match_reward"]]
+    if "matched" in columns:
+        columns["format_rate"] = columns.pop("matched")
     columns = {name: gather_object(list(values)) for name, values in columns.items()}
     if len(trainer.reward_func_names) > 1:
         columns |= dict(zip(trainer.reward_func_names, rewards.T.tolist(), strict=True))

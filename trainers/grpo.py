@@ -351,7 +351,16 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         if self.accelerator.num_processes > 1 and "loss" in logs:
             spent = self._metrics["train"]["generation/seconds"]
             logs |= slowest(sum(spent), self.accelerator.device)
+        if self.model.training:
+            self._log_update()
         super().log(logs, start_time)
+
+    def _log_update(self) -> None:
+        """Seconds of a step that are neither generation's nor scoring's."""
+        metrics = self._metrics["train"]
+        if steps := metrics["step_time"]:
+            before = sum(metrics["generation/seconds"]) + sum(metrics["scoring/seconds"])
+            metrics["update/seconds"].append((sum(steps) - before) / len(steps))
 
     # Resume
 

@@ -84,6 +84,9 @@ class TeacherGRPOTrainer(GRPOTrainer):
             readings = self.reward.read([dict(zip(present, row, strict=True)) for row in values], completions)
         scored = self.reward.score_readings(readings)
         self._log_parts(scored, log_extra, log_metric)
+        matched = [reading.matched for reading in readings]
+        log_extra("matched", matched)
+        log_metric("reward_parts/format_rate", sum(matched) / len(matched))
         if self.model.training:
             log_extra("token_scores", token_columns(self.processing_class, readings, scored))
         return [s.reward if torch.isfinite(torch.tensor(s.reward)) else None for s in scored]
@@ -97,7 +100,6 @@ class TeacherGRPOTrainer(GRPOTrainer):
             finite = [v for v in values if torch.isfinite(torch.tensor(v))]
             if finite:
                 log_metric(f"reward_parts/{name}", sum(finite) / len(finite))
-        log_metric("reward_parts/format_rate", sum(s.match_reward == 0 for s in scored) / len(scored))
 
     # What is read in the passes of the policy and of the reference
 

@@ -70,8 +70,8 @@ def one_seed(out: Path, seed: int, novice: Path) -> None:
     for name in sets:
         learn(folder / name / "student", folder / "equal" / f"{name}.jsonl", seed, novice)
         evaluate(out, folder / name / "student", folder / name / "evaluation")
-        for checkpoint in (folder / name).glob("*/checkpoint-*"):  # gigabytes, and all that needs them is complete
-            shutil.rmtree(checkpoint)
+        for checkpoint in set((folder / name).glob("*/checkpoint-*")) - set(teachers.values()):
+            shutil.rmtree(checkpoint)  # gigabytes, and all that needs them is complete
 
 
 def train_teachers(folder: Path, questions: Path, seed: int, reader: Path) -> dict[str, Path]:
