@@ -113,8 +113,8 @@ def check_common(config: dict[str, Any]) -> None:
             raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if config["load_in_4bit"] and config["load_in_8bit"]:
         raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
-    if config.get("load_best_model_at_end") and config["trainer"] not in ("sft", "student_sft"):
-        raise ValueError(f"load_best_model_at_end=true: a {config['trainer']} run ends with its last weights; unset it")
+    if config.get("load_best_model_at_end") and config["trainer"] == "dpo":
+        raise ValueError("load_best_model_at_end=true: a dpo run ends with its last weights; unset it")
     if config.get("load_best_model_at_end") and (not config["eval_size"] or not config["eval_steps"]):
         raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
     if config["trainer"] == "dpo" and config["eval_size"]:

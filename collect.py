@@ -20,7 +20,9 @@ from generation.parts import Parts
 from plan import MARKER, Plan
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
-from traces.selection import Selection, rank, select
+from traces.selection import Selection, check_format, rank, select
+
+DEVIATIONS = 3.3  # one part in 2,000 of a teacher that just has the format often enough falls short by more
 
 
 def run(plan: Plan, stop) -> None:
@@ -116,6 +118,8 @@ def answer(
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
         written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
         made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
+    # A teacher without the format is noticed at its first part, not after all of them.
+    check_format(sum(row["matched"] for row in made), len(made), config["min_format_rate"], DEVIATIONS)
     return made
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation import bootstrap, paired_difference, pass_at_k
 from schema import TraceConfig
-from traces.selection import rank, select, similarity
+from traces.selection import check_format, rank, select, similarity
 
 CONFIG = TraceConfig(
     traces_per_question=3,
@@ -116,3 +116,11 @@ def test_differences_are_paired_by_question():
     with pytest.raises(ValueError, match="share no question"):
         paired_difference({"a": 0.0}, {"b": 1.0})
     assert math.isnan(bootstrap([float("nan")]).mean)
+
+
+def test_a_part_is_refused_only_where_chance_does_not_explain_it():
+    # 256 completions at 5 %: 12.8 are expected, with a standard deviation of 3.49.
+    with pytest.raises(ValueError, match="0.4% of 256 completions have the asked format"):
+        check_format(1, 256, 0.05, deviations=3.3)
+    check_format(2, 256, 0.05, deviations=3.3)
+    check_format(0, 9, 0.05, deviations=3.3)

@@ -289,7 +289,8 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
             ("grpo_verifier_tiny", "answer_weight=0", "format_weight=0", "length_weight=0"),
             "answer_weight, format_weight and length_weight are all 0",
         ),
-        (("grpo_verifier_tiny", "load_best_model_at_end=true"), "a grpo run ends with its last weights"),
+        (("dpo_tiny", "load_best_model_at_end=true"), "a dpo run ends with its last weights"),
+        (("grpo_verifier_tiny", "load_best_model_at_end=true"), "needs eval_size and eval_steps"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pandas
 import pytest
 import torch
 from conftest import build, config_of
+from safetensors.torch import load_file
 
 from plan import make_plan
 from train import prepare_output, train
@@ -170,6 +172,24 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     assert [e["step"] for e in evaluated] == [0, 3]
     assert all(len(e["reward"]) == 2 for e in evaluated)
     assert "paired difference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])  # one of the two is not the last step
+def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, tiny_run, tmp_path, in_root, capsys):
+    kept = ["load_best_model_at_end=true", "metric_for_best_model=reward", f"greater_is_better={greater_is_better}"]
+    steps = ["eval_steps=1", "max_steps=3", "save_steps=100", "save_total_limit=1", "learning_rate=1e-2"]
+    plan = make_plan(config_of(*tiny_run, *kept, *steps, f"output_dir={tmp_path}"))
+    prepare_output(plan.config)
+    train(plan)
+    evaluated = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    means = [sum(record["reward"]) / len(record["reward"]) for record in evaluated]
+    best = means.index((max if greater_is_better else min)(means[1:]))
+    final, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
+    assert all(torch.equal(final[name], wanted[name]) for name in wanted)
+    assert f"{means[0]:.3f} -> {means[best]:.3f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="metric_for_best_model=accuracy: held-out questions have .*reward"):
+        other = {"metric_for_best_model": "accuracy", "output_dir": str(tmp_path / "other")}
+        train(replace(plan, config={**plan.config, **other}))
 
 
 def test_the_reference_can_be_the_student_and_waits_with_the_frozen_models(tiny_run, tmp_path, in_root):

@@ -6,6 +6,7 @@ A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `matched` 
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
@@ -67,13 +68,8 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     Raises:
         ValueError: the teacher hardly ever has the format, or nothing is left.
     """
-    matched = [row for row in rows if row["matched"]]
-    share = len(matched) / len(rows)
-    if share < config.min_format_rate:
-        raise ValueError(
-            f"{share:.1%} of {len(rows)} completions have the asked format (an explanation and its end tag), "
-            f"below min_format_rate={config.min_format_rate}: warm the teacher up, or use its own reasoning_format"
-        )
+    matched = sum(row["matched"] for row in rows)
+    check_format(matched, len(rows), config.min_format_rate)
     rewards = [row["reward"] for row in rows if np.isfinite(row["reward"])]
     least = float(np.quantile(rewards, config.min_reward_quantile)) if rewards else 0.0
     dropped: Counter[str] = Counter()
@@ -91,7 +87,27 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
         kept.append(row)
     if not kept:
         raise ValueError(f"none of {len(rows)} traces is left: {dict(dropped)}")
-    return Selection(kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), share)
+    return Selection(
+        kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), matched / len(rows)
+    )
+
+
+def check_format(matched: int, count: int, least: float, deviations: float = 0.0) -> None:
+    """That a teacher has the format often enough.
+
+    Args:
+        matched: of `count` completions.
+        least: share of them.
+        deviations: by how many standard deviations of such a count they may be fewer, because more are to come.
+
+    Raises:
+        ValueError: it hardly ever has.
+    """
+    if matched < least * count - deviations * sqrt(count * least * (1 - least)):
+        raise ValueError(
+            f"{matched / count:.1%} of {count} completions have the asked format (an explanation and its end tag), "
+            f"below min_format_rate={least}: warm the teacher up, or use its own reasoning_format"
+        )
 
 
 def _identity(row: dict) -> str:

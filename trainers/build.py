@@ -74,6 +74,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     if config["trainer"] in OFFLINE and config["eval_size"] and config["eval_steps"]:
         arguments["eval_strategy"] = "steps"
     if plan.is_grpo:
+        arguments.pop("load_best_model_at_end", None)  # see keep_best
         arguments |= {
             "steps_per_generation": plan.steps_per_generation,
             "vllm_mode": "server" if config["use_vllm_server"] else "colocate",
@@ -224,6 +225,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     student = build_student(config) if is_teacher else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = GRPOConfig(**trainer_arguments(plan))
+    keep_best(arguments, config)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
     attention = policy.config.get_text_config()._attn_implementation
@@ -252,6 +254,14 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         trainer = GRPOTrainer(reward_funcs=functions, **shared)
     completions.trainer = evaluation.trainer = trainer
     return trainer, evaluation
+
+
+def keep_best(arguments: GRPOConfig, config: dict[str, Any]) -> None:
+    """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
+    if config.get("load_best_model_at_end"):
+        arguments.load_best_model_at_end = True
+        arguments.metric_for_best_model = arguments.metric_for_best_model or "reward"
+        arguments.greater_is_better = arguments.greater_is_better is not False
 
 
 def build_student(config: dict[str, Any]):

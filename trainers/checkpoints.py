@@ -108,11 +108,11 @@ class AtomicCheckpoints:
             self._writing_aside = False
         name = f"checkpoint-{self.state.global_step}"
         self._save_extra_state(aside / name)
-        if self.state.best_global_step:
+        if self.state.best_global_step == self.state.global_step:
             # Super has it below the folder that the checkpoint is about to leave.
-            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step and self.args.should_save:
-            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            self.state.best_model_checkpoint = str(output_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         kill_point("saving")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -96,6 +96,23 @@ class HeldOutEvaluation(TrainerCallback):
         step_is_logged = trainer.control.should_log  # which the handler takes for done
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, means)
         trainer.control.should_log = step_is_logged
+        if trainer.args.load_best_model_at_end:
+            self._look_for_the_best(step, means)
+
+    def _look_for_the_best(self, step: int, means: dict[str, float]) -> None:
+        """As `Trainer` does after evaluations of its own; every step that is evaluated then has a checkpoint."""
+        trainer, wanted = self.trainer, self.trainer.args.metric_for_best_model
+        if f"eval/{wanted}" not in means:
+            known = ", ".join(key.removeprefix("eval/") for key in means)
+            raise ValueError(f"metric_for_best_model={wanted}: held-out questions have {known}")
+        if step:  # before the first there is nothing to go back to
+            trainer._determine_best_metric({f"eval_{wanted}": means[f"eval/{wanted}"]}, trial=None)
+            trainer.control.should_save = True
+
+    def _kept(self) -> dict:
+        """Of the weights that the run ends with."""
+        best = self.trainer.state.best_global_step if self.trainer.args.load_best_model_at_end else None
+        return next((record for record in self.records if record["step"] == best), self.records[-1])
 
     def _write(self) -> None:
         if not self.trainer.is_world_process_zero():
@@ -108,7 +125,7 @@ class HeldOutEvaluation(TrainerCallback):
         """The run's result in one sentence; None before two evaluations."""
         if len(self.records) < 2:
             return None
-        first, last = self.records[0], self.records[-1]
+        first, last = self.records[0], self._kept()
         gain = paired_bootstrap(first["reward"], last["reward"])
         text = (
             f"reward on {len(self.rows)} held-out questions x {self.trainer.num_generations_eval}: "
