@@ -113,10 +113,8 @@ def check_common(config: dict[str, Any]) -> None:
             raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if config["load_in_4bit"] and config["load_in_8bit"]:
         raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
-    if config.get("load_best_model_at_end") and config["trainer"] == "dpo":
-        raise ValueError("load_best_model_at_end=true: a dpo run ends with its last weights; unset it")
-    if config.get("load_best_model_at_end") and (not config["eval_size"] or not config["eval_steps"]):
-        raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
+    if config.get("load_best_model_at_end"):
+        check_best(config)
     if config["trainer"] == "dpo" and config["eval_size"]:
         raise ValueError(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
     if config.get("eval_answers"):
@@ -127,6 +125,19 @@ def check_common(config: dict[str, Any]) -> None:
         raise ValueError(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
+
+
+def check_best(config: dict[str, Any]) -> None:
+    """What it takes to end with the best weights."""
+    if config["trainer"] == "dpo":
+        raise ValueError("load_best_model_at_end=true: a dpo run ends with its last weights; unset it")
+    if not config["eval_size"] or not config["eval_steps"]:
+        raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
+    if config["trainer"] in OFFLINE and config["save_steps"] != config["eval_steps"]:  # GRPO saves when it evaluates
+        raise ValueError(
+            f"load_best_model_at_end=true: save_steps={config['save_steps']} must be "
+            f"eval_steps={config['eval_steps']}, so that the best has a checkpoint"
+        )
 
 
 def check_batch(config: dict[str, Any], devices: int) -> int:

@@ -43,7 +43,13 @@ def run(plan: Plan, stop) -> None:
     parts = Parts(folder, len(rows), config["questions_at_once"])
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(config, sampler, style), Pace()
-        parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, scorer, style, rows, part, pace))
+
+        def make(part: range) -> list[dict]:
+            if first := parts.first():  # a teacher without the format is noticed there, not after all of them
+                check_format(sum(row["matched"] for row in first), len(first), config["min_format_rate"], DEVIATIONS)
+            return answer(config, sampler, scorer, style, rows, part, pace)
+
+        parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
             sys.stdout.write(f"{config['run_name']}: {pace}\n")
     stop.leave_together()
@@ -118,8 +124,6 @@ def answer(
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
         written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
         made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
-    # A teacher without the format is noticed at its first part, not after all of them.
-    check_format(sum(row["matched"] for row in made), len(made), config["min_format_rate"], DEVIATIONS)
     return made
 
 

@@ -48,8 +48,9 @@ def run(plan: Plan, stop) -> None:
         system = row.get("student_system_prompt")
         return render_question(tokenizer, style, row["question"], system, config["answer_line"])
 
-    sampler = Sampler(config)
+    sampler, asked = Sampler(config), len(rows)
     rows = question_rows(rows, sampler.tokenizer, pick(config, DataConfig), prompt_of)
+    check_shared(config, rows)
     parts = Parts(folder, len(rows), config["questions_at_once"])
     verifier = Verifier(config["verifier"], config["verifier_limit_s"])
     parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, verifier, rows, part))
@@ -59,7 +60,7 @@ def run(plan: Plan, stop) -> None:
         )
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        result = sum_up(config, parts.read(), folder)
+        result = sum_up(config, parts.read(), folder, asked - len(rows))
         (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
         sys.stdout.write(table(config, result))
 
@@ -68,7 +69,7 @@ def questions(config: dict) -> list[dict]:
     """The rows to answer.
 
     Raises:
-        ValueError: there are none, the model was trained on some of them, or they cannot be checked or compared.
+        ValueError: there are none, the model was trained on some of them, or they cannot be checked.
     """
     from rewards.verifiers import check_rows
 
@@ -78,9 +79,16 @@ def questions(config: dict) -> list[dict]:
         raise ValueError(f"dataset_id_or_path={config['dataset_id_or_path']}: no usable row, {loaded.dropped}")
     check_apart(config, loaded.rows, trained_on(config))
     check_rows(config["verifier"], loaded.rows)
-    if config["compare_with"] and not compared(config, {row["question"] for row in loaded.rows}):
-        raise ValueError(f"compare_with={config['compare_with']}: the two evaluations share no question")
     return loaded.rows
+
+
+def check_shared(config: dict, rows: list[dict]) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    if config["compare_with"] and not compared(config, {row["question"] for row in rows}):
+        raise ValueError(f"compare_with={config['compare_with']}: the two evaluations share no question")
 
 
 def compared(config: dict, questions: Iterable[str]) -> set[str]:
@@ -132,7 +140,7 @@ def check_apart(config: dict, rows: list[dict], learned: list[dict]) -> None:
 def trained_on(config: dict) -> list[dict]:
     """Configurations of what the model is known to have learned from: its run's, and those its run started from.
 
-    `trained_on` names a run's output folder or a source; without it, the model's folder is asked.
+    `trained_on` names a run's output folder, a file or a hub's dataset; without it, the model's folder is asked.
 
     Raises:
         ValueError: a task is named, of which a run has drawn rows of its own, or a pipeline.
@@ -185,8 +193,12 @@ def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> li
     return made
 
 
-def sum_up(config: dict, answers: list[dict], folder: Path) -> dict:
-    """Figures of all answers, written to `evaluation.json` with what they were compared with."""
+def sum_up(config: dict, answers: list[dict], folder: Path, left_out: int) -> dict:
+    """Figures of all answers, written to `evaluation.json` with what they were compared with.
+
+    Args:
+        left_out: questions that are too long to be asked.
+    """
     import pandas
 
     pandas.DataFrame(answers).to_parquet(folder / "answers.parquet")
@@ -200,8 +212,8 @@ def sum_up(config: dict, answers: list[dict], folder: Path) -> dict:
         figures[f"pass@{k}"] = bootstrap(passed)
     figures["format rate"] = bootstrap([mean(r["answer"] is not None for r in rows) for rows in by_question.values()])
     figures["tokens"] = bootstrap([mean(r["tokens"] for r in rows) for rows in by_question.values()])
-    result = {"questions": len(by_question), "figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
-    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    result = {"questions": len(by_question), "left_out": left_out}
+    result |= {"figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
     if config["compare_with"]:
         other = json.loads((Path(config["compare_with"]) / RESULT).read_text())
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
@@ -219,6 +231,9 @@ def mean(values) -> float:
 def table(config: dict, result: dict) -> str:
     lines = [f"{config['model_name_or_path']} on {result['questions']} questions of {config['dataset_id_or_path']}"]
     lines += [f"  {name:<12} {Estimate(**value)}" for name, value in result["figures"].items()]
+    if result["left_out"]:
+        limit = config["max_prompt_length"]
+        lines.append(f"  {result['left_out']} more questions are left out, longer than max_prompt_length={limit}")
     if "difference" in result:
         lines.append(
             f"  against {config['compare_with']}: {Estimate(**result['difference']).signed}, paired over "

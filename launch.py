@@ -235,7 +235,7 @@ def launch_here(
         config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
     plan = make_plan(config, devices * machines.nodes, pending_warmup=warmup, sharding=sharding)
     if config["dry_run"]:
-        show(plan)
+        show(plan, sharding)
         return 0
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
@@ -252,7 +252,7 @@ def launch_here(
         if config["trainer"] == "pipeline":
             if machines.nodes > 1:
                 raise ValueError(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
-            run_pipeline(plan, devices, None if sharding == sharding_of(config, None) else sharding)
+            run_pipeline(plan, devices, sharding)
             return 0
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())
         return start_ranks(plan, devices, machines, sharding, server_devices, link)

@@ -67,7 +67,7 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
 
     Args:
         devices: for each stage, by launch.py; None: one, by train.py.
-        sharding: over them; None: the stage's own default.
+        sharding: over them, of the stages that train.
     """
     from report import write_report
 
@@ -118,12 +118,12 @@ def configuration_of(stage: Stage, stages: list[Stage], devices: int, sharding: 
     return config
 
 
-def problems(plan: Plan) -> list[str]:
+def problems(plan: Plan, sharding: str | None) -> list[str]:
     """What would stop each stage, for a dry run."""
     stages, found = stages_of(plan.config), []
     for stage in stages:
         try:
-            configuration_of(stage, stages, plan.devices)
+            configuration_of(stage, stages, plan.devices, sharding)
         except ValueError as error:
             found.append(str(error))
     return found

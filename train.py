@@ -279,14 +279,14 @@ def run(config: dict, given: list[str]) -> None:
         train(plan)
 
 
-def show(plan: Plan) -> None:
+def show(plan: Plan, sharding: str | None = None) -> None:
     """What a dry run prints."""
     sys.stdout.write(f"{yaml.safe_dump(plan.config, sort_keys=True)}\n{plan.report()}\n")
     missing = list(plan.missing)
     if plan.pending_warmup:
         missing.append(f"model {plan.config['model_name_or_path']}: warm-up {plan.pending_warmup} would run first")
     if plan.config["trainer"] == "pipeline":
-        missing += importlib.import_module("pipeline").problems(plan)
+        missing += importlib.import_module("pipeline").problems(plan, sharding)
     sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)
 
 

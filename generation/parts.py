@@ -48,7 +48,14 @@ class Parts:
             aside.write_text(text, encoding="utf-8")
             os.replace(aside, self._file(number))
 
+    def first(self) -> list[dict] | None:
+        """The rows of the first part, once it is there."""
+        return _rows(self._file(0)) if self._file(0).is_file() else None
+
     def read(self) -> list[dict]:
         """All rows in order, once every part is there."""
-        files = [self._file(number) for number in range(len(self.ranges))]
-        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        return [row for number in range(len(self.ranges)) for row in _rows(self._file(number))]
+
+
+def _rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

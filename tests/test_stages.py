@@ -164,6 +164,21 @@ def test_the_best_checkpoint_is_kept_under_every_sharding(sharding, collection, 
     assert all(torch.equal(final[name], best[name]) for name in best)
 
 
+@pytest.mark.slow
+def test_a_student_that_is_asked_to_stop_goes_on_from_there_and_not_from_its_best(
+    collection, tiny_student, style, tmp_path
+):
+    _, traces = collection
+    data = [f"dataset_id_or_path={traces}", f"model_name_or_path={tiny_student}", f"reasoning_format={style}"]
+    steps = ["eval_size=2", "eval_steps=1", "save_steps=1", "max_steps=60", "learning_rate=1.0", "warmup_steps=0"]
+    batch = ["train_batch_size=2", "per_device_train_batch_size=1", "bf16=false", "save_total_limit=1"]
+    run = ["1", "student_distill_tiny", *data, *steps, *batch, f"output_dir={tmp_path}"]
+    stopped = launch("launch.py", *run, RLT_SIGNAL_AT="saving:2:SIGTERM")
+    assert stopped.returncode == PREEMPTED, stopped.stderr[-3000:]
+    best, last = sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert best == 1 and f"after step {last} and saved" in stopped.stderr
+
+
 def test_a_students_answers_are_counted_while_it_learns_and_choose_the_checkpoint(tiny_student, style, tmp_path):
     source = tmp_path / "rows.jsonl"
     rows = [{"question": f"What is {n}?", "solution": "4", "reasoning_trace": "Two and two."} for n in range(18)]
@@ -282,6 +297,7 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("student_sft_tiny", "eval_answers=2"), "eval_answers=2 needs eval_size and eval_steps"),
         (("pipeline_tiny", "model_name_or_path=x"), "'model_name_or_path' is not a key of a pipeline run"),
         (("dpo_tiny", "eval_size=8"), "eval_size=8: preference training holds no traces out"),
+        (("student_distill_tiny", "eval_steps=5"), "save_steps=10 must be eval_steps=5"),
         (("student_sft_tiny", "eval_size=4"), "eval_size=4: rows are held out and never looked at; set eval_steps"),
         (("evaluate_tiny", "eval_size=4"), "eval_size=4: an evaluation asks all rows"),
         (("student_distill_tiny", "eval_answers=1", "verifier=maths"), "verifier=maths: use one of"),

@@ -186,7 +186,9 @@ def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, t
     best = means.index((max if greater_is_better else min)(means[1:]))
     final, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
     assert all(torch.equal(final[name], wanted[name]) for name in wanted)
-    assert f"{means[0]:.3f} -> {means[best]:.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{means[0]:.3f} -> {means[best]:.3f}" in said
+    assert f"step {best}, chosen on these questions from 3 evaluations" in said
     with pytest.raises(ValueError, match="metric_for_best_model=accuracy: held-out questions have .*reward"):
         other = {"metric_for_best_model": "accuracy", "output_dir": str(tmp_path / "other")}
         train(replace(plan, config={**plan.config, **other}))

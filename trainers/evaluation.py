@@ -139,4 +139,6 @@ class HeldOutEvaluation(TrainerCallback):
             before, after = first["answer_reward"], last["answer_reward"]
             text += f"; accuracy {_nanmean(before):.1%} -> {_nanmean(after):.1%}, "
             text += paired_bootstrap(before, after).signed
+        if self.trainer.args.load_best_model_at_end:
+            text += f"; step {last['step']}, chosen on these questions from {len(self.records) - 1} evaluations"
         return f"{text}; length {_nanmean(first['length']):.0f} -> {_nanmean(last['length']):.0f} tokens"

@@ -358,8 +358,8 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     def _log_update(self) -> None:
         """Seconds of a step that are neither generation's nor scoring's."""
         metrics = self._metrics["train"]
-        if steps := metrics["step_time"]:
-            before = sum(metrics["generation/seconds"]) + sum(metrics["scoring/seconds"])
+        if steps := metrics.get("step_time"):
+            before = sum(sum(metrics.get(phase, ())) for phase in ("generation/seconds", "scoring/seconds"))
             metrics["update/seconds"].append((sum(steps) - before) / len(steps))
 
     # Resume

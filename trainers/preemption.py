@@ -41,3 +41,7 @@ class StopOnSignal(TrainerCallback):
         asked = torch.tensor([self.asked], device=PartialState().device)
         if bool(gather(asked).any()) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped:  # as saved the state knows its best, which a run that is to go on must not be put back to
+            state.best_model_checkpoint = None
