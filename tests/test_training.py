@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from plan import make_plan
 from train import prepare_output, train
 from trainers.build import build_trainer
+from trainers.outputs import update_seconds
 from trainers.sft import example
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -162,9 +163,14 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     assert not {name for name in left if name.startswith(".saving")}
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     step = next(line for line in logged if line["step"] == 1 and "loss" in line)
-    assert {"reward", "kl", "reward_parts/kl_reward", "reward_parts/format_rate", "completions/mean_length"} <= set(
-        step
-    )
+    assert {
+        "reward",
+        "kl",
+        "update/seconds",
+        "reward_parts/kl_reward",
+        "reward_parts/format_rate",
+        "completions/mean_length",
+    } <= set(step)
     table = pandas.read_parquet(tmp_path / "completions" / "step-00003.parquet")
     assert len(table) == 8
     assert {"prompt", "completion", "reward", "solution_log_prob_reward", "advantage"} <= set(table.columns)
@@ -172,6 +178,12 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
     assert [e["step"] for e in evaluated] == [0, 3]
     assert all(len(e["reward"]) == 2 for e in evaluated)
     assert "paired difference" in capsys.readouterr().out
+
+
+def test_an_update_is_what_is_left_of_its_steps():
+    two_steps_on_one_batch = {"step_time": [9.0, 3.0], "generation/seconds": [4.0], "scoring/seconds": [2.0]}
+    assert update_seconds(two_steps_on_one_batch) == 3.0
+    assert update_seconds({"step_time": [5.0], "scoring/seconds": [2.0]}) == 3.0  # without an engine of its own
 
 
 @pytest.mark.parametrize("greater_is_better", [True, False])  # one of the two is not the last step

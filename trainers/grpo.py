@@ -27,6 +27,7 @@ from logprobs import token_log_probs
 from logprobs.packing import members_of, pad_rows
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
+from trainers.outputs import update_seconds
 from trainers.overlap import OverlappedGeneration
 from trainers.ranks import agree_on_forwards, inside_forward, is_sharded, slowest
 from trainers.sharding import full_weights, load_full_weights
@@ -351,16 +352,9 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         if self.accelerator.num_processes > 1 and "loss" in logs:
             spent = self._metrics["train"]["generation/seconds"]
             logs |= slowest(sum(spent), self.accelerator.device)
-        if self.model.training:
-            self._log_update()
+        if self.model.training and self._metrics["train"].get("step_time"):
+            self._metrics["train"]["update/seconds"].append(update_seconds(self._metrics["train"]))
         super().log(logs, start_time)
-
-    def _log_update(self) -> None:
-        """Seconds of a step that are neither generation's nor scoring's."""
-        metrics = self._metrics["train"]
-        if steps := metrics.get("step_time"):
-            before = sum(sum(metrics.get(phase, ())) for phase in ("generation/seconds", "scoring/seconds"))
-            metrics["update/seconds"].append((sum(steps) - before) / len(steps))
 
     # Resume
 

@@ -41,6 +41,16 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 1), **numbers}) + "\n")
 
 
+def update_seconds(metrics: dict[str, list[float]]) -> float:
+    """What a step takes besides generation and scoring, on average.
+
+    Args:
+        metrics: since they were logged last; `step_time` has one value a step, the others one a generated batch.
+    """
+    before = sum(sum(metrics.get(phase, ())) for phase in ("generation/seconds", "scoring/seconds"))
+    return (sum(metrics["step_time"]) - before) / len(metrics["step_time"])
+
+
 class ProgressBar(TrainerCallback):
     """One bar on the main process: reward, KL, tokens per second and time left."""
 
