@@ -62,6 +62,7 @@ def test_traces_are_scored_ranked_filtered_and_counted(collection):
     assert kept[0]["reasoning_trace"] in answer and kept[0]["solution"] in answer
     card = (folder / "DATA_CARD.md").read_text()
     assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
+    assert "| share of them in the format | " in card
 
 
 @pytest.mark.slow
