@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from reasoning_gym.factory import DATASETS, ProceduralDataset
@@ -135,5 +136,5 @@ def test_rewards_of_answer_format_and_length():
     }
     assert [function(**columns) for function in functions] == [[1, 0, 0], [1, 1, 0], [0, -0.5, -1]]
     assert logged == {"verifier/failures": 0.0}
-    with pytest.raises(ValueError, match="all 0"):
-        verified_rewards(VerifiedRewardConfig(0, 0, 0, 10, "exact", 1.0), STYLE)
+    alone, weight = verified_rewards(replace(config, format_weight=0.0, length_weight=0.0), STYLE)
+    assert weight == [1.0] and [function.__name__ for function in alone] == ["answer_reward"]
