@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+import yaml
 from conftest import launch
 from safetensors.torch import load_file
 
@@ -45,6 +46,8 @@ def rows(tmp_path_factory) -> Path:
         for n, row in enumerate(worked)
         for mark, reward in ((".", 0.0), ("!", -1.0))
     ]
+    # Any sentence ends an explanation, as tiny random models write no tag.
+    (folder / "short.yaml").write_text(yaml.safe_dump({"name": "short", "explanation_tags": ["<explain>", "."]}))
     (folder / "all").mkdir()
     pandas.DataFrame(ranked).to_parquet(folder / "all" / "traces.parquet")
     return folder
@@ -60,7 +63,7 @@ def stages(rows, tiny_run, tiny_teacher, tiny_student) -> dict[str, list[str]]:
     return {
         "warm-up": ["teacher_sft_tiny", questions, teacher, *SMALL],
         "GRPO": [*tiny_run, *STEPS, "eval_size=0"],
-        "collection": ["collect_tiny", *asked, *parts],
+        "collection": ["collect_tiny", *asked, *parts, f"reasoning_format={rows / 'short.yaml'}"],
         "distillation": ["student_distill_tiny", questions, student, *SMALL, *loss_alone],
         "preferences": ["dpo_tiny", f"dataset_id_or_path={rows}", teacher, *SMALL, "min_margin=0.1"],
         "evaluation": ["evaluate_tiny", questions, student, *parts, "max_completion_length=8", "pass_at=[1]"],
