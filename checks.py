@@ -123,6 +123,8 @@ def check_common(config: dict[str, Any]) -> None:
             raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
     if config["trainer"] in ("sft", "student_sft") and config["eval_size"] and not config["eval_steps"]:
         raise ValueError(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
+    if config["dataset_size"] is not None and config["dataset_size"] < 1:
+        raise ValueError(f"dataset_size={config['dataset_size']} must be positive, or null for all rows")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 

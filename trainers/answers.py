@@ -60,9 +60,8 @@ class HeldOutAnswers:
         """Of each answer to this rank's questions, whether it is right and whether one was given."""
         count, seed = self.config["eval_answers"], self.config["seed"]
         asked = [self.rows[number] for number in mine for _ in range(count)]
-        texts = [row["prompt"] for row in asked]
         seeds = [request_seed(seed, "answers", number) + member for number in mine for member in range(count)]
-        sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, texts), seeds)
+        sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, [row["prompt"] for row in asked]), seeds)
         written = tokenizer.batch_decode(sampled, skip_special_tokens=True)
         given = [final_answer(text, self.style) for text in written]
         right = [self.verifier.check(answer, row) > 0 for answer, row in zip(given, asked, strict=True)]
