@@ -193,6 +193,7 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
     """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`."""
     groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
     firsts = [0, *accumulate(count for _, count in groups)]
+    llm.reset_prefix_cache()  # a prompt that is found there is rounded otherwise: numbers depend on this call alone
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids, _ in groups],
         sampling_params=[
