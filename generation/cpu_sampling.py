@@ -5,6 +5,7 @@ import torch
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
 BLOCK = 256  # vocabulary entries
+ELEMENTS_AT_ONCE = 2**20  # of the logits: 4 MiB, which a processor's cache holds
 
 _vllms = TopKTopPSampler.forward_cpu
 
@@ -24,7 +25,7 @@ def inverse_transform(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.
     rest = -probs_BV.shape[1] % BLOCK
     padded = torch.nn.functional.pad(probs_BV, (0, rest)) if rest else probs_BV
     blocks = padded.unflatten(1, (-1, BLOCK))
-    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    ends = blocks.sum(dim=2).cumsum(dim=1, dtype=torch.float64)
     wanted = uniform_B * ends[:, -1]
     block = _first_above(ends, wanted)
     row = torch.arange(len(block))
@@ -43,10 +44,17 @@ def forward_cpu(self, logits, generators, k, p):
     if len(generators) != logits.shape[0] or self.use_fp64_gumbel:
         return _vllms(self, logits, generators, k, p)
     logits = apply_top_k_top_p(logits, k, p)
-    log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
+    log_probs = torch.empty_like(logits, dtype=torch.float32)
+    numbers = torch.stack(
+        [torch.rand((), generator=generators[row], dtype=torch.float64) for row in range(len(logits))]
+    )
+    rows = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
+    tokens = []
+    for low, out, drawn in zip(logits.split(rows), log_probs.split(rows), numbers.split(rows), strict=True):
+        torch.log_softmax(low, dim=-1, dtype=torch.float32, out=out)
+        tokens.append(inverse_transform(out.exp(), drawn))
     returned = {"processed_logits": logits, "processed_logprobs": log_probs}.get(self.logprobs_mode)
-    numbers = [torch.rand((), generator=generators[row], dtype=torch.float64) for row in range(len(generators))]
-    return inverse_transform(log_probs.exp(), torch.stack(numbers)), returned
+    return torch.cat(tokens), returned
 
 
 def install() -> None:

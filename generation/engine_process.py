@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm import LLM
 
-from generation import cpu_sampling
+from generation import cpu_norms, cpu_sampling
 from generation.shared_memory import weights_folder
 from generation.vllm_engine import Completions, VLLMEngine, generate, load_weights, prepare_bfloat16
 
@@ -115,6 +115,7 @@ def _end(process, pipe, folder: Path) -> None:
 def serve(pipe, options: dict[str, Any], threads: int, folder: Path) -> None:
     """The other side: one request after the other, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's, whose end ends this process too
+    cpu_norms.install()
     cpu_sampling.install()
     if options.get("dtype") == "bfloat16":
         prepare_bfloat16()

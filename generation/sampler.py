@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from generation.vllm_engine import Completions, VLLMEngine
+from models.allocator import keep_freed_memory
 from models.loading import load_frozen, load_tokenizer, resolve_model_path, supports_bfloat16
 
 MAX_SEQUENCES = 256  # that the engine runs at once
@@ -22,6 +23,7 @@ class Sampler:
         on_gpu = torch.cuda.is_available()
         low = supports_bfloat16("cuda" if on_gpu else "cpu") if config["bf16"] is None else config["bf16"]
         self.dtype = torch.bfloat16 if low else torch.float32
+        keep_freed_memory()
         path = resolve_model_path(config["model_name_or_path"])
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if low else "no")
         self.tokenizer = load_tokenizer(path, config["trust_remote_code"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from generation.cpu_norms import KERNELS
 from launching.lifetime import end_with
 from models.loading import resolve_model_path, supports_bfloat16
 
@@ -36,6 +37,7 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
     flags = ["--trust-remote-code"] if config["trust_remote_code"] else []
     if on_cpu:  # as in generation/vllm_engine.py
         arguments |= {"block-size": 32, "hf-overrides": '{"tie_word_embeddings": false}'}
+        arguments["kernel-config"] = json.dumps(KERNELS)
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
     else:
         arguments["gpu-memory-utilization"] = 0.9  # it has its devices to itself

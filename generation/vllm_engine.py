@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
-from generation import cpu_sampling
+from generation import cpu_norms, cpu_sampling
 from generation.server import Completions
 
 QUANTISED = (Linear4bit, Linear8bitLt)
@@ -79,6 +79,7 @@ class VLLMEngine(VLLMGeneration):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        cpu_norms.install()
         cpu_sampling.install()
         if self.engine_dtype == "bfloat16":
             prepare_bfloat16()
@@ -91,6 +92,7 @@ class VLLMEngine(VLLMGeneration):
             "load_format": "dummy",  # the trainer's weights arrive before the first request
             # A tied output head would keep its packed copy of the old weights.
             "hf_overrides": {"tie_word_embeddings": False},
+            "kernel_config": cpu_norms.KERNELS,
         }
 
     def _for_a_gpu(self) -> dict:
@@ -190,14 +192,17 @@ def load_weights(llm: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
 
 
 def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dict) -> Completions:
-    """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`."""
+    """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`.
+
+    Text is made only where strings to stop at have to be found in it.
+    """
     groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
     firsts = [0, *accumulate(count for _, count in groups)]
     llm.reset_prefix_cache()  # a prompt that is found there is rounded otherwise: numbers depend on this call alone
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids, _ in groups],
         sampling_params=[
-            SamplingParams(**{**sampling, "seed": seeds[first], "n": count})
+            SamplingParams(**{**sampling, "seed": seeds[first], "n": count, "detokenize": "stop" in sampling})
             for first, (_, count) in zip(firsts, groups, strict=False)
         ],
         use_tqdm=False,
