@@ -9,11 +9,6 @@ WIDTH = 16  # the kernels take sizes that their vectors divide
 KERNELS = {"ir_op_priority": {name: [PROVIDER] for name in ("rms_norm", "fused_add_rms_norm")}}  # vLLM's kernel_config
 
 
-def _takes(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
-    plain = x.device.type == "cpu" and x.dim() == 2 and x.is_contiguous() and x.shape[1] % WIDTH == 0
-    return plain and weight is not None and weight.dtype == x.dtype and variance_size is None
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     out = torch.empty_like(x)
     torch.ops._C.rms_norm(out, x, weight, epsilon)
@@ -28,11 +23,12 @@ def fused_add_rms_norm(
 
 
 def takes_norm(x, weight, epsilon, variance_size=None) -> bool:
-    return _takes(x, weight, variance_size)
+    plain = x.device.type == "cpu" and x.dim() == 2 and x.is_contiguous() and x.shape[1] % WIDTH == 0
+    return plain and weight is not None and weight.dtype == x.dtype and variance_size is None
 
 
 def takes_sum_and_norm(x, x_residual, weight, epsilon, variance_size=None) -> bool:
-    return _takes(x, weight, variance_size) and x_residual.is_contiguous() and x_residual.dtype == x.dtype
+    return takes_norm(x, weight, epsilon, variance_size) and x_residual.is_contiguous() and x_residual.dtype == x.dtype
 
 
 def install() -> None:

@@ -137,3 +137,15 @@ def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_mo
     assert len({tuple(ids) for ids in completions}) > 1
     assert [len(values) for values in log_probs] == [len(ids) for ids in completions]
     assert engine.generate_seeded([prompt] * 4, [7, 1, 2, 3])[0] == completions
+
+
+def test_strings_to_stop_at_are_found(engine_and_model, monkeypatch):
+    engine, _ = engine_and_model
+    prompts = encode(engine)
+    whole, _ = engine.generate_seeded(prompts, [1, 2, 3])
+    decode = engine.processing_class.decode
+    stop = decode(whole[0][4])
+    monkeypatch.setattr(engine, "generation_kwargs", {"stop": [stop]})
+    short, _ = engine.generate_seeded(prompts[:1], [1])
+    assert stop in decode(short[0]) and stop not in decode(short[0][:-1])
+    assert short[0] == whole[0][: len(short[0])] and len(short[0]) < len(whole[0])
