@@ -2,6 +2,7 @@
 entry, which took half of the time that a small model's generation takes."""
 
 import torch
+from vllm.v1.sample import sampler
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
 BLOCK = 256  # vocabulary entries
@@ -57,6 +58,12 @@ def forward_cpu(self, logits, generators, k, p):
     return torch.cat(tokens), returned
 
 
+def no_ranks(log_probs_BV: torch.Tensor, chosen_B1: torch.Tensor) -> torch.Tensor:
+    """0 for each token: vLLM compiles a kernel for its rank, which takes seconds in every process and is never read."""
+    return torch.zeros(len(log_probs_BV), dtype=torch.long)
+
+
 def install() -> None:
     """For every engine that this process builds from here on; GPUs sample in their own way."""
     TopKTopPSampler.forward_cpu = forward_cpu
+    sampler.batched_count_greater_than = no_ranks

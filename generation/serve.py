@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from generation.cpu_norms import KERNELS
+from generation import cpu_settings
 from launching.lifetime import end_with
 from models.loading import resolve_model_path, supports_bfloat16
 
@@ -35,10 +35,13 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
         "uvicorn-log-level": "warning",
     }
     flags = ["--trust-remote-code"] if config["trust_remote_code"] else []
-    if on_cpu:  # as in generation/vllm_engine.py
-        arguments |= {"block-size": 32, "hf-overrides": '{"tie_word_embeddings": false}'}
-        arguments["kernel-config"] = json.dumps(KERNELS)
-        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    if on_cpu:
+        for name, value in cpu_settings.OPTIONS.items():
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                arguments[option] = json.dumps(value)
     else:
         arguments["gpu-memory-utilization"] = 0.9  # it has its devices to itself
     return [*(word for key, value in arguments.items() for word in (f"--{key}", str(value))), *flags]
@@ -56,8 +59,8 @@ def main() -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(PLUGIN), os.environ.get("PYTHONPATH", "")]),
     }
     if on_cpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        for name, value in cpu_settings.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     place = ["--port", sys.argv[2], "--host", sys.argv[3]]
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place])
 

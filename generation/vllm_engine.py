@@ -16,13 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
 
-from generation import cpu_norms, cpu_sampling
+from generation import cpu_norms, cpu_sampling, cpu_settings
 from generation.server import Completions
 
 QUANTISED = (Linear4bit, Linear8bitLt)
 UNITS = 1024  # inputs of a layer whose weights are asked for at once
-CPU_BLOCK_SIZE = 32  # the CPU backend takes multiples of 32 only
-CPU_KV_CACHE_GIB = "1"
 
 
 class VLLMEngine(VLLMGeneration):
@@ -77,22 +75,16 @@ class VLLMEngine(VLLMGeneration):
 
     def _for_the_cpu(self) -> dict:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        for name, value in cpu_settings.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         cpu_norms.install()
         cpu_sampling.install()
         if self.engine_dtype == "bfloat16":
             prepare_bfloat16()
         return {
+            **cpu_settings.OPTIONS,
             "dtype": self.engine_dtype,
-            "block_size": CPU_BLOCK_SIZE,
-            # A prompt cut in two steps rewinds its request's generator, which only CUDA's can do.
-            "enable_chunked_prefill": False,
-            "enforce_eager": True,
             "load_format": "dummy",  # the trainer's weights arrive before the first request
-            # A tied output head would keep its packed copy of the old weights.
-            "hf_overrides": {"tie_word_embeddings": False},
-            "kernel_config": cpu_norms.KERNELS,
         }
 
     def _for_a_gpu(self) -> dict:

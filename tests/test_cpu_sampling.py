@@ -2,6 +2,7 @@
 
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.sampler import Sampler
 
 from generation import cpu_sampling
 from generation.cpu_sampling import BLOCK, inverse_transform
@@ -43,3 +44,11 @@ def test_top_p_and_top_k_leave_the_rest_out():
     generators = {row: torch.Generator().manual_seed(row) for row in range(200)}
     tokens, _ = cpu_sampling.forward_cpu(sampler, logits.clone(), generators, torch.full((200,), 2), None)
     assert set(tokens.tolist()) == {2, 3}
+
+
+def test_log_probs_are_gathered_without_ranks():
+    cpu_sampling.install()
+    log_probs = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).log()
+    gathered = Sampler.gather_logprobs(log_probs, 0, torch.tensor([1, 0]))
+    torch.testing.assert_close(gathered.logprobs.exp(), torch.tensor([[0.2], [0.5]]))
+    assert gathered.selected_token_ranks.tolist() == [0, 0]
