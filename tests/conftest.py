@@ -37,6 +37,11 @@ TINY_RUN = [
 ]
 
 
+def pytest_sessionstart(session):
+    """What imports said is dropped: with workers it would stand behind the closing line."""
+    session.config.pluginmanager.getplugin("capturemanager").read_global_capture()
+
+
 def save_tiny(folder: Path, seed: int) -> str:
     tokenizer = load_tokenizer(str(embedded_model_path(EMBEDDED)))
     torch.manual_seed(seed)
