@@ -76,7 +76,8 @@ class Pace:
 
 
 def build_scorer(config: dict, sampler, style: ReasoningFormat):
-    from models.loading import load_frozen, resolve_model_path
+    from models.loading import load_frozen
+    from models.paths import resolve_model_path
     from traces.scoring import TraceScorer
 
     path = resolve_model_path(config["student_model"])

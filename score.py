@@ -121,7 +121,8 @@ def build_reward(config: dict):
     """The teacher reward over the two models of the configuration."""
     import torch
 
-    from models.loading import load_frozen, load_tokenizer, resolve_model_path
+    from models.loading import load_frozen, load_tokenizer
+    from models.paths import resolve_model_path
     from rewards import TeacherReward
 
     dtype = getattr(torch, config["dtype"])

@@ -190,9 +190,9 @@ def finish(trainer, config: dict) -> None:
         return
     trainer.processing_class.save_pretrained(str(folder))
     if config["save_merged_model"] and config["use_peft"]:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(str(folder / "merged"))
-        trainer.processing_class.save_pretrained(str(folder / "merged"))
+        from models.paths import merged_model_path
+
+        merged_model_path(folder, config["trust_remote_code"])
     (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))
 
 

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from generation.vllm_engine import Completions, VLLMEngine
 from models.allocator import keep_freed_memory
-from models.loading import load_frozen, load_tokenizer, resolve_model_path, supports_bfloat16
+from models.loading import load_frozen, load_tokenizer, supports_bfloat16
+from models.paths import resolve_model_path
 
 MAX_SEQUENCES = 256  # that the engine runs at once
 

@@ -13,7 +13,8 @@ import torch
 
 from generation import cpu_settings
 from launching.lifetime import end_with
-from models.loading import resolve_model_path, supports_bfloat16
+from models.loading import supports_bfloat16
+from models.paths import resolve_model_path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "generation" / "vllm_plugin"

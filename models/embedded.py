@@ -53,7 +53,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
         return folder
     gguf = _gguf_path(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not folder.is_dir():
             aside = folder.with_suffix(".partial")
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
@@ -71,7 +71,7 @@ def _gguf_path(name: str) -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Exclusive between processes; the system gives it back when its holder dies."""
     with path.open("w") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
@@ -81,9 +81,7 @@ def _lock(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:
-                    raise TimeoutError(
-                        f"{path} was locked by another process for {LOCK_TIMEOUT_S} s: end it, or set RLT_CACHE_DIR"
-                    ) from None
+                    raise TimeoutError(f"{path} was locked by another process for {LOCK_TIMEOUT_S} s: end it") from None
                 time.sleep(0.2)
         yield
 

@@ -1,12 +1,10 @@
 """Loading of policies, frozen models and tokenizers: safetensors only, no remote code unless asked for."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,7 +14,6 @@ from transformers import (
 )
 
 from models.attention import NAME, can_share_prefixes
-from models.embedded import embedded_model_path, is_embedded
 
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
 PAD_CANDIDATES = (
@@ -30,7 +27,6 @@ PAD_CANDIDATES = (
     "<|reserved_special_token_0|>",
 )
 CPU_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
-LOCAL_STARTS = (".", "/", "~", "results/")
 
 
 def supports_bfloat16(device_type: str) -> bool:
@@ -46,29 +42,13 @@ def supports_bfloat16(device_type: str) -> bool:
     )
 
 
-def resolve_model_path(name: str) -> str:
-    """Where to load a model from: a folder for embedded and local models, hub names as they are.
-
-    Raises:
-        ValueError: a path that does not exist, or an unknown embedded model.
-    """
-    if is_embedded(name):
-        return str(embedded_model_path(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith(LOCAL_STARTS):
-        raise ValueError(f"model path {name} does not exist")
-    return name
-
-
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer that pads on the left with a token that does not end a turn; the vocabulary stays as it is.
 
     Raises:
         ValueError: it cannot be loaded, is not a fast one, or has no token to pad with.
     """
-    tokenizer = _told(AutoTokenizer.from_pretrained, name_or_path, trust_remote_code=trust_remote_code)
+    tokenizer = told(AutoTokenizer.from_pretrained, name_or_path, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which character offsets need")
     tokenizer.padding_side = "left"
@@ -112,7 +92,7 @@ def load_policy(
         device: where it goes; None is left to transformers and the launcher.
 
     Raises:
-        ValueError: it cannot be loaded, or bitsandbytes is missing.
+        ValueError: it cannot be loaded, is an adapter alone, or bitsandbytes is missing.
     """
     options = {}
     if load_in_4bit:
@@ -121,7 +101,7 @@ def load_policy(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
-    model = _told(
+    model = told(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
         dtype=dtype,
@@ -131,6 +111,8 @@ def load_policy(
         use_safetensors=True,  # nothing is unpickled
         **options,
     )
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers would train on with the adapter inside
+        raise ValueError(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
     if attn_implementation == NAME and can_share_prefixes(model):
         model.set_attn_implementation(NAME)
     return model
@@ -150,25 +132,18 @@ def load_frozen(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """A model that only reads: evaluation mode, no gradients. Arguments and errors as in `load_policy`.
-
-    A folder with an adapter alone, as a LoRA run leaves it, is its base model with the adapter merged into it.
-    """
-    adapter = Path(name_or_path) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name_or_path
+    """A model that only reads: evaluation mode, no gradients. Arguments and errors as in `load_policy`."""
     model = load_policy(
-        base,
+        name_or_path,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         device=device,
     )
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
     return model.eval().requires_grad_(False)
 
 
-def _told(load: Callable, name_or_path: str, **options: Any):
+def told(load: Callable, name_or_path: str, **options: Any):
     """Load, and say what the user needs to know when transformers cannot."""
     try:
         return load(name_or_path, **options)

@@ -23,7 +23,8 @@ from transformers import (
 
 from models import embedded
 from models.embedded import embedded_model_path, is_embedded
-from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
+from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from models.paths import resolve_model_path
 from models.residence import resident, send_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,14 +214,26 @@ def test_a_frozen_model_neither_trains_nor_drops_out(tiny):
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_an_adapter_is_read_merged_into_its_base(tiny, tmp_path):
-    adapter = get_peft_model(load_frozen(tiny, torch.float32), LoraConfig(r=2, init_lora_weights=False))
-    adapter.save_pretrained(tmp_path)
-    merged, ids = load_frozen(str(tmp_path), torch.float32), torch.tensor([[1, 2, 3]])
-    assert {*merged.state_dict()} == {*load_frozen(tiny, torch.float32).state_dict()}
-    torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
-    assert not torch.allclose(merged(ids).logits, load_frozen(tiny, torch.float32)(ids).logits)
-    assert Path(merged.name_or_path) == Path(tiny)  # where the engine finds the architecture
+def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_teacher, tmp_path):
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+        adapter.save_pretrained(tmp_path)
+        path = resolve_model_path(str(tmp_path))
+        written = (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns
+        assert path == str(tmp_path / "merged") == resolve_model_path(str(tmp_path))
+        assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns == written
+        merged = load_frozen(path, torch.float32)
+        assert {*merged.state_dict()} == {*load_frozen(tiny_teacher, torch.float32).state_dict()}
+        torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
+        assert not torch.allclose(merged(ids).logits, load_frozen(tiny_teacher, torch.float32)(ids).logits)
+        assert load_tokenizer(path).eos_token == load_tokenizer(tiny_teacher).eos_token
+
+
+def test_an_adapter_is_not_trained_on_unmerged(tiny, tmp_path):
+    get_peft_model(load_frozen(tiny, torch.float32), LoraConfig(r=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an adapter"):
+        load_policy(str(tmp_path))
 
 
 def test_4_bit_loading_replaces_the_linear_layers(tiny):

@@ -8,8 +8,10 @@ import pandas
 import pytest
 import torch
 from conftest import build, config_of
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from models.loading import load_frozen
 from plan import make_plan
 from train import prepare_output, train
 from trainers.build import build_trainer
@@ -149,6 +151,15 @@ def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in
     train(plan)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(merged)
+
+
+@pytest.mark.parametrize("weights", [[], ["use_peft=true", "lora_r=4"]], ids=["all", "lora"])
+def test_training_goes_on_from_an_adapters_folder(tiny_run, tiny_teacher, tmp_path, in_root, weights):
+    adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "lora")
+    trainer, _ = build(tiny_run, tmp_path / "run", f"model_name_or_path={tmp_path / 'lora'}", "eval_size=0", *weights)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(trainer.model.eval()(ids).logits, adapter.eval()(ids).logits)
 
 
 def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):

@@ -18,7 +18,8 @@ from data.formats import ReasoningFormat, load_format
 from data.prompts import render_question, student_answer
 from data.sources import say_dropped
 from memory import token_budget
-from models.loading import load_frozen, load_policy, load_tokenizer, resolve_model_path, supports_bfloat16
+from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from models.paths import resolve_model_path
 from plan import Plan
 from rewards.verified import verified_rewards
 from rewards.verifiers import check_rows

@@ -1,0 +1,73 @@
+"""Where a model is: an embedded one in the cache, a folder as it is, an adapter's folder as the model that it makes of
+its base, a hub name as it is."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models.embedded import embedded_model_path, is_embedded, locked
+from models.loading import told
+
+LOCAL_STARTS = (".", "/", "~", "results/")
+MERGED = "merged"
+
+
+def resolve_model_path(name: str) -> str:
+    """Where to load a model from; of a folder with an adapter alone, as a LoRA run leaves it, `merged_model_path`.
+
+    Raises:
+        ValueError: a path that does not exist, an unknown embedded model, or an adapter whose base cannot be loaded.
+    """
+    if is_embedded(name):
+        return str(embedded_model_path(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        alone = (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+        return str(merged_model_path(path) if alone else path)
+    if name.startswith(LOCAL_STARTS):
+        raise ValueError(f"model path {name} does not exist")
+    return name
+
+
+def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
+    """`folder`/merged: the base of the folder's adapter with the adapter added, in the base's precision.
+
+    Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
+
+    Raises:
+        ValueError: the base cannot be loaded.
+        TimeoutError: another process has held the lock for 10 minutes.
+    """
+    merged = folder / MERGED
+    if not _is_newer(merged, folder):
+        with locked(folder / f"{MERGED}.lock"):
+            if not _is_newer(merged, folder):
+                aside = folder / f"{MERGED}.partial"
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
+                _merge(folder, aside, trust_remote_code)
+                shutil.rmtree(merged, ignore_errors=True)
+                os.rename(aside, merged)
+    return merged
+
+
+def _is_newer(merged: Path, folder: Path) -> bool:
+    adapters = [path.stat().st_mtime for path in folder.glob("adapter_model.*")]
+    return merged.is_dir() and merged.stat().st_mtime >= max(adapters, default=0.0)
+
+
+def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = told(
+        AutoModelForCausalLM.from_pretrained,
+        base,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(into)
+    own = folder if (folder / "tokenizer_config.json").is_file() else base
+    told(AutoTokenizer.from_pretrained, own, trust_remote_code=trust_remote_code).save_pretrained(into)
