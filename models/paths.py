@@ -39,11 +39,13 @@ def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
     Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
 
     Raises:
-        ValueError: the base cannot be loaded.
+        ValueError: the folder cannot be written to, or the base cannot be loaded.
         TimeoutError: another process has held the lock for 10 minutes.
     """
     merged = folder / MERGED
     if not _is_newer(merged, folder):
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder} has an adapter alone, and its merged model cannot be written there: copy it")
         with locked(folder / f"{MERGED}.lock"):
             if not _is_newer(merged, folder):
                 aside = folder / f"{MERGED}.partial"
