@@ -34,10 +34,15 @@ class Shape:
 
 
 def model_folder(config: dict[str, Any]) -> Path | None:
-    """Where the policy's files are on this machine, without loading or converting anything."""
+    """Where the policy's files are on this machine, with nothing loaded or converted; an adapter's are its base's."""
     name = config["model_name_or_path"]
     folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
-    return folder if (folder / "config.json").is_file() else None
+    if (folder / "config.json").is_file():
+        return folder
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    return model_folder({"model_name_or_path": json.loads(adapter.read_text())["base_model_name_or_path"]})
 
 
 def parameters(config: dict[str, Any]) -> float:

@@ -42,6 +42,11 @@ def pytest_sessionstart(session):
     session.config.pluginmanager.getplugin("capturemanager").read_global_capture()
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: with workers, one that begins late would end alone."""
+    items.sort(key=lambda item: item.path.name != "test_ranks.py")
+
+
 def save_tiny(folder: Path, seed: int) -> str:
     tokenizer = load_tokenizer(str(embedded_model_path(EMBEDDED)))
     torch.manual_seed(seed)

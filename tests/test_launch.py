@@ -124,12 +124,13 @@ def test_a_dry_run_counts_all_devices():
 
 
 def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run, tmp_path):
-    run = [*tiny_run, "max_steps=6", "save_steps=100", "eval_size=0", f"output_dir={tmp_path}"]
+    run = [*tiny_run, "max_steps=10", "save_steps=100", "eval_size=0", f"output_dir={tmp_path}"]
     first = start("2", *run)
-    wait_until(lambda: reached(tmp_path, 1))
+    wait_until(lambda: ranks_of(first.pid))
     second = launch("launch.py", "2", *run)
     assert second.returncode == 1
     assert "is in use by another run" in second.stderr
+    wait_until(lambda: reached(tmp_path, 1))
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=LIMIT_S)
     assert first.returncode == PREEMPTED, said[-3000:]
@@ -139,7 +140,7 @@ def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run,
     done = launch("launch.py", "2", *run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {checkpoint}" in done.stderr
-    assert "6 steps" in done.stdout
+    assert "10 steps" in done.stdout
 
 
 def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path):

@@ -1,9 +1,11 @@
 """Memory profiles: what wins over what, which one a GPU gets, and the estimate by hand."""
 
+import json
+
 import pytest
 from conftest import EMBEDDED, config_of
 
-from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, shape_of, token_budget
+from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, parameters, shape_of, token_budget
 from plan import make_plan
 from train import apply_memory_profile, memory_profiles
 
@@ -24,6 +26,13 @@ def test_every_profile_is_planned(run, profile, monkeypatch):
     plan = make_plan(config)
     assert plan.memory_gib
     assert plan.config["use_peft"] == (profile != "80gb")
+
+
+def test_an_adapters_folder_is_as_large_as_its_base(tiny_teacher, tmp_path):
+    base = parameters({"model_name_or_path": tiny_teacher, "model_size": 7})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_teacher}))
+    assert base < 1e8
+    assert parameters({"model_name_or_path": str(tmp_path), "model_size": 7}) == base
 
 
 def test_a_profile_wins_over_the_run_and_the_command_line_over_both():

@@ -144,9 +144,8 @@ def test_evaluation_rows_among_the_training_rows_are_refused(tmp_path):
         make_plan(config_of(*sources, "model_name_or_path=embedded/smollm2-135m-instruct"))
 
 
-def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tmp_path):
-    out = f"output_dir={tmp_path}"
-    named = "model_name_or_path=embedded/smollm2-135m-instruct"
+def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tiny_teacher, tmp_path):
+    out, named = f"output_dir={tmp_path}", f"model_name_or_path={tiny_teacher}"
     config = config_of(out, named)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
     with pytest.raises(ValueError, match=r"different run \(beta: 0.04 there, 0.1 now\)"):

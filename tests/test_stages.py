@@ -290,7 +290,11 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("evaluate_tiny", "dataset_id_or_path=benchmark/aime99"), "use one of aime24, math500, gpqa_diamond"),
         (("pipeline_tiny", "stages=[{name:a,run:collect_tiny,set:{model_name_or_path:'{b}'}}]"), "names 'b'"),
         (
-            ("pipeline_tiny", "stages=[{name:a,run:teacher_sft_tiny},{name:b,run:evaluate_tiny,set:{dataset_seed:1}}]"),
+            (
+                "pipeline_tiny",
+                "stages=[{name:a,run:teacher_sft_tiny,set:{use_peft:true}},"  # whose checkpoints are small
+                "{name:b,run:evaluate_tiny,set:{dataset_seed:1}}]",
+            ),
             "stage b: dataset_id_or_path=reasoning_gym/gsm_symbolic against reasoning_gym/gsm_symbolic: 100 evaluation",
         ),
         (("student_distill_tiny", "dataset_id_or_path=nowhere/at/all"), "does not exist"),
@@ -364,7 +368,7 @@ def test_only_stages_that_train_are_sharded(tmp_path):
 
 
 def test_a_stage_that_warms_up_first_can_be_continued(tmp_path):
-    stage = Stage("rl", str(tmp_path), ["grpo_verifier_tiny", f"output_dir={tmp_path}"])
+    stage = Stage("rl", str(tmp_path), ["grpo_verifier_tiny", f"output_dir={tmp_path}", "use_peft=true"])
     config = configuration_of(stage, [], 1)
     assert config["model_name_or_path"] == "results/student_sft_tiny"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
