@@ -91,6 +91,7 @@ def build_scorer(config: dict, sampler, style: ReasoningFormat):
         pick(config, TeacherRewardConfig),
         sampler.model,
         student,
+        sampler.next_token_log_probs,
         config["temperature"],
         config["logprob_token_budget"],
     )

@@ -61,3 +61,7 @@ class Sampler:
     def __call__(self, prompts: list[list[int]], seeds: list[int]) -> Completions:
         """One completion of each prompt (token ids), as `VLLMEngine.generate_seeded`."""
         return self.engine.generate_seeded(prompts, seeds)
+
+    def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
+        """As `VLLMEngine.next_token_log_probs`; engines of several ranks are asked by all of them."""
+        return self.engine.next_token_log_probs(prompts, tokens)

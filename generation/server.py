@@ -103,3 +103,17 @@ class Server:
         }
         choices = sorted(self.ask("POST", "/v1/completions", request)["choices"], key=lambda choice: choice["index"])
         return [c["token_ids"] for c in choices], [c["logprobs"]["token_logprobs"] for c in choices]
+
+    def next_token_log_prob(self, ids: list[int], token: int, temperature: float) -> float:
+        request = {
+            "model": MODEL,
+            "prompt": ids,
+            "max_tokens": 1,
+            "seed": 0,
+            "temperature": temperature,
+            "logprobs": 0,
+            "logprob_token_ids": [token],
+            "return_tokens_as_token_ids": True,
+        }
+        (choice,) = self.ask("POST", "/v1/completions", request)["choices"]
+        return choice["logprobs"]["top_logprobs"][0][f"token_id:{token}"]

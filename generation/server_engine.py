@@ -7,9 +7,12 @@ without the trainer. Versions are numbered: a completion counts only when its se
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -21,6 +24,7 @@ from generation.vllm_engine import VLLMEngine
 from generation.weight_service import WeightService
 
 REQUESTS_AT_ONCE = 64
+T = TypeVar("T")
 
 
 class ServerEngine(VLLMEngine):
@@ -88,35 +92,45 @@ class ServerEngine(VLLMEngine):
     def generate_seeded(self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None) -> Completions:
         # Overridden: requests go to the server that owes the fewest tokens.
         sampling = self._sampling(max_tokens)
-        requested, first = [], 0
+        requests, first = [], 0
         for ids, equal in groupby(prompts):
             count = len(list(equal))
-            requested.append((ids, count, seeds[first], sampling))
+            asked = partial(Server.complete, ids=ids, count=count, seed=seeds[first], sampling=sampling)
+            requests.append((asked, len(ids) + count * sampling["max_tokens"]))
             first += count
-        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, max(1, len(requested)))) as pool:
-            answers = list(pool.map(lambda request: self._complete(*request), requested))
+        answers = self._ask_all(requests)
         return [t for tokens, _ in answers for t in tokens], [v for _, values in answers for v in values]
 
-    def _complete(self, ids: list[int], count: int, seed: int, sampling: dict) -> Completions:
+    def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
+        # Overridden: as above.
+        asked = partial(Server.next_token_log_prob, temperature=self.temperature)
+        pairs = zip(prompts, tokens, strict=True)
+        return self._ask_all([(partial(asked, ids=ids, token=token), len(ids)) for ids, token in pairs])
+
+    def _ask_all(self, requests: list[tuple[Callable[[Server], T], int]]) -> list[T]:
+        """Answers to requests, each with its cost in tokens, many at once."""
+        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, max(1, len(requests)))) as pool:
+            return list(pool.map(lambda request: self._ask(*request), requests))
+
+    def _ask(self, request: Callable[[Server], T], cost: int) -> T:
         """Asked once more, with the weights sent again, when the server fails."""
-        cost = len(ids) + count * sampling["max_tokens"]
         with self.lock:
             first = self.accelerator.process_index % len(self.servers)  # ranks begin with different ones
             server = min(self.servers[first:] + self.servers[:first], key=lambda each: each.owes)
             server.owes += cost
         try:
             try:
-                return self._complete_on(server, ids, count, seed, sampling)
+                return self._ask_server(server, request)
             except ServerError:
                 self.weights.ask("POST", f"/{self.servers.index(server)}")  # rank 0 brings it up to date
-                return self._complete_on(server, ids, count, seed, sampling)
+                return self._ask_server(server, request)
         finally:
             with self.lock:
                 server.owes -= cost
 
-    def _complete_on(self, server: Server, *request) -> Completions:
-        completions = server.complete(*request)
+    def _ask_server(self, server: Server, request: Callable[[Server], T]) -> T:
+        answer = request(server)
         version = server.version()
         if version != self.version:
             raise ServerError(f"{server.url} has version {version} of the weights, {self.version} was sent")
-        return completions
+        return answer

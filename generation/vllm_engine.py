@@ -147,16 +147,21 @@ class VLLMEngine(VLLMGeneration):
             self._llm_weights_sleeping = True
         return ids[mine], log_probs[mine]
 
-    def _of_the_group(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[list[int]], list[int], slice]:
+    def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
+        """Log-prob, at the sampling temperature, of each token right behind its prompt (token ids)."""
+        prompts, tokens, mine = self._of_the_group(prompts, tokens)
+        return next_token_log_probs(self.llm, prompts, tokens, self.temperature)[mine]
+
+    def _of_the_group(self, prompts: list[list[int]], numbers: list[int]) -> tuple[list[list[int]], list[int], slice]:
         """What all ranks of an engine ask for (each runs it on its share of the weights), and its own part."""
         if self.tensor_parallel_size == 1:
-            return prompts, seeds, slice(None)
+            return prompts, numbers, slice(None)
         asked: list = [None] * self.tensor_parallel_size
-        torch.distributed.all_gather_object(asked, (prompts, seeds), group=self.tp_group)
+        torch.distributed.all_gather_object(asked, (prompts, numbers), group=self.tp_group)
         place = self.accelerator.process_index % self.tensor_parallel_size
         first = sum(len(p) for p, _ in asked[:place])
         mine = slice(first, first + len(prompts))
-        return [ids for p, _ in asked for ids in p], [seed for _, s in asked for seed in s], mine
+        return [ids for p, _ in asked for ids in p], [number for _, n in asked for number in n], mine
 
     def _sampling(self, max_tokens: int | None) -> dict:
         return {
@@ -202,6 +207,19 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
     log_probs, _ = extract_logprobs(outputs)
     ids = [list(completion.token_ids) for output in outputs for completion in output.outputs]
     return ids, [[position[0] for position in sequence] for sequence in log_probs]
+
+
+def next_token_log_probs(llm: LLM, prompts: list[list[int]], tokens: list[int], temperature: float) -> list[float]:
+    """See `VLLMEngine.next_token_log_probs`; of a prompt that was just read, the cache still knows what was read."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        sampling_params=[
+            SamplingParams(temperature=temperature, seed=0, max_tokens=1, logprob_token_ids=[token], detokenize=False)
+            for token in tokens
+        ],
+        use_tqdm=False,
+    )
+    return [output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, tokens, strict=True)]
 
 
 @torch.no_grad()

@@ -75,6 +75,8 @@ def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(s
         assert ours == theirs
         for a, b in zip(our_values, their_values, strict=True):
             assert a == pytest.approx(b, abs=2e-4)
+        ours, theirs = (e.next_token_log_probs(PROMPTS, SEEDS) for e in (served, inside))
+        assert ours == pytest.approx(theirs, abs=2e-4)
         with torch.no_grad():
             for parameter in served.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -124,7 +126,7 @@ def test_a_completion_of_other_weights_is_refused(served):
     served.number += 1
     server = served.servers[0]
     with pytest.raises(RuntimeError, match="of the weights"):
-        served._complete_on(server, PROMPTS[0], 1, 3, served._sampling(4))
+        served._ask_server(server, lambda one: one.complete(PROMPTS[0], 1, 3, served._sampling(4)))
     served.number -= 1
 
 

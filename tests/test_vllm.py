@@ -70,6 +70,18 @@ def test_engine_and_trainer_agree_after_a_sync_and_after_an_update(engine_and_mo
     assert disagreement(engine, model) < 2e-4
 
 
+def test_tokens_that_were_not_sampled_have_log_probs_too(engine_and_model, monkeypatch):
+    engine, model = engine_and_model
+    monkeypatch.setattr(engine, "top_p", 0.1)  # of what is sampled, not of what is asked for
+    sequences = encode(engine)
+    ends = [(ids, end) for ids in sequences for end in range(2, len(ids))]
+    found = engine.next_token_log_probs([ids[:end] for ids, end in ends], [ids[end] for ids, end in ends])
+    counted, groups = [list(range(2, len(ids))) for ids in sequences], [[n] for n in range(len(sequences))]
+    with torch.no_grad():
+        ours, _ = token_log_probs(model, sequences, counted, groups, temperature=0.7, token_budget=64)
+    torch.testing.assert_close(torch.tensor(found), torch.cat(ours), atol=1e-3, rtol=0)
+
+
 def test_completions_follow_from_their_seeds_alone(engine_and_model):
     engine, _ = engine_and_model
     prompts = encode(engine)

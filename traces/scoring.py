@@ -1,7 +1,7 @@
 """Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with."""
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -10,14 +10,13 @@ from logprobs import token_log_probs
 from rewards import Reading, Scored, TeacherReward
 from schema import TeacherRewardConfig
 
-PROMPT_TAIL = 4  # prompt tokens whose log-probs are computed: an explanation begins inside the prompt
-
 
 class TraceScorer:
     """The reward of training over a teacher's own samples.
 
     Args:
         teacher, student: frozen causal models of one tokenizer.
+        next_token_log_probs: of tokens behind prompts under the teacher, as its engine gives them.
         temperature: at which the teacher samples.
         token_budget: of one forward pass.
     """
@@ -29,11 +28,12 @@ class TraceScorer:
         config: TeacherRewardConfig,
         teacher,
         student,
+        next_token_log_probs: Callable[[list[list[int]], list[int]], list[float]],
         temperature: float,
         token_budget: int,
     ):
         self.teacher, self.student, self.temperature, self.budget = teacher, student, temperature, token_budget
-        self.tokenizer = tokenizer
+        self.next_token_log_probs, self.tokenizer = next_token_log_probs, tokenizer
         self.reward = TeacherReward(
             tokenizer,
             style,
@@ -63,11 +63,11 @@ class TraceScorer:
 
     def _of_teacher(self) -> list[torch.Tensor]:
         tails = self._prompt_tails()
+        reused = self.reward.teacher_temperature == self.temperature
         found: list[torch.Tensor | None] = []
         for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
             first = len(prompt) - len(tails[tuple(prompt)])
             known = torch.cat([tails[tuple(prompt)], torch.tensor(values)])
-            reused = self.reward.teacher_temperature == self.temperature
             places = reading.places_among(prompt + ids, list(range(first, len(prompt) + len(ids)))) if reused else None
             found.append(None if places is None else known[places])
         anew = [row for row, values in enumerate(found) if values is None]  # texts that are tokenised otherwise
@@ -80,10 +80,16 @@ class TraceScorer:
         return found
 
     def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:
-        prompts = list(dict.fromkeys(map(tuple, self.prompts)))
-        counted = [list(range(max(1, len(prompt) - PROMPT_TAIL), len(prompt))) for prompt in prompts]
-        read = self._pass(self.teacher, [list(prompt) for prompt in prompts], counted, self.temperature, prompts)
-        return dict(zip(prompts, read, strict=True))
+        """Of each prompt, log-probs of its last tokens, from the first one that a reading counts: explanations begin
+        inside the prompt."""
+        firsts: dict[tuple[int, ...], int] = {}
+        for prompt, reading in zip(map(tuple, self.prompts), self.readings, strict=True):
+            firsts[prompt] = min([firsts.get(prompt, len(prompt)), *reading.teacher_counted[:1]])
+        asked = [prompt[:end] for prompt, first in firsts.items() for end in range(first, len(prompt))]
+        following = [prompt[end] for prompt, first in firsts.items() for end in range(first, len(prompt))]
+        read = torch.tensor(self.next_token_log_probs([list(ids) for ids in asked], following))
+        sizes = [len(prompt) - first for prompt, first in firsts.items()]
+        return dict(zip(firsts, read.split(sizes), strict=True))
 
     @torch.no_grad()
     def _pass(self, model, sequences, counted, temperature, owners: list[Hashable]) -> list[torch.Tensor]:
