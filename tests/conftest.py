@@ -1,5 +1,6 @@
 """A tiny random model with a real tokenizer, and runs of the real entry points."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -130,3 +132,14 @@ def build(tiny_run, folder, *overrides):
     plan = make_plan(config_of(*tiny_run, f"output_dir={folder}", *overrides))
     prepare_output(plan.config)
     return build_trainer(plan)
+
+
+def assert_best_is_kept(folder: Path, greater_is_better: bool, said: str) -> None:
+    """A GRPO run of three evaluated steps ended with the weights of the best one, and said so."""
+    evaluated = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    means = [sum(record["reward"]) / len(record["reward"]) for record in evaluated]
+    best = means.index((max if greater_is_better else min)(means[1:]))
+    final, wanted = (load_file(place / "model.safetensors") for place in (folder, folder / f"checkpoint-{best}"))
+    assert all(torch.equal(final[name], wanted[name]) for name in wanted)
+    assert f"{means[0]:.3f} -> {means[best]:.3f}" in said
+    assert f"step {best}, chosen on these questions from 3 evaluations" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, config_of, launch
+from conftest import ROOT, assert_best_is_kept, config_of, launch
 from safetensors.torch import load_file
 
 from launching import RankPlace, rank_environment, supervise
@@ -115,3 +115,14 @@ def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, parallel
     gaps = [r["sampling/sampling_logp_difference/mean"] for r in records if "loss" in r]
     assert len(gaps) == 2
     assert max(gaps) < 2e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("greater_is_better", [True, False])  # one of the two is not the last step
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp", "offload"])
+def test_the_weights_with_the_best_held_out_reward_are_kept(sharding, greater_is_better, tiny_run, tmp_path):
+    kept = ["load_best_model_at_end=true", "metric_for_best_model=reward", f"greater_is_better={greater_is_better}"]
+    steps = ["eval_steps=1", "max_steps=3", "save_steps=100", "save_total_limit=null", "learning_rate=1e-2"]
+    done = launch("launch.py", "2", sharding, *tiny_run, *kept, *steps, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_best_is_kept(tmp_path, greater_is_better, done.stdout)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pandas
 import pytest
 import torch
-from conftest import build, config_of
+from conftest import assert_best_is_kept, build, config_of
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 
 from models.loading import load_frozen
 from plan import make_plan
@@ -204,14 +203,7 @@ def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, t
     plan = make_plan(config_of(*tiny_run, *kept, *steps, f"output_dir={tmp_path}"))
     prepare_output(plan.config)
     train(plan)
-    evaluated = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    means = [sum(record["reward"]) / len(record["reward"]) for record in evaluated]
-    best = means.index((max if greater_is_better else min)(means[1:]))
-    final, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
-    assert all(torch.equal(final[name], wanted[name]) for name in wanted)
-    said = capsys.readouterr().out
-    assert f"{means[0]:.3f} -> {means[best]:.3f}" in said
-    assert f"step {best}, chosen on these questions from 3 evaluations" in said
+    assert_best_is_kept(tmp_path, greater_is_better, capsys.readouterr().out)
     with pytest.raises(ValueError, match="metric_for_best_model=accuracy: held-out questions have .*reward"):
         other = {"metric_for_best_model": "accuracy", "output_dir": str(tmp_path / "other")}
         train(replace(plan, config={**plan.config, **other}))
