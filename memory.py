@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.embedded import cache_folder, is_embedded
+from models.paths import MERGED, adapter_base, is_adapter
 
 GIB = 2**30
 ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for the way back under autocast
@@ -37,12 +38,10 @@ def model_folder(config: dict[str, Any]) -> Path | None:
     """Where the policy's files are on this machine, with nothing loaded or converted; an adapter's are its base's."""
     name = config["model_name_or_path"]
     folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        return None
-    return model_folder({"model_name_or_path": json.loads(adapter.read_text())["base_model_name_or_path"]})
+    for place in (folder, folder / MERGED):
+        if (place / "config.json").is_file():
+            return place
+    return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
 
 
 def parameters(config: dict[str, Any]) -> float:

@@ -36,6 +36,7 @@ from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
 from memory import GIB, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
+from models.paths import MERGED, adapter_base, is_adapter
 
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
 CONTINUABLE = frozenset(
@@ -236,9 +237,11 @@ def check_models_exist(named: dict[str, str]) -> None:
                 raise ValueError(f"{key}={name} is not embedded: use one of {', '.join(GGUF_FILES)}")
             continue
         path = Path(name).expanduser()
-        if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
         if path.is_dir():
+            if is_adapter(path) and not (path / MERGED).is_dir():
+                check_models_exist({f"{key}={name}, base": adapter_base(path)})
+            elif not is_adapter(path) and not (path / "config.json").is_file():
+                raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
             continue
         if name.startswith((".", "/", "~", "results/")) or name.count("/") != 1:
             raise ValueError(f"{key}={name}: model path does not exist")

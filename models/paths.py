@@ -1,23 +1,19 @@
 """Where a model is: an embedded one in the cache, a folder as it is, an adapter's folder as the model that it makes of
-its base, a hub name as it is."""
+its base, a hub name as it is. Nothing heavy is imported before an adapter is merged."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from models.embedded import embedded_model_path, is_embedded, locked
-from models.loading import told
 
 LOCAL_STARTS = (".", "/", "~", "results/")
 MERGED = "merged"
 
 
 def resolve_model_path(name: str) -> str:
-    """Where to load a model from; of a folder with an adapter alone, as a LoRA run leaves it, `merged_model_path`.
+    """Where to load a model from; of an adapter's folder, `merged_model_path`.
 
     Raises:
         ValueError: a path that does not exist, an unknown embedded model, or an adapter whose base cannot be loaded.
@@ -26,11 +22,32 @@ def resolve_model_path(name: str) -> str:
         return str(embedded_model_path(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        alone = (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
-        return str(merged_model_path(path) if alone else path)
+        return str(merged_model_path(path) if is_adapter(path) else path)
     if name.startswith(LOCAL_STARTS):
         raise ValueError(f"model path {name} does not exist")
     return name
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter alone, as a LoRA run leaves it."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that a folder's adapter belongs to.
+
+    Raises:
+        ValueError: it names none, or its weights are missing.
+    """
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
+    if not any(folder.glob("adapter_model.*")):
+        raise ValueError(f"{folder} has an adapter's settings and no weights of it (adapter_model.safetensors)")
+    return base
 
 
 def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
@@ -39,7 +56,7 @@ def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
     Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
 
     Raises:
-        ValueError: the folder cannot be written to, or the base cannot be loaded.
+        ValueError: the folder cannot be written to, the base cannot be loaded, or the adapter does not fit it.
         TimeoutError: another process has held the lock for 10 minutes.
     """
     merged = folder / MERGED
@@ -62,7 +79,12 @@ def _is_newer(merged: Path, folder: Path) -> bool:
 
 
 def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.loading import told
+
+    base = adapter_base(folder)
     model = told(
         AutoModelForCausalLM.from_pretrained,
         base,
@@ -70,6 +92,10 @@ def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
-    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(into)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as error:  # other sizes, other layers
+        raise ValueError(f"{folder}: the adapter does not fit its base, {base}") from error
+    adapted.merge_and_unload().save_pretrained(into)
     own = folder if (folder / "tokenizer_config.json").is_file() else base
     told(AutoTokenizer.from_pretrained, own, trust_remote_code=trust_remote_code).save_pretrained(into)

@@ -31,6 +31,7 @@ def test_every_profile_is_planned(run, profile, monkeypatch):
 def test_an_adapters_folder_is_as_large_as_its_base(tiny_teacher, tmp_path):
     base = parameters({"model_name_or_path": tiny_teacher, "model_size": 7})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_teacher}))
+    (tmp_path / "adapter_model.safetensors").touch()
     assert base < 1e8
     assert parameters({"model_name_or_path": str(tmp_path), "model_size": 7}) == base
 

@@ -230,6 +230,29 @@ def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_
         assert load_tokenizer(path).eos_token == load_tokenizer(tiny_teacher).eos_token
 
 
+def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(tiny_teacher, tmp_path):
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text("{")
+    with pytest.raises(ValueError, match="names no base model"):
+        resolve_model_path(str(tmp_path))
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    other = LlamaForCausalLM(LlamaConfig(**sizes))
+    get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": tiny_teacher}))
+    with pytest.raises(ValueError, match=f"the adapter does not fit its base, {tiny_teacher}$"):
+        resolve_model_path(str(tmp_path))
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="an adapter's settings and no weights"):
+        resolve_model_path(str(tmp_path))
+
+
 def test_an_adapter_is_not_trained_on_unmerged(tiny, tmp_path):
     get_peft_model(load_frozen(tiny, torch.float32), LoraConfig(r=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an adapter"):
