@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checks import JOBS, check_keys
+from configuration import apply_memory_profile, apply_warmup, compose_config, fail
 from generation.guard import KEY_VARIABLE
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, supervise
@@ -23,19 +24,8 @@ from launching.machines import Link, Machines, read_machines
 from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
 from memory import parameters
 from pipeline import run as run_pipeline
-from plan import Plan, count_gpus, make_plan
-from train import (
-    apply_memory_profile,
-    apply_warmup,
-    compose_config,
-    fail,
-    hide_secrets,
-    is_complete,
-    prepare,
-    prepare_output,
-    prepare_wandb,
-    show,
-)
+from plan import Plan, count_gpus, is_complete, make_plan
+from train import hide_secrets, prepare, prepare_output, prepare_wandb, show
 
 STARTING = "http://127.0.0.1:0"  # until servers have their ports
 

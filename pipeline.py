@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from checks import JOBS
+from configuration import apply_memory_profile, apply_warmup, compose_config
 from launching import PREEMPTED
 from launching.lifetime import end_with
-from plan import MARKER, Plan, make_plan
-from train import apply_memory_profile, apply_warmup, compose_config, is_complete
+from plan import MARKER, Plan, is_complete, make_plan
 
 ROOT = Path(__file__).resolve().parent
 

@@ -5,6 +5,7 @@ that would do. Imports neither torch nor an engine.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -317,3 +318,16 @@ def check_disk(plan: Plan) -> None:
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )
+
+
+def is_complete(config: dict) -> bool:
+    """Whether an earlier life of the run came to the end that is asked for now."""
+    marker = Path(config["output_dir"]) / MARKER
+    if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
+        return False
+    if config["trainer"] in JOBS:
+        return True
+    done = json.loads(marker.read_text())
+    if config["max_steps"] > 0:
+        return done["steps"] >= config["max_steps"]
+    return done["epochs"] >= config["num_train_epochs"]

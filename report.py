@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from configuration import compose_config, fail
 from reports.completions import completions
 from reports.curves import draw_curves
 
@@ -76,8 +77,6 @@ def card(folder: Path) -> str:
 
 def configuration(folder: Path) -> str:
     """All of it, and first where it differs from the default run's."""
-    from train import compose_config
-
     config = yaml.safe_load((folder / "config.yaml").read_text())
     default, _ = compose_config([])
     changed = [(k, repr(default.get(k, "—")), repr(v)) for k, v in sorted(config.items()) if default.get(k, "—") != v]
@@ -97,8 +96,6 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def main() -> None:
-    from train import fail
-
     named = [word for word in sys.argv[1:] if not word.startswith("--out=")]
     out = next((word.removeprefix("--out=") for word in sys.argv[1:] if word.startswith("--out=")), "report.html")
     if not named or any(word.startswith("-") for word in named):

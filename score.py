@@ -22,11 +22,11 @@ import hydra
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from checks import check_reward, check_types
+from configuration import fail, read_overrides
 from data.formats import load_format
 from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
 from traces.ranking import ranks, sources_of, summary, table
-from train import fail
 
 DTYPES = ("float32", "bfloat16")
 REQUIRED = ("question", "solution")
@@ -197,8 +197,6 @@ def job(cfg) -> None:
 
 
 def main() -> None:
-    from train import read_overrides
-
     known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
         read_overrides(sys.argv[1:], known)

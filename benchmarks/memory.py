@@ -20,10 +20,10 @@ VARIANTS = {
 
 def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
     """A tiny teacher run whose every prompt and completion is as long as the plan reckons with."""
+    from configuration import compose_config
     from data.prompts import prompt_token_ids
     from models.embedded import embedded_model_path
     from models.loading import load_tokenizer
-    from train import compose_config
 
     tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
     rows = rows_of(setting, tokenizer)

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from configuration import fail
 from launching.lifetime import end_with
 from plan import Plan
-from train import fail, prepare, train
+from train import prepare, train
 
 
 def main() -> None:

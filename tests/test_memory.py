@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import EMBEDDED, config_of
 
+from configuration import apply_memory_profile, memory_profiles
 from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, parameters, shape_of, token_budget
 from plan import make_plan
-from train import apply_memory_profile, memory_profiles
 
 PROFILES = sorted(memory_profiles())
 
@@ -102,9 +102,9 @@ def test_a_model_with_other_names_in_its_configuration_is_estimated_by_its_size(
 
 
 def test_auto_takes_the_profile_of_the_gpu_and_leaves_the_cpu_alone(monkeypatch):
-    monkeypatch.setattr("train.gpu_memory_gib", lambda: 12.0)
+    monkeypatch.setattr("configuration.gpu_memory_gib", lambda: 12.0)
     assert profiled("teacher_rlt_mono", "memory_cfg=auto") == profiled("teacher_rlt_mono", "memory_cfg=12gb")
-    monkeypatch.setattr("train.gpu_memory_gib", lambda: None)
+    monkeypatch.setattr("configuration.gpu_memory_gib", lambda: None)
     assert profiled("teacher_rlt_mono", "memory_cfg=auto") == config_of("teacher_rlt_mono")
 
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, config_of, launch
 from omegaconf import OmegaConf
 
+from configuration import GROUPS, apply_warmup, options, rewrite_arguments
 from plan import make_plan
-from train import GROUPS, apply_warmup, options, rewrite_arguments
 from trainers.config_fields import TABLE, build_table, read_table
 
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}

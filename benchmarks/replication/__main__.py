@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))
 import outcome  # noqa: E402
 import rows  # noqa: E402
 
+from configuration import fail  # noqa: E402
 from pipeline import Stage, configuration_of, run_one  # noqa: E402
-from train import fail, is_complete  # noqa: E402
+from plan import is_complete  # noqa: E402
 
 EARLY, WARMUP_STEPS = 4, 6  # after which a teacher is sampled
 STEPS = 20  # of GRPO
