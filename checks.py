@@ -7,9 +7,9 @@ import difflib
 import importlib.util
 import json
 import re
-from pathlib import Path
 from typing import Any
 
+from memory import model_folder
 from schema import (
     AnswersConfig,
     DataConfig,
@@ -53,7 +53,19 @@ DERIVED = {
     "generation_batch_size": "generation_aggregation_steps",
     "eval_strategy": "eval_steps",
     "vllm_mode": "use_vllm_server",
+    "vllm_max_model_length": "max_prompt_length and max_completion_length",
 }
+# Every run here needs them as they are.
+FIXED = frozenset(
+    {
+        "completion_only_loss",
+        "dataloader_pin_memory",
+        "disable_tqdm",
+        "remove_unused_columns",
+        "save_strategy",
+        "use_cpu",
+    }
+)
 
 
 def known_keys(trainer: str) -> dict[str, list[str]]:
@@ -80,6 +92,8 @@ def check_keys(config: dict[str, Any]) -> None:
             raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
             raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
+        if key in FIXED:
+            raise ValueError(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
 
 
@@ -176,10 +190,9 @@ def check_groups(config: dict[str, Any], devices: int, generation_steps: int) ->
 
 def context_length(config: dict[str, Any]) -> int:
     """The model's longest text, from a local folder's config.json where there is one."""
-    path = Path(config["model_name_or_path"]).expanduser() / "config.json"
-    if path.is_file():
-        return json.loads(path.read_text()).get("max_position_embeddings", config["model_max_length"])
-    return config["model_max_length"]
+    folder = model_folder(config)
+    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    return found.get("text_config", found).get("max_position_embeddings", config["model_max_length"])
 
 
 def check_lengths(config: dict[str, Any]) -> None:

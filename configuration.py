@@ -1,4 +1,7 @@
-"""The configuration of a command line: Hydra's tree with a run's name and keys, a memory profile, a warm-up's model."""
+"""The configuration of a command line: Hydra's tree with a run's name and keys, a memory profile, a warm-up's model.
+
+Also how keys are read (`read_overrides`, score.py's too) and how a command that cannot go on ends (`fail`).
+"""
 
 import difflib
 import logging

@@ -24,8 +24,8 @@ from launching.machines import Link, Machines, read_machines
 from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
 from memory import parameters
 from pipeline import run as run_pipeline
-from plan import Plan, count_gpus, is_complete, make_plan
-from train import hide_secrets, prepare, prepare_output, prepare_wandb, show
+from plan import Plan, count_gpus, hide_secrets, is_complete, make_plan
+from train import prepare, prepare_output, prepare_wandb, show
 
 STARTING = "http://127.0.0.1:0"  # until servers have their ports
 

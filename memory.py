@@ -41,7 +41,10 @@ def model_folder(config: dict[str, Any]) -> Path | None:
     for place in (folder, folder / MERGED):
         if (place / "config.json").is_file():
             return place
-    return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
+    try:
+        return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
+    except ValueError:  # said by the plan's check of models
+        return None
 
 
 def parameters(config: dict[str, Any]) -> float:

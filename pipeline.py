@@ -7,20 +7,14 @@ of its own; the report of all of them comes last.
 
 import json
 import logging
-import os
-import signal
-import subprocess
 import sys
-import threading
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checks import JOBS
 from configuration import apply_memory_profile, apply_warmup, compose_config
-from launching import PREEMPTED
-from launching.lifetime import end_with
+from launching import run_child
 from plan import MARKER, Plan, is_complete, make_plan
 
 ROOT = Path(__file__).resolve().parent
@@ -81,7 +75,7 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
             continue
         command = command_of(its_config, devices, sharding)
         logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(stage.arguments))
-        run_one([*command, *stage.arguments])
+        run_child([*command, *stage.arguments])
     write_report([folder / stage.name for stage in stages], folder / "report.html")
     (folder / MARKER).write_text(json.dumps({"stages": [stage.name for stage in stages]}))
     sys.stdout.write(f"{config['run_name']}: {len(stages)} stages, report in {folder / 'report.html'}\n")
@@ -147,33 +141,3 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]]) -> None:
             check_apart(config, rows_of(config).rows, learned)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from None
-
-
-def run_one(arguments: list[str]) -> None:
-    """A process that gets our signals, and ends with this one; exits as it does, when it fails or was asked to stop."""
-    asked = threading.Event()
-    process: subprocess.Popen | None = None
-
-    def pass_on(number: int, _) -> None:
-        asked.set()
-        if process is not None:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        # In a session of its own, so that Ctrl-C reaches it once.
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
-            start_new_session=True,
-            preexec_fn=partial(end_with, os.getpid()),
-        )
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code:
-        if code != PREEMPTED:
-            logger.error("exit code %d; the same command continues where it stopped", code)
-        sys.exit(code if code > 0 else 128 - code)
-    if asked.is_set():
-        sys.exit(PREEMPTED)

@@ -59,6 +59,7 @@ UNTIL_COMPLETE = frozenset(
 )
 NETWORK_TIMEOUT_S = 3.0
 MARKER = "COMPLETE"  # written last into an output folder, with what was done
+SECRET = ("token", "password", "secret", "api_key")  # how keys end whose values are not shown
 BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
 
 
@@ -171,6 +172,19 @@ def _on_this_machine(plan: Plan) -> Plan:
     return plan
 
 
+def is_complete(config: dict) -> bool:
+    """Whether an earlier life of the run came to the end that is asked for now."""
+    marker = Path(config["output_dir"]) / MARKER
+    if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
+        return False
+    if config["trainer"] in JOBS:
+        return True
+    done = json.loads(marker.read_text())
+    if config["max_steps"] > 0:
+        return done["steps"] >= config["max_steps"]
+    return done["epochs"] >= config["num_train_epochs"]
+
+
 # What depends on this machine: raised before a run, listed by a dry run.
 
 
@@ -240,13 +254,20 @@ def check_models_exist(named: dict[str, str]) -> None:
         path = Path(name).expanduser()
         if path.is_dir():
             if is_adapter(path) and not (path / MERGED).is_dir():
-                check_models_exist({f"{key}={name}, base": adapter_base(path)})
+                check_models_exist({f"{key}={name}, base": _base_of(key, path)})
             elif not is_adapter(path) and not (path / "config.json").is_file():
                 raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
             continue
         if name.startswith((".", "/", "~", "results/")) or name.count("/") != 1:
             raise ValueError(f"{key}={name}: model path does not exist")
         _check_hub(key, name, "models")
+
+
+def _base_of(key: str, adapter: Path) -> str:
+    try:
+        return adapter_base(adapter)
+    except ValueError as error:
+        raise ValueError(f"{key}={adapter}: {error}") from None
 
 
 def _check_hub(key: str, name: str, kind: str) -> None:
@@ -278,6 +299,11 @@ def _answers(host: str, port: int) -> bool:
     return bool(opened)
 
 
+def hide_secrets(config: dict) -> dict:
+    """What may be printed and written."""
+    return {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
+
+
 def check_output(plan: Plan) -> None:
     """The output folder must be new, or of the same run."""
     config = plan.config
@@ -291,14 +317,14 @@ def check_output(plan: Plan) -> None:
         return
     if config["overwrite_output_dir"] or config["resume_from"] is not None:
         return
-    before = yaml.safe_load(saved.read_text()) or {}
+    before, now = yaml.safe_load(saved.read_text()) or {}, hide_secrets(config)
     free = CONTINUABLE if (saved.parent / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
-    changed = [k for k in sorted({*before, *config} - free) if before.get(k) != config.get(k)]
+    changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
     if changed:
         key = changed[0]
         raise ValueError(
             f"output_dir={config['output_dir']} holds a different run ({key}: {before.get(key)} there, "
-            f"{config.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
+            f"{now.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
         )
 
 
@@ -318,16 +344,3 @@ def check_disk(plan: Plan) -> None:
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )
-
-
-def is_complete(config: dict) -> bool:
-    """Whether an earlier life of the run came to the end that is asked for now."""
-    marker = Path(config["output_dir"]) / MARKER
-    if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
-        return False
-    if config["trainer"] in JOBS:
-        return True
-    done = json.loads(marker.read_text())
-    if config["max_steps"] > 0:
-        return done["steps"] >= config["max_steps"]
-    return done["epochs"] >= config["num_train_epochs"]

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,18 +22,13 @@ from omegaconf import OmegaConf
 
 from checks import JOBS
 from configuration import apply_memory_profile, apply_warmup, fail, rewrite_arguments
-from launching import PREEMPTED, folder_lock
+from launching import PREEMPTED, folder_lock, run_child
 from models.versions import check_versions, requirements_file
-from plan import BEFORE_A_RUN, MARKER, Plan, is_complete, make_plan
+from plan import BEFORE_A_RUN, MARKER, Plan, hide_secrets, is_complete, make_plan
 
 ROOT = Path(__file__).resolve().parent
-SECRET = ("token", "password", "secret", "api_key")
 
 logger = logging.getLogger("train")
-
-
-def hide_secrets(config: dict) -> dict:
-    return {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
 
 
 def prepare_output(config: dict) -> None:
@@ -149,7 +143,7 @@ def run(config: dict, given: list[str]) -> None:
         return
     if warmup is not None:
         logger.info("warm-up first: %s", warmup)
-        subprocess.run([sys.executable, str(ROOT / "train.py"), f"run_cfg={warmup}"], check=True)
+        run_child(["train.py", f"run_cfg={warmup}"])
     with folder_lock(config["output_dir"]):
         prepare_output(config)
         prepare_wandb(config)
@@ -158,7 +152,7 @@ def run(config: dict, given: list[str]) -> None:
 
 def show(plan: Plan, sharding: str | None = None) -> None:
     """What a dry run prints."""
-    sys.stdout.write(f"{yaml.safe_dump(plan.config, sort_keys=True)}\n{plan.report()}\n")
+    sys.stdout.write(f"{yaml.safe_dump(hide_secrets(plan.config), sort_keys=True)}\n{plan.report()}\n")
     missing = list(plan.missing)
     if plan.pending_warmup:
         missing.append(f"model {plan.config['model_name_or_path']}: warm-up {plan.pending_warmup} would run first")
@@ -180,14 +174,12 @@ def job(cfg) -> None:
         keys = {o.partition("=")[0] for o in sys.argv if "=" in o and _sweeps(o)}
         swept = ",".join(o.lstrip("+") for o in overrides if o.partition("=")[0] in keys)
         own = [*overrides, f"output_dir='{config['output_dir']}/{swept}'"]
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *own], check=True)
+        run_child(["train.py", *own])
         return
     try:
         run(config, overrides)
     except ValueError as error:
         fail(error)
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode if error.returncode > 0 else 1)
 
 
 def prepare() -> None:

@@ -63,5 +63,5 @@ class Sampler:
         return self.engine.generate_seeded(prompts, seeds)
 
     def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
-        """As `VLLMEngine.next_token_log_probs`; engines of several ranks are asked by all of them."""
+        """As `VLLMEngine.next_token_log_probs`."""
         return self.engine.next_token_log_probs(prompts, tokens)

@@ -148,20 +148,23 @@ class VLLMEngine(VLLMGeneration):
         return ids[mine], log_probs[mine]
 
     def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
-        """Log-prob, at the sampling temperature, of each token right behind its prompt (token ids)."""
-        prompts, tokens, mine = self._of_the_group(prompts, tokens)
-        return next_token_log_probs(self.llm, prompts, tokens, self.temperature)[mine]
+        """Log-prob, at the sampling temperature, of each token right behind its prompt (token ids).
 
-    def _of_the_group(self, prompts: list[list[int]], numbers: list[int]) -> tuple[list[list[int]], list[int], slice]:
+        For an engine of one rank that is awake, as those of jobs are.
+        """
+        assert self.tensor_parallel_size == 1 and not self.enable_sleep_mode
+        return next_token_log_probs(self.llm, prompts, tokens, self.temperature)
+
+    def _of_the_group(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[list[int]], list[int], slice]:
         """What all ranks of an engine ask for (each runs it on its share of the weights), and its own part."""
         if self.tensor_parallel_size == 1:
-            return prompts, numbers, slice(None)
+            return prompts, seeds, slice(None)
         asked: list = [None] * self.tensor_parallel_size
-        torch.distributed.all_gather_object(asked, (prompts, numbers), group=self.tp_group)
+        torch.distributed.all_gather_object(asked, (prompts, seeds), group=self.tp_group)
         place = self.accelerator.process_index % self.tensor_parallel_size
         first = sum(len(p) for p, _ in asked[:place])
         mine = slice(first, first + len(prompts))
-        return [ids for p, _ in asked for ids in p], [number for _, n in asked for number in n], mine
+        return [ids for p, _ in asked for ids in p], [seed for _, s in asked for seed in s], mine
 
     def _sampling(self, max_tokens: int | None) -> dict:
         return {
@@ -210,7 +213,8 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
 
 
 def next_token_log_probs(llm: LLM, prompts: list[list[int]], tokens: list[int], temperature: float) -> list[float]:
-    """See `VLLMEngine.next_token_log_probs`; of a prompt that was just read, the cache still knows what was read."""
+    """See `VLLMEngine.next_token_log_probs`. What the cache still holds of a prompt is not read again, and may round
+    the last digits otherwise."""
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         sampling_params=[

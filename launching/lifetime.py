@@ -16,6 +16,12 @@ SHARED_MEMORY = Path("/dev/shm")
 SEGMENTS = ("psm_", "sem.mp-")  # as multiprocessing names them
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a run to save and stop: SIGTERM, Ctrl-C, and a lost terminal where `nohup` did not say to go on."""
+    lost = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if lost else [])]
+
+
 def end_of(log: Path) -> str:
     """The last lines of a log that say something."""
     text = log.read_bytes().decode(errors="replace").replace("\r", "\n") if log.is_file() else ""

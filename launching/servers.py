@@ -15,7 +15,7 @@ from pathlib import Path
 
 from generation.guard import KEY_VARIABLE
 from launching.environment import free_port
-from launching.lifetime import end_followers, end_group, end_of
+from launching.lifetime import end_followers, end_group, end_of, stop_signals
 
 LOOPBACK = "127.0.0.1"
 HOST_VARIABLE, PORT_VARIABLE = "SERVER_HOST", "SERVER_PORT"  # where servers listen, when not on the loopback address
@@ -128,7 +128,7 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
         limit_s: for them to be ready.
     """
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, lambda *_: stopped.set())
     try:
         servers.start()

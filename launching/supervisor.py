@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launching.lifetime import end_followers, end_group, end_of
+from launching.lifetime import end_followers, end_group, end_of, stop_signals
 from launching.machines import Link
 from launching.servers import Servers
 
@@ -123,7 +123,7 @@ def supervise(
 ) -> int:
     """Run a command once for each environment (with RANK and LOCAL_RANK) until all have ended.
 
-    SIGTERM, SIGINT and SIGHUP to this process ask the ranks to save and stop. When one rank fails, the others have
+    `stop_signals` to this process ask the ranks to save and stop. When one rank fails, the others have
     `GRACE_S` seconds; its last words are printed last.
 
     Args:
@@ -134,7 +134,7 @@ def supervise(
         0, `PREEMPTED` when the ranks stopped and saved, or the exit code of the rank that failed first.
     """
     supervisor = Supervisor(logs, servers, link)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    numbers = stop_signals()
     before = [signal.signal(number, supervisor.stop) for number in numbers]
     code = 1
     try:

@@ -16,7 +16,7 @@ def resolve_model_path(name: str) -> str:
     """Where to load a model from; of an adapter's folder, `merged_model_path`.
 
     Raises:
-        ValueError: a path that does not exist, an unknown embedded model, or an adapter whose base cannot be loaded.
+        ValueError: a path that does not exist, an unknown embedded model, or as `merged_model_path`.
     """
     if is_embedded(name):
         return str(embedded_model_path(name))
@@ -47,6 +47,8 @@ def adapter_base(folder: Path) -> str:
         raise ValueError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
     if not any(folder.glob("adapter_model.*")):
         raise ValueError(f"{folder} has an adapter's settings and no weights of it (adapter_model.safetensors)")
+    if Path(base).expanduser().absolute() == folder.absolute():
+        raise ValueError(f"{folder}/adapter_config.json names its own folder as base")
     return base
 
 
@@ -79,12 +81,11 @@ def _is_newer(merged: Path, folder: Path) -> bool:
 
 
 def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from models.loading import told
 
-    base = adapter_base(folder)
+    base = resolve_model_path(adapter_base(folder))
     model = told(
         AutoModelForCausalLM.from_pretrained,
         base,
@@ -92,10 +93,28 @@ def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as error:  # other sizes, other layers
-        raise ValueError(f"{folder}: the adapter does not fit its base, {base}") from error
-    adapted.merge_and_unload().save_pretrained(into)
+    _put_on(model, folder, base).merge_and_unload().save_pretrained(into)
     own = folder if (folder / "tokenizer_config.json").is_file() else base
     told(AutoTokenizer.from_pretrained, own, trust_remote_code=trust_remote_code).save_pretrained(into)
+
+
+def _put_on(model, folder: Path, base: str):
+    """The base with the folder's adapter: peft only warns where an adapter lacks weights, or has others."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+        written = load_peft_weights(str(folder), device="cpu")
+    except OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        raise ValueError(f"{folder}: its adapter cannot be put on its base, {base} ({reason})") from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    unmatched = sorted(name for name in wanted.keys() ^ written.keys() if "lora_" in name)
+    if unmatched:
+        raise ValueError(f"{folder}: its adapter is not one of its base, {base} (for one, {unmatched[0]})")
+    return adapted

@@ -30,5 +30,5 @@ def check_versions(requirements: Path) -> list[str]:
         except PackageNotFoundError:
             found = "missing"
         if found != wanted:
-            wrong.append(f"{name} is {found}, {requirements.name} pins {wanted}: run ./setup.sh")
+            wrong.append(f"{name} is {found}, {requirements.name} pins {wanted}: remove .venv and run ./setup.sh")
     return wrong

@@ -1,6 +1,6 @@
 """The example of a user's own reward: the exact answer, with TRL's reward-function signature.
 
-./launch_mono.sh trainer_cfg=grpo_mono reward_functions=[rewards.exact.exact_answer] …
+./launch_mono.sh grpo_exact reward_functions=[rewards.exact.exact_answer]
 """
 
 import re

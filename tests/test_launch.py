@@ -13,6 +13,7 @@ from conftest import ROOT, launch
 
 from launch import address_of_servers, read_arguments, read_machines
 from launching import PREEMPTED
+from launching.lifetime import stop_signals
 
 LIMIT_S = 240
 
@@ -141,6 +142,16 @@ def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run,
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {checkpoint}" in done.stderr
     assert "10 steps" in done.stdout
+
+
+def test_a_lost_terminal_ends_a_run_unless_nohup_said_otherwise():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert stop_signals() == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stop_signals() == [signal.SIGTERM, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,22 @@ def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_
         assert load_tokenizer(path).eos_token == load_tokenizer(tiny_teacher).eos_token
 
 
+def test_an_adapter_of_an_adapters_folder_has_both(tiny_teacher, tmp_path):
+    ids, path = torch.tensor([[1, 2, 3]]), tiny_teacher
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        adapter = get_peft_model(load_frozen(path, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+        adapter.save_pretrained(folder)
+        expected = adapter.eval()(ids).logits
+        path = resolve_model_path(str(folder))
+    settings = tmp_path / "second" / "adapter_config.json"
+    named = {**json.loads(settings.read_text()), "base_model_name_or_path": str(tmp_path / "first")}  # not its merged/
+    settings.write_text(json.dumps(named))
+    shutil.rmtree(path)
+    again = load_frozen(resolve_model_path(str(tmp_path / "second")), torch.float32)
+    torch.testing.assert_close(again(ids).logits, expected)
+
+
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(tiny_teacher, tmp_path):
     settings = tmp_path / "adapter_config.json"
     settings.write_text("{")
@@ -245,10 +262,19 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(tiny_teacher, t
     other = LlamaForCausalLM(LlamaConfig(**sizes))
     get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": tiny_teacher}))
-    with pytest.raises(ValueError, match=f"the adapter does not fit its base, {tiny_teacher}$"):
+    with pytest.raises(ValueError, match=f"cannot be put on its base, {tiny_teacher} \\(size mismatch for .*\\)$"):
+        resolve_model_path(str(tmp_path))
+    weights = tmp_path / "adapter_model.safetensors"
+    os.truncate(weights, 20)
+    with pytest.raises(ValueError, match="cannot be put on its base"):
+        resolve_model_path(str(tmp_path))
+    half = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_teacher, num_hidden_layers=1))
+    get_peft_model(half, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": tiny_teacher}))
+    with pytest.raises(ValueError, match=f"is not one of its base, {tiny_teacher} .*layers.1"):
         resolve_model_path(str(tmp_path))
     assert not (tmp_path / "merged").exists()
-    (tmp_path / "adapter_model.safetensors").unlink()
+    weights.unlink()
     with pytest.raises(ValueError, match="an adapter's settings and no weights"):
         resolve_model_path(str(tmp_path))
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from configuration import GROUPS, apply_warmup, options, rewrite_arguments
 from plan import make_plan
+from train import prepare_output, show
 from trainers.config_fields import TABLE, build_table, read_table
 
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
@@ -75,6 +76,8 @@ BAD = [
     (["max_steps=2.5"], "it must be int"),
     (["use_vllm=3"], "it must be bool"),
     (["gradient_accumulation_steps=2"], "set train_batch_size instead"),
+    (["vllm_max_model_length=64"], "set max_prompt_length and max_completion_length instead"),
+    (["save_strategy=no"], "save_strategy: runs here need it as it is"),
     (["max_length=10"], "not a key of a teacher_grpo run"),
     (["temperature=0"], "temperature above 0"),
     (["max_completion_length=8000"], "may be up to 7680"),
@@ -152,6 +155,18 @@ def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tiny
         make_plan(config_of(out, named, "beta=0.1"))
     make_plan(config_of(out, named, "beta=0.1", "overwrite_output_dir=true"))
     make_plan(config_of(out, named, "max_steps=99", "save_steps=7"))
+
+
+def test_a_token_is_neither_printed_nor_written_nor_taken_for_another_run(tiny_teacher, tmp_path, capsys):
+    run = [f"output_dir={tmp_path}", f"model_name_or_path={tiny_teacher}", "hub_token=hf_secret"]
+    prepare_output(config_of(*run))
+    plan = make_plan(config_of(*run))
+    assert plan.config["hub_token"] == "hf_secret"
+    show(plan)
+    assert "hub_token: <hidden>" in capsys.readouterr().out
+    assert "hf_secret" not in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"different run \(hub_token: <hidden> there, None now\)"):
+        make_plan(config_of(*run[:2]))
 
 
 def test_a_folder_that_no_run_wrote_is_left_alone(tmp_path):

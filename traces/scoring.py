@@ -1,4 +1,5 @@
-"""Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with."""
+"""Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with, and of an
+explanation's tokens in the prompt those that its engine is asked for."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable
@@ -62,21 +63,24 @@ class TraceScorer:
         return texts, self.reward.score_readings(self.readings)
 
     def _of_teacher(self) -> list[torch.Tensor]:
-        tails = self._prompt_tails()
-        reused = self.reward.teacher_temperature == self.temperature
-        found: list[torch.Tensor | None] = []
-        for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
-            first = len(prompt) - len(tails[tuple(prompt)])
-            known = torch.cat([tails[tuple(prompt)], torch.tensor(values)])
-            places = reading.places_among(prompt + ids, list(range(first, len(prompt) + len(ids)))) if reused else None
-            found.append(None if places is None else known[places])
-        anew = [row for row, values in enumerate(found) if values is None]  # texts that are tokenised otherwise
-        asked = [self.readings[row] for row in anew]
         at = self.reward.teacher_temperature
+        found = self._as_sampled() if at == self.temperature else [None] * len(self.readings)
+        anew = [row for row, values in enumerate(found) if values is None]
+        asked = [self.readings[row] for row in anew]
         ids, counted = [r.teacher.ids for r in asked], [r.teacher_counted for r in asked]
         read = self._pass(self.teacher, ids, counted, at, [self.questions[row] for row in anew])
         for row, values in zip(anew, read, strict=True):
             found[row] = values
+        return found
+
+    def _as_sampled(self) -> list[torch.Tensor | None]:
+        """Of each reading; None where its text is tokenised otherwise than it was sampled."""
+        tails, found = self._prompt_tails(), []
+        for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
+            first = len(prompt) - len(tails[tuple(prompt)])
+            known = torch.cat([tails[tuple(prompt)], torch.tensor(values)])
+            places = reading.places_among(prompt + ids, list(range(first, len(prompt) + len(ids))))
+            found.append(None if places is None else known[places])
         return found
 
     def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:

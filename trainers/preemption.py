@@ -1,4 +1,5 @@
-"""A run that is asked to stop (SIGTERM, Ctrl-C) ends its step, saves a checkpoint, and stops; asked again, at once."""
+"""A run that is asked to stop (SIGTERM, Ctrl-C, a lost terminal) ends its step, saves a checkpoint, and stops; asked
+again, at once."""
 
 import signal
 import sys
@@ -9,8 +10,7 @@ from accelerate.utils import gather
 from transformers import TrainerCallback
 
 from launching import PREEMPTED
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from launching.lifetime import stop_signals
 
 
 class StopOnSignal(TrainerCallback):
@@ -21,7 +21,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False  # before the run's end, with a checkpoint
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_):

@@ -22,7 +22,8 @@ import outcome  # noqa: E402
 import rows  # noqa: E402
 
 from configuration import fail  # noqa: E402
-from pipeline import Stage, configuration_of, run_one  # noqa: E402
+from launching import run_child  # noqa: E402
+from pipeline import Stage, configuration_of  # noqa: E402
 from plan import is_complete  # noqa: E402
 
 EARLY, WARMUP_STEPS = 4, 6  # after which a teacher is sampled
@@ -121,7 +122,7 @@ def stage(run: str, folder: Path, seed: int, source: Path, *overrides: str) -> N
     place = [f"output_dir={folder}", f"seed={seed}", f"dataset_id_or_path={source}", "dataset_size=null"]
     its = Stage(str(folder), str(folder), [run, *place, *overrides])
     if not is_complete(configuration_of(its, [], devices=1)):
-        run_one(["train.py", *its.arguments])
+        run_child(["train.py", *its.arguments])
 
 
 if __name__ == "__main__":
