@@ -43,7 +43,9 @@ def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path
         killed = launch("train.py", *command, RLT_KILL_AT=point)
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
         assert not (tmp_path / "COMPLETE").exists()
-    succeed(launch("train.py", *command))
+    continued = launch("train.py", *command)
+    succeed(continued)
+    assert "INFO train: resuming from" in continued.stderr
     assert_same(straight, tmp_path)
     again = launch("train.py", *command)
     assert "is complete" in again.stdout
