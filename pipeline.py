@@ -17,8 +17,6 @@ from configuration import apply_memory_profile, apply_warmup, compose_config
 from launching import run_child
 from plan import MARKER, Plan, is_complete, make_plan
 
-ROOT = Path(__file__).resolve().parent
-
 logger = logging.getLogger("train")
 
 

@@ -59,7 +59,7 @@ UNTIL_COMPLETE = frozenset(
 )
 NETWORK_TIMEOUT_S = 3.0
 MARKER = "COMPLETE"  # written last into an output folder, with what was done
-SECRET = ("token", "password", "secret", "api_key")  # how keys end whose values are not shown
+SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
 BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
 
 

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from checks import JOBS
 from configuration import apply_memory_profile, apply_warmup, fail, rewrite_arguments
 from launching import PREEMPTED, folder_lock, run_child
+from models.paths import merged_model_path
 from models.versions import check_versions, requirements_file
 from plan import BEFORE_A_RUN, MARKER, Plan, hide_secrets, is_complete, make_plan
 
@@ -74,8 +75,6 @@ def finish(trainer, config: dict) -> None:
         return
     trainer.processing_class.save_pretrained(str(folder))
     if config["save_merged_model"] and config["use_peft"]:
-        from models.paths import merged_model_path
-
         merged_model_path(folder, config["trust_remote_code"])
     (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))
 

@@ -105,6 +105,7 @@ class Server:
         return [c["token_ids"] for c in choices], [c["logprobs"]["token_logprobs"] for c in choices]
 
     def next_token_log_prob(self, ids: list[int], token: int, temperature: float) -> float:
+        """Of one token right behind a prompt, at a temperature."""
         request = {
             "model": MODEL,
             "prompt": ids,

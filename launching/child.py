@@ -43,8 +43,8 @@ def run_child(arguments: list[str]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if code:
-        if code != PREEMPTED:
-            logger.error("exit code %d; the same command continues where it stopped", code)
+        if code < 0:  # else it has said its line
+            logger.error("ended by %s; the same command continues where it stopped", signal.Signals(-code).name)
         sys.exit(code if code > 0 else 128 - code)
     if asked.is_set():
         sys.exit(PREEMPTED)
