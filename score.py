@@ -98,21 +98,14 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 def log_prob_function(model, token_budget: int):
-    """Ask a loaded model for log-probs, the completions of one question together."""
+    """Ask a loaded model for log-probs."""
     import torch
 
     from logprobs import token_log_probs
 
     def ask(sequences, counted, temperature):
         with torch.no_grad():
-            return token_log_probs(
-                model,
-                sequences,
-                counted,
-                [range(len(sequences))],
-                temperature=temperature,
-                token_budget=token_budget,
-            )[0]
+            return token_log_probs(model, sequences, counted, temperature=temperature, token_budget=token_budget)[0]
 
     return ask
 

@@ -85,7 +85,6 @@ def ours(model, batch: Batch) -> torch.Tensor:
         model,
         batch.sequences,
         batch.counted,
-        batch.groups,
         token_budget=8192,
         autocast=autocast(),
         temperature=TEMPERATURE,

@@ -1,4 +1,4 @@
-"""Log-probs of tokens under a model, packed so that a group's prompt is computed once."""
+"""Log-probs of tokens under a model, packed so that what sequences begin with is computed once."""
 
 from logprobs.engine import token_log_probs
 

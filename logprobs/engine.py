@@ -1,20 +1,22 @@
 """Log-probabilities of tokens under a causal model: policy, reference, student and teacher all come through here.
 
 Packed rows (packing.py) go through the model's trunk; the head (head.py) runs on the positions that count.
-B rows of a batch (1 when prefixes are shared), T tokens of a row, H hidden size.
+B rows of a batch (1 when prefixes are shared), T tokens of a row, H hidden size, N log-probs that are computed.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from logprobs.head import head_log_probs
-from logprobs.packing import batch_sequences, common_prefix, fill_rows, lay_out, pack_group, pad_batch, positions_in
+from logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
 from models.attention import takes_layout
 
 logger = logging.getLogger(__name__)
@@ -28,32 +30,27 @@ def _causal_model(model) -> PreTrainedModel:
 @cache
 def _say_that_nothing_is_shared(name: str, attention: str) -> None:
     logger.warning(
-        "%s with %s attention cannot share the prompt of a group: every completion is read with its own prompt",
+        "%s with %s attention cannot share the prompt of completions: each is read with a prompt of its own",
         name,
         attention,
     )
 
 
-def _forwards(causal, sequences, counted, groups, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
+def _forwards(causal, sequences, counted, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
     """Model inputs of each forward pass, its members, and (row, position, member, index) of what counts.
 
     What stands behind the last token before one that counts is not read.
     """
     read = [ids[: max(where, default=0)] for ids, where in zip(sequences, counted, strict=True)]
-    groups = [[member for member in group if counted[member]] for group in groups]
-    groups = [group for group in groups if group]
+    asked = [member for member, where in enumerate(counted) if where]
     if takes_layout(causal):
-        packs = [pack for group in groups for pack in pack_group(read, group, token_budget)]
-        stem = common_prefix([read[member] for group in groups for member in group]) if groups else 0
-        for row in fill_rows(packs, token_budget, stem):
-            members = [member for pack in row for member in pack.members]
-            named = [(member, i) for member in members for i in counted[member]]
-            places = positions_in(row, stem, counted)
-            wanted = [(0, place, *name) for place, name in zip(places, named, strict=True)]
-            yield lay_out(row, read, device, stem), members, wanted
+        for row in fill_rows(read, asked, token_budget):
+            inputs, places = lay_out(row, read, counted, device)
+            named = [(member, i) for member in row.members for i in counted[member]]
+            yield inputs, row.members, [(0, place, *name) for place, name in zip(places, named, strict=True)]
         return
     _say_that_nothing_is_shared(type(causal).__name__, causal.config._attn_implementation)
-    for batch in batch_sequences(read, [member for group in groups for member in group], token_budget):
+    for batch in batch_sequences(read, asked, token_budget):
         wanted = [(row, i - 1, member, i) for row, member in enumerate(batch) for i in counted[member]]
         yield pad_batch(batch, read, device), batch, wanted
 
@@ -62,7 +59,6 @@ def token_log_probs(
     model,
     sequences: list[list[int]],
     counted: list[list[int]],
-    groups: Sequence[Sequence[int]],
     *,
     temperature: float | Sequence[float] = 1.0,
     token_budget: int | None,
@@ -70,14 +66,13 @@ def token_log_probs(
     entropy: Literal["none", "value", "with_grad"] = "none",
     agree_on_forwards: Callable[[int], int] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Log-probs of the counted tokens of each sequence, each prefix of a group computed once.
+    """Log-probs of the counted tokens of each sequence; what several begin with is computed once.
 
     Args:
         model: a Hugging Face causal model, or a PEFT model around one; unwrapped. Prefixes are shared when it was
             loaded with `shared_prefix` attention and every layer looks at all tokens before; else rows are padded.
         sequences: token ids, one list per sequence.
         counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
-        groups: indices of sequences that may share a prefix; together they name each sequence once.
         temperature: the logits are divided by it; one for all, or one per sequence.
         token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone. None:
             as many as the longest sequence has.
@@ -99,7 +94,7 @@ def token_log_probs(
     entropies = list(log_probs)
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
     token_budget = token_budget or max(map(len, sequences), default=1)
-    forwards = list(_forwards(causal, sequences, counted, groups, token_budget, device))
+    forwards = list(_forwards(causal, sequences, counted, token_budget, device))
     count = max(len(forwards), 1)  # where nothing counts, gradients still reach every parameter
     lacking = (agree_on_forwards(count) if agree_on_forwards else count) - len(forwards)
     with autocast or nullcontext():
@@ -117,20 +112,19 @@ def token_log_probs(
 
 
 def _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entropy) -> list[torch.Tensor]:
-    """Log-probs and entropies of the wanted (row, position, member, index), in their order."""
-    rows, positions, members, indices = zip(*wanted, strict=True)
-    hidden_NH = hidden_BTH[list(rows), list(positions)]
-    targets_N = torch.tensor([sequences[m][i] for m, i in zip(members, indices, strict=True)], device=hidden_NH.device)
-    asked = [temperatures[m] for m in members]
-    distinct = sorted(set(asked))
-    if len(distinct) == 1:
-        return list(head_log_probs(causal, hidden_NH, targets_N, distinct[0], entropy))
-    places = [torch.tensor([i for i, t in enumerate(asked) if t == one]) for one in distinct]
-    parts = [
-        head_log_probs(causal, hidden_NH[place], targets_N[place], one, entropy)
-        for one, place in zip(distinct, places, strict=True)
-    ]
-    order = torch.cat(places).argsort()
+    """Log-probs and entropies of the wanted (row, position, member, index), in their order.
+
+    What several members want of a shared token is computed once.
+    """
+    wanted = [(temperatures[member], row, at, sequences[member][i]) for row, at, member, i in wanted]
+    numbers = {one: number for number, one in enumerate(sorted(set(wanted)))}
+    parts = []
+    for temperature, some in groupby(numbers, key=itemgetter(0)):
+        _, rows, positions, targets = zip(*some, strict=True)
+        targets_N = torch.tensor(targets, device=hidden_BTH.device)
+        hidden_NH = hidden_BTH[list(rows), list(positions)]
+        parts.append(head_log_probs(causal, hidden_NH, targets_N, temperature, entropy))
+    order = [numbers[one] for one in wanted]
     return [torch.cat(values)[order] for values in zip(*parts, strict=True)]
 
 

@@ -1,123 +1,118 @@
-"""Token sequences that share a prefix, laid out so that the prefix is computed once.
+"""Token sequences laid out so that what several begin with is computed once.
 
-A packed row is `prefix + rest_1 + … + rest_G`, group after group: positions restart after the prefix, and each rest
-sees the prefix and itself (models/attention.py). What all sequences begin with, the stem (a system prompt), stands once
-in each row: the second group's prefix follows the first group without it. Packing without cross-talk is described in
-arXiv 2107.02027; sharing a prompt between its completions is the same idea with a tree instead of a list.
+A row holds sequences in lexicographic order and of each only what it does not share with the one before: a radix tree,
+written depth first. Positions count a sequence's tokens, and each token sees what stands before it in its own sequence
+(models/attention.py). A system prompt, a question's prompt, the words with which several completions begin and whole
+completions that are equal are all read once, without being told where they end. Packing without cross-talk is
+described in arXiv 2107.02027; sharing a prompt between its completions is the same idea with a tree instead of a list.
 T tokens of a packed row.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
 
 import torch
 
-from models.attention import SharedPrefixLayout, Span
+from models.attention import Branch, SharedPrefixLayout
 
 BLOCK = 128  # FlexAttention's block: a row of whole blocks needs no special last one
 
 
-@dataclass(frozen=True)
-class Pack:
-    """One group of a packed row: which sequences it holds, where each rest begins, and the length of the prefix."""
+@dataclass
+class Row:
+    """Sequences of one forward pass.
 
-    members: list[int]  # indices into the caller's sequences
-    starts: list[int]  # counted from the pack's first token: where each member's first own token stands
-    prefix_length: int
-    length: int
+    Attributes:
+        members: indices into the caller's sequences, which are in lexicographic order.
+        shared: of each, how many leading tokens it has in common with the one before.
+        length: tokens of the row.
+        reach: how many leading tokens of the sequence at hand the row has already.
+    """
 
-    def position(self, member: int, index: int) -> int:
-        """Where token `index` of the pack's `member`-th sequence stands, counted from the pack's first token."""
-        return index if index < self.prefix_length else self.starts[member] + index - self.prefix_length
+    members: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
+    length: int = 0
+    reach: int = 0
+
+    def add(self, member: int, tokens: int) -> None:
+        self.members.append(member)
+        self.shared.append(self.reach)
+        self.length += tokens - self.reach
+        self.reach = tokens
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
-    """Number of leading tokens that all sequences share."""
-    shortest, longest = min(sequences), max(sequences)
-    for i, (a, b) in enumerate(zip(shortest, longest, strict=False)):
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """Number of leading tokens that both have."""
+    for i, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return i
-    return min(len(shortest), len(longest))
+    return min(len(first), len(second))
 
 
-def pack_group(sequences: list[list[int]], members: list[int], token_budget: int) -> list[Pack]:
-    """Packs of one group, each of at most `token_budget` tokens; a longer single sequence is a pack of its own."""
-    prefix_length = common_prefix([sequences[m] for m in members])
-    packs: list[Pack] = []
-    inside: list[int] = []
-    starts: list[int] = []
-    length = prefix_length
-    for member in sorted(members, key=lambda m: len(sequences[m])):
-        rest = len(sequences[member]) - prefix_length
-        if inside and length + rest > token_budget:
-            packs.append(Pack(inside, starts, prefix_length, length))
-            inside, starts, length = [], [], prefix_length
-        inside.append(member)
-        starts.append(length)
-        length += rest
-    return [*packs, Pack(inside, starts, prefix_length, length)]
+def fill_rows(sequences: list[list[int]], members: list[int], token_budget: int) -> list[Row]:
+    """Rows of at most `token_budget` tokens; a longer single sequence is a row of its own.
 
-
-def fill_rows(packs: list[Pack], token_budget: int, stem: int = 0) -> list[list[Pack]]:
-    """Rows of at most `token_budget` tokens (first fit, longest first); a longer pack is a row of its own.
-
-    Args:
-        stem: tokens that all packs begin with; each row has them once.
+    Each sequence goes to the row that has most of its beginning among those with room, else to the first with room.
     """
-    rows: list[list[Pack]] = []
-    for pack in sorted(packs, key=lambda p: p.length, reverse=True):
-        fits = (row for row in rows if stem + sum(p.length - stem for p in [*row, pack]) <= token_budget)
-        row = next(fits, None)
-        if row is None:
-            rows.append([pack])
+    rows: list[Row] = []
+    before: list[int] = []
+    for member in sorted(members, key=sequences.__getitem__):
+        ids = sequences[member]
+        common = common_prefix(before, ids)
+        for row in rows:
+            row.reach = min(row.reach, common)
+        with_room = [row for row in rows if row.length + len(ids) - row.reach <= token_budget]
+        if with_room:
+            row = max(with_room, key=lambda row: row.reach)
         else:
-            row.append(pack)
+            rows.append(row := Row())
+        row.add(member, len(ids))
+        before = ids
     return rows
 
 
-def lay_out(row: list[Pack], sequences: list[list[int]], device: torch.device, stem: int = 0) -> dict:
-    """Model inputs of a row: `input_ids` and `position_ids` (1, T), `layout`, and a placeholder for the mask.
+def lay_out(
+    row: Row, sequences: list[list[int]], counted: list[list[int]], device: torch.device
+) -> tuple[dict, list[int]]:
+    """Model inputs of a row, and where in it stands what comes before each counted token, member by member.
 
-    On a GPU the row is padded to a multiple of `BLOCK`.
+    Returns:
+        `input_ids` and `position_ids` (1, T), `layout`, and a placeholder for the mask; on a GPU the row is padded to
+        a multiple of `BLOCK`. Places: one for each of `counted[member]`, in the order of `row.members`.
     """
     ids: list[int] = []
     positions: list[int] = []
-    spans = []
-    for number, pack in enumerate(row):
-        first = sequences[pack.members[0]]
-        rests = [sequences[member][pack.prefix_length :] for member in pack.members]
-        known = stem if number else 0
-        spans.append(Span(len(ids), pack.prefix_length - known, tuple(map(len, rests)), known))
-        ids += first[known : pack.prefix_length]
-        positions += range(known, pack.prefix_length)
-        for rest in rests:
-            ids += rest
-            positions += range(pack.prefix_length, pack.prefix_length + len(rest))
+    places: list[int] = []
+    branches: list[Branch] = []
+    path: list[tuple[int, int]] = []  # where the tokens of a sequence stand
+    for member, shared in zip(row.members, row.shared, strict=True):
+        own = sequences[member][shared:]
+        path = _first_tokens(path, shared)
+        if own:
+            branches.append(Branch(len(ids), len(ids) + len(own), tuple(path)))
+            path.append((len(ids), len(ids) + len(own)))
+        ids += own
+        positions += range(shared, shared + len(own))
+        standing = [place for start, end in path for place in range(start, end)]
+        places += [standing[index - 1] for index in counted[member]]
     padding = -len(ids) % BLOCK if device.type == "cuda" else 0
-    return {
+    inputs = {
         "input_ids": torch.tensor([ids + [0] * padding], device=device),
         "position_ids": torch.tensor([positions + [0] * padding], device=device),
         # Four dimensions tell transformers that the mask is ready; the attention reads the layout instead.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        "layout": SharedPrefixLayout(tuple(spans), len(ids) + padding),
+        "layout": SharedPrefixLayout(tuple(branches), len(ids) + padding),
     }
+    return inputs, places
 
 
-def positions_in(row: list[Pack], stem: int, counted: list[list[int]]) -> list[int]:
-    """Where in the row stands what comes before each counted token, pack by pack, member by member.
-
-    A pack's tokens behind the stem stand `offset` later than in the pack alone.
-    """
-    offsets = [0, *accumulate(pack.length - stem for pack in row)]
-    alone = [
-        (offset, pack.position(order, index - 1))
-        for offset, pack in zip(offsets, row, strict=False)
-        for order, member in enumerate(pack.members)
-        for index in counted[member]
-    ]
-    return [at if at < stem else offset + at for offset, at in alone]
+def _first_tokens(path: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The beginning of a path, `count` tokens long."""
+    kept = []
+    for start, end in path:
+        if count > 0:
+            kept.append((start, min(end, start + count)))
+        count -= end - start
+    return kept
 
 
 def batch_sequences(sequences: list[list[int]], members: list[int], token_budget: int) -> list[list[int]]:
@@ -139,14 +134,6 @@ def pad_batch(batch: list[int], sequences: list[list[int]], device: torch.device
         "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=device),
     }
-
-
-def members_of(groups: list[Hashable]) -> list[list[int]]:
-    """Indices of the sequences of each group, in the order in which groups begin."""
-    members = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    return list(members.values())
 
 
 def pad_rows(values: list[torch.Tensor], widths: list[int], width: int) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Attention over a packed row in which the sequences of a group share their prefix.
+"""Attention over a packed row in which sequences share what they begin with.
 
-A row is `prefix + rest_1 + … + rest_G`, group after group. Each rest looks at its prefix and at itself, and where all
-prefixes begin alike (a system prompt) at that stem, which stands once at the beginning of the row. So no mask over all
-pairs of the row is needed: on the CPU each sequence is a few small products (cpu_attention.py), on a GPU
-the row is one call of FlexAttention with a block mask (arXiv 2412.05496). Computing a shared prefix apart from what
-follows it is the idea of cascade inference (arXiv 2402.05099), here with gradients.
+A row is a tree of tokens, depth first: branch after branch, each the rest of a sequence whose first tokens stand
+further ahead. A token looks at its branch up to itself and at those first tokens. So no mask over all pairs of the row
+is needed: on the CPU each branch is a few small products (cpu_attention.py), on a GPU the row is one call of
+FlexAttention with a block mask (arXiv 2412.05496). Computing a shared prefix apart from what follows it is the idea of
+cascade inference (arXiv 2402.05099), here with gradients and for any depth.
 
 Registered with transformers as `shared_prefix`; without a layout it is SDPA, so generation and evaluation of a model
 that was loaded with it are untouched.
@@ -13,6 +13,7 @@ H heads, T tokens of a row, D head size.
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -28,48 +29,35 @@ NAME = "shared_prefix"
 WITHOUT_LAYOUT = frozenset({"nemotron", "doge"})
 
 
-@dataclass(frozen=True)
-class Span:
-    """A group in a row: where it begins, the length of its prefix and of each rest behind it.
-
-    `stem` tokens at the beginning of the row stand before its prefix, too; 0 for the group that they are part of.
-    """
+class Branch(NamedTuple):
+    """Tokens [start, end) of a row, and where the tokens before them in their sequence stand, in order."""
 
     start: int
-    prefix: int
-    rests: tuple[int, ...]
-    stem: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + self.prefix + sum(self.rests)
+    end: int
+    before: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """The groups of one packed row, one behind the other; tokens after the last are padding."""
+    """The branches of one packed row, depth first and without a gap; tokens after the last are padding."""
 
-    spans: tuple[Span, ...]
+    branches: tuple[Branch, ...]
     length: int
 
-    def owners(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each token (T,): its group (-1: padding), its rest within the group (0: the prefix), its stem's length."""
-        groups_T = torch.full((self.length,), -1)
-        rests_T, stems_T = torch.zeros(2, self.length, dtype=torch.long)
-        for number, span in enumerate(self.spans):
-            groups_T[span.start : span.end] = number
-            stems_T[span.start : span.end] = span.stem
-            counts = torch.tensor([span.prefix, *span.rests])
-            rests_T[span.start : span.end] = torch.arange(len(counts)).repeat_interleave(counts)
-        return groups_T, rests_T, stems_T
+    def last_seen(self) -> torch.Tensor:
+        """(T,): where the tokens end that continue a token, whose descendants stand right behind it."""
+        ends_T = torch.arange(1, self.length + 1)
+        for start, end, before in self.branches:
+            for first, last in (*before, (start, end)):
+                ends_T[first:last] = end
+        return ends_T
 
     def may_look(self, device: torch.device):
         """FlexAttention's rule: which key a query looks at."""
-        groups_T, rests_T, stems_T = (owner.to(device) for owner in self.owners())
+        ends_T = self.last_seen().to(device)
 
         def rule(batch, head, query, key):
-            same = (rests_T[key] == 0) | (rests_T[key] == rests_T[query])
-            return (key < stems_T[query]) | (groups_T[query] == groups_T[key]) & same & (query >= key)
+            return (key <= query) & (query < ends_T[key])
 
         return rule
 
@@ -98,7 +86,7 @@ def shared_prefix_attention(
     if query.device.type == "cuda":
         return flex_attention_forward(module, query, key, value, block_mask(layout, query.device), **kwargs)[0], None
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return block_attention(query, key, value, layout.spans, scale), None
+    return block_attention(query, key, value, layout.branches, scale), None
 
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:

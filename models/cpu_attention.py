@@ -1,11 +1,11 @@
 """Attention of a packed row on the CPU: exact, without a mask over all pairs of the row, in blocks that fit a cache.
 
-Every block of queries is multiplied with the keys that it sees (the row's stem, its prefix, and its own sequence up to
-the block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes;
+Every block of queries is multiplied with the keys that it sees (what its branch continues, and the branch up to the
+block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes;
 nothing but queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv
 2205.14135).
 In bfloat16, products and probabilities are rounded to bfloat16, as in transformers' eager attention; the softmax
-computes in float32 inside, and a prefix sums its siblings' gradients in float32.
+computes in float32 inside, and a prefix sums the gradients of all that continue it in float32.
 K key heads, R query heads per key head, N queries of a block, S keys that it sees, T tokens of the row, D head size.
 """
 
@@ -31,38 +31,28 @@ class Block(NamedTuple):
         return (*self.before, slice(self.own_start, self.end))
 
 
-def blocks_of(spans, heads: int) -> Iterator[Block]:
-    """The blocks of a layout's spans, sequence by sequence."""
-    for span in spans:
-        at = span.start + span.prefix
-        stem, prefix = slice(0, span.stem), slice(span.start, at)
-        yield from _blocks_of_sequence(prefix.start, prefix.stop, (stem,), heads)
-        for rest in span.rests:
-            yield from _blocks_of_sequence(at, at + rest, (stem, prefix), heads)
-            at += rest
-
-
-def _blocks_of_sequence(first: int, end: int, before: tuple[slice, ...], heads: int) -> Iterator[Block]:
-    before = tuple(keys for keys in before if keys.start < keys.stop)
-    keys = sum(keys.stop - keys.start for keys in before) + end - first
-    step = max(FEWEST_QUERIES, BLOCK_ELEMENTS // (heads * max(keys, 1)))
-    for start in range(first, end, step):
-        yield Block(start, min(start + step, end), before, first)
+def blocks_of(branches, heads: int) -> Iterator[Block]:
+    """The blocks of a layout, branch by branch."""
+    for first, end, before in branches:
+        keys = sum(last - start for start, last in before) + end - first
+        step = max(FEWEST_QUERIES, BLOCK_ELEMENTS // (heads * keys))
+        for start in range(first, end, step):
+            yield Block(start, min(start + step, end), tuple(slice(*place) for place in before), first)
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Softmax attention over the groups of a packed row; see `block_attention`."""
+    """Softmax attention over the branches of a packed row; see `block_attention`."""
 
     @staticmethod
-    def forward(ctx, query, key, value, spans, scale: float):
+    def forward(ctx, query, key, value, branches, scale: float):
         out_1THD = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         out_KRTD, q_KRTD = _by_key_head(out_1THD.transpose(1, 2), key), _by_key_head(query * scale, key)
-        for block in blocks_of(spans, query.shape[1]):
+        for block in blocks_of(branches, query.shape[1]):
             keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
             out_KND = torch.bmm(_probabilities(_rows(q_KRTD, block), keys_KSD, block), values_KSD)
             out_KRTD[:, :, block.start : block.end] = out_KND.view(*out_KRTD.shape[:2], -1, out_KRTD.shape[-1])
         ctx.save_for_backward(query, key, value)
-        ctx.spans, ctx.scale = spans, scale
+        ctx.branches, ctx.scale = branches, scale
         return out_1THD
 
     @staticmethod
@@ -71,11 +61,11 @@ class BlockwiseAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         exact = torch.promote_types(query.dtype, torch.float32)
         grad_query = torch.zeros_like(query)
-        # A prefix collects from all its siblings.
+        # A prefix collects from all that continue it.
         grad_key, grad_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
         q_KRTD, dq_KRTD = _by_key_head(query * ctx.scale, key), _by_key_head(grad_query, key)
         do_KRTD = _by_key_head(grad_1THD.transpose(1, 2).to(query.dtype), key)
-        for block in blocks_of(ctx.spans, query.shape[1]):
+        for block in blocks_of(ctx.branches, query.shape[1]):
             keys_KSD, values_KSD = _seen(key, block), _seen(value, block)
             q_KND, do_KND = _rows(q_KRTD, block), _rows(do_KRTD, block)
             probs_KNS = _probabilities(q_KND, keys_KSD, block)
@@ -89,22 +79,22 @@ class BlockwiseAttention(torch.autograd.Function):
         return grad_query.mul_(ctx.scale), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def block_attention(query, key, value, spans, scale: float) -> torch.Tensor:
-    """Each sequence attends, causally, to the row's stem, to its group's prefix and to itself.
+def block_attention(query, key, value, branches, scale: float) -> torch.Tensor:
+    """Each branch attends, causally, to itself and to what it continues.
 
     Args:
         query: (1, K * R, T, D).
         key: (1, K, T, D), and `value` likewise.
-        spans: the row's groups (`models.attention.Span`).
+        branches: of the row (`models.attention.Branch`).
         scale: on the scores, before the softmax.
 
     Returns:
         (1, T, K * R, D) in the dtype of `query` (of the products, under autocast), D that of `value`; zeros where no
-        span is.
+        branch is.
     """
     if torch.is_autocast_enabled("cpu"):  # as SDPA does it; rotary positions may have made float32 of two of them
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    return BlockwiseAttention.apply(query, key, value, spans, scale)
+    return BlockwiseAttention.apply(query, key, value, branches, scale)
 
 
 def _by_key_head(x_1HTD: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

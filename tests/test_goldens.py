@@ -32,9 +32,7 @@ def models():
 def log_probs_of(model):
     def ask(sequences, counted, temperature):
         with torch.no_grad():
-            return token_log_probs(
-                model, sequences, counted, [range(len(sequences))], temperature=temperature, token_budget=4096
-            )[0]
+            return token_log_probs(model, sequences, counted, temperature=temperature, token_budget=4096)[0]
 
     return ask
 

@@ -26,7 +26,7 @@ from trl.models.utils import _ForwardRedirection
 
 from logprobs import token_log_probs
 from logprobs.head import _LinearHead
-from logprobs.packing import common_prefix, fill_rows, lay_out, pack_group, positions_in
+from logprobs.packing import common_prefix, fill_rows, lay_out
 from models.attention import NAME, takes_layout
 
 VOCABULARY = 53
@@ -61,22 +61,22 @@ def one_row_at_a_time(model, sequences, counted, temperature):
     return rows
 
 
-TOKENS = st.integers(0, VOCABULARY - 1)
-GROUPS = st.lists(
-    st.tuples(
-        st.lists(TOKENS, min_size=1, max_size=12), st.lists(st.lists(TOKENS, max_size=8), min_size=1, max_size=5)
-    ),
-    min_size=1,
-    max_size=4,
-)
+def trees(depth: int = 3):
+    """Sequences that share beginnings of beginnings, some of them equal and some the beginning of another."""
+    own = st.lists(st.integers(0, VOCABULARY - 1), max_size=8)
+    if not depth:
+        return own.map(lambda ids: [ids])
+    below = st.lists(trees(depth - 1), min_size=1, max_size=3).map(lambda parts: sum(parts, []))
+    return st.tuples(own, below).map(lambda tree: [tree[0] + rest for rest in tree[1]])
 
 
 @settings(max_examples=25, deadline=None)
-@given(groups=GROUPS, stem=st.lists(TOKENS, max_size=12), budget=st.integers(1, 80), data=st.data())
-def test_random_ragged_groups_equal_one_row_at_a_time(model, groups, stem, budget, data):
-    sequences, members = flatten([(stem + prefix, rests) for prefix, rests in groups])
+@given(sequences=trees(), budget=st.integers(1, 80), data=st.data())
+def test_random_trees_of_sequences_equal_one_row_at_a_time(model, sequences, budget, data):
+    sequences = [ids for ids in data.draw(st.permutations(sequences)) if ids]
     counted = [data.draw(st.sets(st.integers(1, len(s) - 1)).map(sorted)) if len(s) > 1 else [] for s in sequences]
-    ours, _ = token_log_probs(model, sequences, counted, members, temperature=0.7, token_budget=budget)
+    ours, _ = token_log_probs(model, sequences, counted, temperature=0.7, token_budget=budget)
+    assert len(ours) == len(sequences)
     for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 0.7), strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-9, rtol=0)
 
@@ -85,7 +85,7 @@ def test_sequences_of_one_pass_may_have_temperatures_of_their_own(model):
     sequences = group_of_three()
     counted = [list(range(8, len(s))) for s in sequences]
     temperatures = [0.7, 1.3, 0.7]
-    ours, _ = token_log_probs(model, sequences, counted, [range(3)], temperature=temperatures, token_budget=64)
+    ours, _ = token_log_probs(model, sequences, counted, temperature=temperatures, token_budget=64)
     for row, temperature in enumerate(temperatures):
         expected = one_row_at_a_time(model, sequences, counted, temperature)[row]
         torch.testing.assert_close(ours[row], expected, atol=1e-9, rtol=0)
@@ -100,19 +100,11 @@ def test_without_a_budget_a_pass_has_the_tokens_of_the_longest_sequence(model, m
         "forward",
         lambda self, *a, **k: lengths.append(k["input_ids"].numel()) or trunk(self, *a, **k),
     )
-    ours, _ = token_log_probs(model, sequences, counted, [range(3)], token_budget=None)
+    ours, _ = token_log_probs(model, sequences, counted, token_budget=None)
     assert max(lengths) <= len(sequences[0])
     monkeypatch.undo()
     for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 1.0), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
-
-
-def flatten(groups):
-    sequences, members = [], []
-    for prefix, suffixes in groups:
-        members.append(range(len(sequences), len(sequences) + len(suffixes)))
-        sequences += [prefix + suffix for suffix in suffixes]
-    return sequences, members
 
 
 def group_of_three(offset=0):
@@ -140,12 +132,12 @@ def variants():
 @pytest.mark.parametrize(("name", "variant"), variants(), ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("chunk", [2**26, 2 * VOCABULARY], ids=["one chunk", "chunks of two positions"])
 def test_gradients_equal_one_row_at_a_time(name, variant, chunk, monkeypatch):
-    sequences = group_of_three() + group_of_three(offset=7) + [[5, 6, 7]]
+    equal = group_of_three()[0]
+    sequences = [*group_of_three(), *group_of_three(offset=7), equal, equal[:11], [5, 6, 7]]
     counted = [list(range(8, len(s))) for s in sequences[:-1]] + [[2]]
     expected = gradients(variant, one_row_at_a_time(variant, sequences, counted, 1.0))
     monkeypatch.setattr("logprobs.head.HEAD_CHUNK_ELEMENTS", chunk)
-    groups = [range(3), range(3, 6), [6]]
-    ours = gradients(variant, token_log_probs(variant, sequences, counted, groups, token_budget=40)[0])
+    ours = gradients(variant, token_log_probs(variant, sequences, counted, token_budget=40)[0])
     for a, b in zip(ours, expected, strict=True):
         # RMSNorm computes in float32 in transformers, which bounds what float64 can show.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -154,11 +146,11 @@ def test_gradients_equal_one_row_at_a_time(name, variant, chunk, monkeypatch):
 def test_passes_that_other_ranks_make_alone_change_nothing(model):
     sequences = group_of_three()
     counted = [list(range(8, len(s))) for s in sequences]
-    alone = token_log_probs(model, sequences, counted, [range(3)], token_budget=64)[0]
+    alone = token_log_probs(model, sequences, counted, token_budget=64)[0]
     expected = gradients(model, alone)
     asked = []
     together = token_log_probs(
-        model, sequences, counted, [range(3)], token_budget=64, agree_on_forwards=lambda n: asked.append(n) or n + 2
+        model, sequences, counted, token_budget=64, agree_on_forwards=lambda n: asked.append(n) or n + 2
     )[0]
     assert asked == [1]
     assert torch.equal(torch.cat(together), torch.cat(alone))
@@ -178,7 +170,7 @@ def test_models_that_look_elsewhere_share_nothing_and_say_so_once(other, caplog)
     sequences = group_of_three()
     counted = [list(range(8, len(s))) for s in sequences]
     for _ in range(2):
-        ours, _ = token_log_probs(other, sequences, counted, [range(3)], token_budget=64)
+        ours, _ = token_log_probs(other, sequences, counted, token_budget=64)
     for a, b in zip(ours, one_row_at_a_time(other, sequences, counted, 1.0), strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-6, rtol=0)
     said = [record.getMessage() for record in caplog.records if record.name == "logprobs.engine"]
@@ -188,9 +180,7 @@ def test_models_that_look_elsewhere_share_nothing_and_say_so_once(other, caplog)
 def test_entropies_are_those_of_the_softmax(model):
     sequences = group_of_three()
     counted = [[8], [9], [8]]
-    _, entropies = token_log_probs(
-        model, sequences, counted, [range(3)], temperature=0.5, token_budget=64, entropy="value"
-    )
+    _, entropies = token_log_probs(model, sequences, counted, temperature=0.5, token_budget=64, entropy="value")
     for ids, where, ours in zip(sequences, counted, entropies, strict=True):
         probs = torch.softmax(model(torch.tensor([ids])).logits[0, where[0] - 1] / 0.5, dim=-1)
         assert ours.item() == pytest.approx(-(probs * probs.log()).sum().item(), abs=1e-9)
@@ -228,50 +218,43 @@ def test_a_soft_cap_on_the_logits_is_kept():
     )
     capped = Gemma2ForCausalLM(config).double().eval()
     sequences, counted = [[3, 1, 4, 1, 5]], [[2, 3, 4]]
-    ours, _ = token_log_probs(capped, sequences, counted, [[0]], token_budget=64)
+    ours, _ = token_log_probs(capped, sequences, counted, token_budget=64)
     torch.testing.assert_close(ours[0], one_row_at_a_time(capped, sequences, counted, 1.0)[0], atol=1e-6, rtol=0)
 
 
-def test_a_shared_prompt_is_laid_out_once_and_siblings_do_not_see_each_other():
-    sequences = group_of_three()
-    assert common_prefix(sequences) == 9  # the prompt of 8, and the first token that all three wrote
-    (pack,) = pack_group(sequences, [0, 1, 2], token_budget=64)
-    assert pack.length == 9 + 5 + 2 + 0
-    layout = lay_out([pack, pack], sequences, torch.device("cpu"))["layout"]
-    rule = layout.may_look(torch.device("cpu"))
-    index = torch.arange(layout.length)
-    looks = rule(0, 0, index[:, None], index[None, :])
-    last_of_second, last_of_third = 10, 15
-    assert looks[last_of_third].nonzero().flatten().tolist() == [*range(9), 11, 12, 13, 14, 15]
-    assert looks[last_of_second].nonzero().flatten().tolist() == list(range(11))
-    assert looks[16 + last_of_second].nonzero().flatten().tolist() == list(range(16, 16 + 11))
+def test_what_sequences_begin_with_is_laid_out_once():
+    sequences = [[7, 7, 1, 2, 3], [8], [7, 7, 1, 2, 4, 5], [7, 7, 9], [7, 7, 1, 2, 3], [7, 7, 1]]
+    (row,) = fill_rows(sequences, list(range(6)), token_budget=9)
+    assert row.members == [5, 0, 4, 2, 3, 1]  # 7 7 1 | 2 3 | - | 4 5 | 9 | 8
+    assert row.shared == [0, 3, 5, 4, 2, 0]
+    counted = [[4], [], [4, 5], [2], [4], [1, 2]]
+    inputs, places = lay_out(row, sequences, counted, torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[7, 7, 1, 2, 3, 4, 5, 9, 8]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 4, 5, 2, 0]]
+    assert places == [0, 1, 3, 3, 3, 5, 1]
+    rule = inputs["layout"].may_look(torch.device("cpu"))
+    index = torch.arange(9)
+    looks = [keys.nonzero().flatten().tolist() for keys in rule(0, 0, index[:, None], index[None, :])]
+    path = [0, 1, 2, 3]
+    assert looks == [[0], [0, 1], [0, 1, 2], path, [*path, 4], [*path, 5], [*path, 5, 6], [0, 1, 7], [8]]
 
 
-def test_what_all_groups_begin_with_is_laid_out_once_a_row():
-    sequences = [[7, 7, 7, *tokens] for tokens in ([1, 2, 3], [1, 2, 4, 5], [8, 9], [8])]
-    packs = [pack for members in ([0, 1], [2, 3]) for pack in pack_group(sequences, members, token_budget=64)]
-    (row,) = fill_rows(packs, token_budget=10, stem=3)  # 8 + 5 tokens on their own
-    inputs = lay_out(row, sequences, torch.device("cpu"), stem=3)
-    assert inputs["input_ids"].tolist() == [[7, 7, 7, 1, 2, 3, 4, 5, 8, 9]]
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 5, 6, 3, 4]]
-    index = torch.arange(10)
-    looks = inputs["layout"].may_look(torch.device("cpu"))(0, 0, index[:, None], index[None, :])
-    assert looks[9].nonzero().flatten().tolist() == [0, 1, 2, 8, 9]
-    assert looks[7].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 6, 7]
-    counted = [[5], [5, 6], [3, 4], []]
-    assert positions_in(row, 3, counted) == [4, 4, 6, 2, 8]
+def test_rows_stay_within_the_budget_and_keep_together_what_shares():
+    sequences = [[1, 1, 1, 1, 2], [5, 5, 5], [1, 1, 1, 1, 3, 3], [5, 5, 6, 6], [9] * 12]
+    rows = fill_rows(sequences, list(range(5)), token_budget=8)
+    assert [row.members for row in rows] == [[0, 2], [1, 3], [4]]
+    assert [row.length for row in rows] == [7, 5, 12]  # a sequence longer than the budget passes alone
+    assert [row.members for row in fill_rows(sequences, [0, 1, 3], token_budget=8)] == [[0, 1], [3]]
 
 
-def test_packs_and_rows_stay_within_the_budget():
-    sequences = group_of_three()
-    packs = pack_group(sequences, [0, 1, 2], token_budget=14)
-    assert [pack.length for pack in packs] == [11, 14]
-    assert [[pack.length for pack in row] for row in fill_rows(packs, token_budget=25)] == [[14, 11]]
-    assert [[pack.length for pack in row] for row in fill_rows(packs, token_budget=24)] == [[14], [11]]
+def test_common_prefixes():
+    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix([1, 2], [1, 2, 4]) == 2
+    assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
 
 
 def gradients_of_rank(rank: int, folder: str) -> None:
-    """One of two processes, each with groups of its own; budget 14 makes two forward passes of one backward."""
+    """One of two processes, each with sequences of its own; budget 14 makes two forward passes of one backward."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -279,7 +262,7 @@ def gradients_of_rank(rank: int, folder: str) -> None:
     wrapped = DistributedDataParallel(model)
     sequences = group_of_three(offset=7 * rank)
     counted = [list(range(8, len(s))) for s in sequences]
-    compute = partial(token_log_probs, model, sequences, counted, [range(3)], token_budget=14)
+    compute = partial(token_log_probs, model, sequences, counted, token_budget=14)
     log_probs, _ = _ForwardRedirection()(wrapped, model, compute)
     torch.save(gradients(model, log_probs), f"{folder}/{rank}.pt")
     # Were the wrapper the last to hold the group, it would wait for gloo's thread with the GIL that the thread wants.

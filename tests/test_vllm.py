@@ -54,9 +54,7 @@ def disagreement(engine, model) -> float:
     sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
     counted = [list(range(len(p), len(s))) for p, s in zip(prompts, sequences, strict=True)]
     with torch.no_grad():
-        ours, _ = token_log_probs(
-            model, sequences, counted, [range(len(sequences))], temperature=0.7, token_budget=2048
-        )
+        ours, _ = token_log_probs(model, sequences, counted, temperature=0.7, token_budget=2048)
     return (torch.cat(ours) - torch.tensor([v for row in sampled for v in row])).abs().mean().item()
 
 
@@ -76,9 +74,9 @@ def test_tokens_that_were_not_sampled_have_log_probs_too(engine_and_model, monke
     sequences = encode(engine)
     ends = [(ids, end) for ids in sequences for end in range(2, len(ids))]
     found = engine.next_token_log_probs([ids[:end] for ids, end in ends], [ids[end] for ids, end in ends])
-    counted, groups = [list(range(2, len(ids))) for ids in sequences], [[n] for n in range(len(sequences))]
+    counted = [list(range(2, len(ids))) for ids in sequences]
     with torch.no_grad():
-        ours, _ = token_log_probs(model, sequences, counted, groups, temperature=0.7, token_budget=64)
+        ours, _ = token_log_probs(model, sequences, counted, temperature=0.7, token_budget=64)
     torch.testing.assert_close(torch.tensor(found), torch.cat(ours), atol=1e-3, rtol=0)
 
 

@@ -1,8 +1,7 @@
 """Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with, and of an
 explanation's tokens in the prompt those that its engine is asked for."""
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 
@@ -41,15 +40,13 @@ class TraceScorer:
             config,
             temperature,
             teacher_log_probs=lambda *_: self._of_teacher(),
-            student_log_probs=lambda sequences, counted, at: self._pass(
-                self.student, sequences, counted, at, self.questions
-            ),
+            student_log_probs=lambda *asked: self._pass(self.student, *asked),
         )
 
     def score(
         self, rows: list[dict], prompts: list[list[int]], sampled: list[list[int]], log_probs: list[list[float]]
     ) -> tuple[list[str], list[Scored]]:
-        """Texts and rewards; neighbours answer one question.
+        """Texts and rewards.
 
         Args:
             rows: as `TeacherReward.score` takes them, one per completion.
@@ -58,7 +55,6 @@ class TraceScorer:
         """
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         self.readings: list[Reading] = self.reward.read(rows, texts)
-        self.questions = [row["question"] for row in rows]
         self.prompts, self.sampled, self.log_probs = prompts, sampled, log_probs
         return texts, self.reward.score_readings(self.readings)
 
@@ -68,7 +64,7 @@ class TraceScorer:
         anew = [row for row, values in enumerate(found) if values is None]
         asked = [self.readings[row] for row in anew]
         ids, counted = [r.teacher.ids for r in asked], [r.teacher_counted for r in asked]
-        read = self._pass(self.teacher, ids, counted, at, [self.questions[row] for row in anew])
+        read = self._pass(self.teacher, ids, counted, at)
         for row, values in zip(anew, read, strict=True):
             found[row] = values
         return found
@@ -96,14 +92,9 @@ class TraceScorer:
         return dict(zip(firsts, read.split(sizes), strict=True))
 
     @torch.no_grad()
-    def _pass(self, model, sequences, counted, temperature, owners: list[Hashable]) -> list[torch.Tensor]:
-        """Log-probs of what counts; sequences of one owner share their beginning."""
+    def _pass(self, model, sequences, counted, temperature: float) -> list[torch.Tensor]:
+        """Log-probs of what counts."""
         if not sequences:
             return []
-        groups: dict[Hashable, list[int]] = defaultdict(list)
-        for index, owner in enumerate(owners):
-            groups[owner].append(index)
-        read, _ = token_log_probs(
-            model, sequences, counted, list(groups.values()), temperature=temperature, token_budget=self.budget
-        )
+        read, _ = token_log_probs(model, sequences, counted, temperature=temperature, token_budget=self.budget)
         return [values.cpu() for values in read]

@@ -8,7 +8,6 @@ B completions of a batch, P prompt tokens, C completion tokens.
 import logging
 import time
 from collections import deque
-from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from data.prompts import prompt_token_ids
 from generation import request_seed
 from logprobs import token_log_probs
-from logprobs.packing import members_of, pad_rows
+from logprobs.packing import pad_rows
 from models.residence import resident, send_for
 from trainers.checkpoints import AtomicCheckpoints, kill_point
 from trainers.outputs import update_seconds
@@ -67,7 +66,6 @@ class Rider(NamedTuple):
 
     ids: list[int]
     counted: list[int]
-    group: Hashable  # sequences of one group share their prefix; a completion's is its prompt, as a tuple of ids
     temperature: float
 
 
@@ -217,10 +215,10 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             )
         awaited = self._awaited_passes and not torch.is_grad_enabled()
         which = self._awaited_passes.popleft() if awaited else None
-        sequences, counted, groups = self._unpadded(
+        sequences, counted = self._unpadded(
             input_ids, attention_mask, logits_to_keep, PROMPT_TAIL if which == "policy" else 0
         )
-        riders = self._riders(which, sequences, counted, groups) if which else []
+        riders = self._riders(which, sequences, counted) if which else []
         if which and (following := self._frozen_after(which)) is not None:
             send_for(following, self.accelerator.device)
         entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
@@ -231,7 +229,6 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             inner,
             sequences + [rider.ids for rider in riders],
             counted + [rider.counted for rider in riders],
-            members_of(groups + [rider.group for rider in riders]),
             temperature=[self.temperature] * len(sequences) + [rider.temperature for rider in riders],
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
@@ -251,9 +248,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         """The waiting model that is needed next, once the pass of "policy" or "reference" has begun."""
         return self.ref_model if which == "policy" and self._reference_waits else None
 
-    def _riders(
-        self, which: str, sequences: list[list[int]], counted: list[list[int]], groups: list[Hashable]
-    ) -> list[Rider]:
+    def _riders(self, which: str, sequences: list[list[int]], counted: list[list[int]]) -> list[Rider]:
         """What else the "policy" or the "reference" is to read in its pass over a batch; for subclasses."""
         return []
 
@@ -262,16 +257,15 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     @staticmethod
     def _unpadded(input_ids, attention_mask, logits_to_keep: int, tail: int):
-        """Sequences, the indices of their completion tokens (and of `tail` prompt tokens), and their prompts."""
-        sequences, counted, prompts = [], [], []
+        """Sequences, and the indices of their completion tokens (and of `tail` prompt tokens)."""
+        sequences, counted = [], []
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
             prompt = ids[:-logits_to_keep][mask[:-logits_to_keep]].tolist()
             completion = ids[-logits_to_keep:][mask[-logits_to_keep:]].tolist()
-            prompts.append(tuple(prompt))
             sequences.append(prompt + completion)
             first = max(1, len(prompt) - tail)
             counted.append(list(range(first, len(sequences[-1]))) if completion else [])
-        return sequences, counted, prompts
+        return sequences, counted
 
     # A step: generate, score, and the share of it that one micro-batch trains on
 

@@ -58,7 +58,6 @@ class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
             inner,
             sequences,
             counted,
-            [[row] for row in range(len(sequences))],
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
             agree_on_forwards=agree_on_forwards(self.accelerator),

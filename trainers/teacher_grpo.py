@@ -108,21 +108,18 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student = self.student if self.args.offload_untrained_models else None
         return student if following is None else following
 
-    def _riders(self, which, sequences, counted, groups):
+    def _riders(self, which, sequences, counted):
         if which == "policy" and self.reward.teacher_temperature == self.temperature:
             self._places = [
                 r.places_among(ids, where) for ids, where, r in zip(sequences, counted, self._readings, strict=True)
             ]
             anew = [row for row, places in enumerate(self._places) if places is None]
             self._log_reuse(1 - len(anew) / len(sequences))
-            asked = ((row, self._readings[row]) for row in anew)
-            return [Rider(r.teacher.ids, r.teacher_counted, groups[row], self.temperature) for row, r in asked]
+            asked = (self._readings[row] for row in anew)
+            return [Rider(r.teacher.ids, r.teacher_counted, self.temperature) for r in asked]
         if which == "reference" and self.student is None:
-            temperature, size = self.reward.student_temperature, self._group_size()
-            return [
-                Rider(r.student.ids, r.student_counted, row // size, temperature)
-                for row, r in enumerate(self._readings)
-            ]
+            temperature = self.reward.student_temperature
+            return [Rider(r.student.ids, r.student_counted, temperature) for r in self._readings]
         return []
 
     def _take(self, which, log_probs, of_riders):
@@ -158,21 +155,14 @@ class TeacherGRPOTrainer(GRPOTrainer):
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._frozen_log_probs(policy, sequences, counted, temperature)
 
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
-
     @torch.no_grad()
     def _frozen_log_probs(self, model, sequences, counted, temperature) -> list[torch.Tensor]:
-        # Neighbours answer one question; those that do not share a prefix simply share nothing.
-        size = self._group_size()
-        groups = [range(start, min(start + size, len(sequences))) for start in range(0, len(sequences), size)]
         sharded = self._sharded and model is not self.student
         compute = partial(
             token_log_probs,
             model,
             sequences,
             counted,
-            groups,
             temperature=temperature,
             token_budget=self.args.logprob_token_budget,
             autocast=self.accelerator.autocast(),
