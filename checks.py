@@ -52,19 +52,21 @@ DERIVED = {
     "steps_per_generation": "generation_aggregation_steps",
     "generation_batch_size": "generation_aggregation_steps",
     "eval_strategy": "eval_steps",
+    "resume_from_checkpoint": "resume_from",
     "vllm_mode": "use_vllm_server",
     "vllm_max_model_length": "max_prompt_length and max_completion_length",
 }
 # Every run here needs them as they are.
 FIXED = frozenset(
     {
-        "completion_only_loss",
-        "dataloader_pin_memory",
-        "disable_tqdm",
-        "remove_unused_columns",
-        "save_strategy",
-        "use_cpu",
+        *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),
+        *("remove_unused_columns", "save_strategy", "use_cpu"),
+        *("vllm_server_host", "vllm_server_port", "vllm_structured_outputs_regex"),
     }
+)
+# And of those on TRL's SFT trainer, whose loss is computed here (trainers/sft.py).
+FIXED_IN_SFT = frozenset(
+    {"average_tokens_across_devices", "label_smoothing_factor", "loss_type", "packing", "padding_free"}
 )
 
 
@@ -92,9 +94,13 @@ def check_keys(config: dict[str, Any]) -> None:
             raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
             raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
-        if key in FIXED:
+        if key in FIXED or (key in FIXED_IN_SFT and trainer in ("sft", "student_sft")):
             raise ValueError(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
+    for key, choices in read_table()["choices"].items():
+        if config.get(key) not in (None, *choices):
+            close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
+            raise ValueError(f"{key}={config[key]} does not exist: use {', '.join(close)}")
 
 
 def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
@@ -135,10 +141,15 @@ def check_common(config: dict[str, Any]) -> None:
         check_verifier(config)
         if not config["eval_size"] or not config["eval_steps"]:
             raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
+    if config["trainer"] in OFFLINE and config["eval_dataset_id_or_path"] and not config["eval_size"]:
+        raise ValueError("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
     if config["trainer"] in ("sft", "student_sft") and config["eval_size"] and not config["eval_steps"]:
         raise ValueError(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
-    if config["dataset_size"] is not None and config["dataset_size"] < 1:
-        raise ValueError(f"dataset_size={config['dataset_size']} must be positive, or null for all rows")
+    size, held_out = config["dataset_size"], config["eval_size"]
+    if size is not None and size < 1:
+        raise ValueError(f"dataset_size={size} must be positive, or null for all rows")
+    if size and held_out >= size and not config["eval_dataset_id_or_path"]:
+        raise ValueError(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 
@@ -222,13 +233,15 @@ def check_combinations(config: dict[str, Any]) -> None:
         raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
     if not 0 <= config["save_completions_probability"] <= 1:
         raise ValueError(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
+    if config["trainer"] == "teacher_grpo" and config["answer_line"]:
+        raise ValueError("answer_line=true: a teacher explains a solution that it is shown; unset it")
     if config["overlap_generation"]:
         check_overlap(config)
     if config["use_vllm_server"] and not config.get("vllm_server_base_url"):
         raise ValueError(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    wanted = set(fields_of(VerifiedRewardConfig)) - {"answer_line"}
+    wanted = set(fields_of(VerifiedRewardConfig))
     verifies = sorted(config.keys() & wanted)
     if wanted <= config.keys():
         check_verifier(config)
@@ -259,6 +272,9 @@ def check_job(config: dict[str, Any]) -> None:
     for key in ("max_completion_length", "questions_at_once", "max_prompt_length", "logprob_token_budget"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be positive")
+    for key in ("use_peft", "load_in_4bit", "load_in_8bit", "eval_dataset_id_or_path"):
+        if config[key]:
+            raise ValueError(f"{key} is for runs that train; a {config['trainer']} run ignores it")
     context = context_length(config)
     if config["max_prompt_length"] + config["max_completion_length"] > context:
         raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.formats import ReasoningFormat, load_format
 from data.prompts import prompt_token_ids, split_completion
+from data.sources import Rows
 from generation import request_seed
 from generation.parts import Parts
 from plan import MARKER, Plan
@@ -33,31 +34,41 @@ def run(plan: Plan, stop) -> None:
     """
     from generation.sampler import Sampler
     from trainers.build import quiet_libraries
-    from trainers.rows import load_split_rows, teaching_rows
 
     config = plan.config
     quiet_libraries()
-    style, data, folder = load_format(config["reasoning_format"]), pick(config, DataConfig), Path(config["output_dir"])
+    style, folder = load_format(config["reasoning_format"]), Path(config["output_dir"])
     sampler = Sampler(config)
-    rows = teaching_rows(load_split_rows(data, style)[0], sampler.tokenizer, style, data)
-    parts = Parts(folder, len(rows), config["questions_at_once"])
+    asked = questions(config, sampler.tokenizer, style)
+    parts = Parts(folder, len(asked.rows), config["questions_at_once"])
+    parts.keep_to(sampler.accelerator, config, asked.rows, style)
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(config, sampler, style), Pace()
 
         def make(part: range) -> list[dict]:
             if first := parts.first():  # a teacher without the format is noticed there, not after all of them
                 check_format(sum(row["matched"] for row in first), len(first), config["min_format_rate"], DEVIATIONS)
-            return answer(config, sampler, scorer, style, rows, part, pace)
+            return answer(config, sampler, scorer, style, asked.rows, part, pace)
 
         parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
             sys.stdout.write(f"{config['run_name']}: {pace}\n")
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        selection = finish(config, parts.read(), folder)
+        selection = finish(config, parts.read(), folder, asked)
         (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
         kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
         sys.stdout.write(f"{config['run_name']}: {kept}; in {folder}\n")
+
+
+def questions(config: dict, tokenizer, style: ReasoningFormat) -> Rows:
+    """What the teacher is asked, and how many other rows were read, by why they are left out."""
+    from trainers.rows import load_split_rows, teaching_rows
+
+    data = pick(config, DataConfig)
+    usable, _, left_out = load_split_rows(data, style)
+    asked = teaching_rows(usable, tokenizer, style, data)
+    return Rows(asked.rows, {**left_out, **asked.dropped})
 
 
 @dataclass
@@ -76,14 +87,15 @@ class Pace:
 
 
 def build_scorer(config: dict, sampler, style: ReasoningFormat):
-    from models.loading import load_frozen
+    from models.loading import load_student
     from models.paths import resolve_model_path
     from traces.scoring import TraceScorer
 
     path = resolve_model_path(config["student_model"])
     student = sampler.model
     if path != resolve_model_path(config["model_name_or_path"]):
-        student = load_frozen(path, dtype=sampler.dtype, trust_remote_code=config["trust_remote_code"])
+        options = {"dtype": sampler.dtype, "trust_remote_code": config["trust_remote_code"]}
+        student = load_student(path, sampler.tokenizer, **options)
         student.to(sampler.accelerator.device)
     return TraceScorer(
         sampler.tokenizer,
@@ -129,7 +141,7 @@ def answer(
     return made
 
 
-def finish(config: dict, scored: list[dict], folder: Path) -> Selection:
+def finish(config: dict, scored: list[dict], folder: Path, asked: Rows) -> Selection:
     """Rank, filter and write everything."""
     import pandas
 
@@ -142,7 +154,7 @@ def finish(config: dict, scored: list[dict], folder: Path) -> Selection:
     pandas.DataFrame(kept).to_parquet(folder / "traces.parquet")
     text = "".join(f"{json.dumps(row)}\n" for row in kept)
     (folder / "traces.jsonl").write_text(text, encoding="utf-8")
-    write_card(folder / "DATA_CARD.md", config, selection)
+    write_card(folder / "DATA_CARD.md", config, asked, selection)
     return selection
 
 

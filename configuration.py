@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from checks import JOBS, check_keys, key_names, known_keys
 from memory import choose_profile, gpu_memory_gib
-from plan import MARKER
+from plan import is_complete, make_plan
 
 CFGS = Path(__file__).resolve().parent / "cfgs"
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
@@ -79,15 +79,23 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
     """The resolved, flat configuration of a command line, and its overrides.
 
     Raises:
-        ValueError: as `rewrite_arguments`.
+        ValueError: as `rewrite_arguments`, or a key has several values.
     """
     overrides = rewrite_arguments(arguments)
+    for several in filter(sweeps, overrides):
+        key, _, value = several.lstrip("+").partition("=")
+        raise ValueError(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
     GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
     with initialize_config_dir(str(CFGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         full = OmegaConf.to_container(cfg, resolve=True)
     return {key: value for key, value in full.items() if key != "hydra"}, overrides
+
+
+def sweeps(override: str) -> bool:
+    """Whether an override names several values, as `seed=1,2` does."""
+    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 def named_keys(given: list[str]) -> set[str]:
@@ -136,14 +144,35 @@ def apply_memory_profile(config: dict, given: list[str], devices: int = 1, shard
         logger.warning("that is more than there is: lower max_completion_length, or take a smaller model")
 
 
-def apply_warmup(config: dict, given: list[str]) -> str | None:
-    """Start from the warm-up's model unless one was named; returns the warm-up that has yet to run."""
+def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str = "ddp") -> list[str] | None:
+    """Start from the warm-up's model unless one was named; returns the arguments of a warm-up that has yet to run.
+
+    Of the run's own keys it takes only where results and logs go, and its micro-batch has to fit the devices.
+
+    Raises:
+        ValueError: it cannot run on these devices, or another run stands in its folder.
+    """
     if config["warmup_run"] is None or named_keys(given) & {"model_name_or_path", "model_cfg"}:
         return None
-    # A warm-up takes none of the run's overrides, so it stands in the default results folder.
-    folder = Path(yaml.safe_load((CFGS / "train.yaml").read_text())["results_dir"]) / config["warmup_run"]
-    config["model_name_or_path"] = str(folder)
-    return None if (folder / MARKER).is_file() else config["warmup_run"]
+    name = config["warmup_run"]
+    arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
+    arguments.append(f"report_to={config['report_to'] or 'null'}")
+    own, _ = compose_config(arguments)
+    share, each = own["train_batch_size"] // devices, own["per_device_train_batch_size"]
+    if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
+        arguments.append(f"per_device_train_batch_size={fits[-1]}")
+        own["per_device_train_batch_size"] = fits[-1]
+    config["model_name_or_path"] = own["output_dir"]
+    try:
+        make_plan({**own, "dry_run": config["dry_run"]}, devices, sharding=sharding)
+    except ValueError as error:
+        raise ValueError(f"warm-up {name}: {error}") from None
+    return None if is_complete(own) else arguments
+
+
+def quoted(path: str) -> str:
+    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
+    return "'" + path.replace("'", "\\'") + "'"
 
 
 def fail(error: Exception) -> None:

@@ -1,6 +1,6 @@
 """What a student can do: accuracy, pass@k and average@k with intervals, format, length; against another evaluation.
 
-    ./launch_mono.sh evaluate_tiny model_name_or_path=results/student_distill_tiny compare_with=results/evaluate_base
+    ./launch_mono.sh evaluate_tiny model_name_or_path=results/student_distill_tiny compare_with=results/before
 
 Leaves `answers.parquet`, `evaluation.json`, `evaluation.png` and a table on standard output. Questions are answered in
 parts, each written at once: after a kill the same command goes on with the next part.
@@ -25,6 +25,7 @@ from plan import MARKER, Plan
 from schema import DataConfig, pick
 
 RESULT = "evaluation.json"
+COMPARABLE = ("max_completion_length", "temperature", "top_p", "answer_line", "reasoning_format", "verifier")
 
 logger = logging.getLogger("train")
 
@@ -41,6 +42,7 @@ def run(plan: Plan, stop) -> None:
     from trainers.rows import question_rows
 
     config, folder = plan.config, Path(plan.config["output_dir"])
+    check_comparable(config)
     quiet_libraries()
     rows, style = questions(config), load_format(config["reasoning_format"])
 
@@ -52,6 +54,7 @@ def run(plan: Plan, stop) -> None:
     rows = question_rows(rows, sampler.tokenizer, pick(config, DataConfig), prompt_of)
     check_shared(config, rows)
     parts = Parts(folder, len(rows), config["questions_at_once"])
+    parts.keep_to(sampler.accelerator, config, rows, style)
     verifier = Verifier(config["verifier"], config["verifier_limit_s"])
     parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, verifier, rows, part))
     if verifier.failures:
@@ -80,6 +83,27 @@ def questions(config: dict) -> list[dict]:
     check_apart(config, loaded.rows, trained_on(config))
     check_rows(config["verifier"], loaded.rows)
     return loaded.rows
+
+
+def check_comparable(config: dict) -> None:
+    """That the evaluation to compare with asked and judged in the same way.
+
+    Raises:
+        ValueError: the first key that differs, with both values; or nothing says how it asked.
+    """
+    other = config["compare_with"]
+    if other is None:
+        return
+    file = Path(other) / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"compare_with={other} holds no config.yaml: name the output folder of an evaluation")
+    its = yaml.safe_load(file.read_text())
+    for key in COMPARABLE:
+        if key in its and its[key] != config[key]:
+            raise ValueError(
+                f"compare_with={other}: {key} is {its[key]} there and {config[key]} here, so the difference would not "
+                "be the model's: evaluate both in the same way"
+            )
 
 
 def check_shared(config: dict, rows: list[dict]) -> None:

@@ -23,6 +23,7 @@ from launching.environment import free_port
 from launching.machines import Link, Machines, read_machines
 from launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
 from memory import parameters
+from pipeline import check as check_pipeline
 from pipeline import run as run_pipeline
 from plan import Plan, count_gpus, hide_secrets, is_complete, make_plan
 from train import prepare, prepare_output, prepare_wandb, show
@@ -125,12 +126,18 @@ def address_of_servers(environment: dict[str, str]) -> dict:
 def serve(devices: int, arguments: list[str]) -> int:
     """Servers alone, for a run on other machines, until a signal comes; the exit code."""
     config, given = compose_config(arguments)
+    apply_memory_profile(config, given)
     check_keys(config)
     check_servers(config, devices)
-    if warmup := apply_warmup(config, given):
-        raise ValueError(f"{config['run_name']} starts from {warmup}, which has yet to run: name model_name_or_path")
+    if apply_warmup(config, given):
+        raise ValueError(
+            f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
+        )
     check_devices(devices, count_gpus(), config["requires"])
     plan = make_plan({**config, "overwrite_output_dir": True})  # its folder is the trainer's
+    if config["dry_run"]:
+        show(plan)
+        return 0
     with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps(asdict(plan)))
@@ -219,11 +226,11 @@ def launch_here(
         check_devices(devices + server_devices, count_gpus(), config["requires"])
     apply_memory_profile(config, given, devices * machines.nodes, sharding)
     check_keys(config)
-    warmup = apply_warmup(config, given)
+    warmup = apply_warmup(config, given, devices * machines.nodes, sharding)
     if server_devices:
         check_servers(config, server_devices, machines.nodes)
         config |= {"use_vllm_server": True, "vllm_server_base_url": STARTING}
-    plan = make_plan(config, devices * machines.nodes, pending_warmup=warmup, sharding=sharding)
+    plan = make_plan(config, devices * machines.nodes, warmup is not None, sharding)
     if config["dry_run"]:
         show(plan, sharding)
         return 0
@@ -231,17 +238,19 @@ def launch_here(
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
         return 0
     if warmup is not None:
-        logger.info("warm-up first: %s", warmup)
-        if code := launch(devices, sharding, [f"run_cfg={warmup}"]):
+        logger.info("warm-up first: %s", " ".join(warmup))
+        if code := launch(devices, sharding, warmup):
             return code
+    if config["trainer"] == "pipeline":
+        if machines.nodes > 1:
+            raise ValueError(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
+        check_pipeline(plan, devices, sharding)
     first = machines.node == 0
     with folder_lock(config["output_dir"]) if first else nullcontext():
         if first:
             prepare_output(config)
             prepare_wandb(config)
         if config["trainer"] == "pipeline":
-            if machines.nodes > 1:
-                raise ValueError(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
             run_pipeline(plan, devices, sharding)
             return 0
         logger.info("%s on %d processes, %s\n%s", config["run_name"], plan.devices, sharding, plan.report())

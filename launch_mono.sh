@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 ./setup.sh
 
-if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && nvidia-smi -L >/dev/null 2>&1; then
+if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && timeout 30 nvidia-smi -L >/dev/null 2>&1; then
   export CUDA_VISIBLE_DEVICES=0
 fi
 export TOKENIZERS_PARALLELISM=false

@@ -4,6 +4,7 @@ All of it is estimated before anything is loaded. `benchmarks/memory.py` compare
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from models.embedded import cache_folder, is_embedded
+from models.files import tensor_shapes
 from models.paths import MERGED, adapter_base, is_adapter
 
 GIB = 2**30
@@ -23,6 +25,9 @@ WEIGHTS_SHARDED = ("zero3", "offload", "fsdp")
 GRADIENTS_SHARDED = ("zero2", *WEIGHTS_SHARDED)
 STATE_SHARDED = ("zero1", *GRADIENTS_SHARDED)
 RESERVE = 0.92  # of a GPU's memory: the rest is its context and what lies between blocks
+NVIDIA_SMI_TIMEOUT_S = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,25 @@ def model_folder(config: dict[str, Any]) -> Path | None:
     """Where the policy's files are on this machine, with nothing loaded or converted; an adapter's are its base's."""
     name = config["model_name_or_path"]
     folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
-    for place in (folder, folder / MERGED):
-        if (place / "config.json").is_file():
-            return place
     try:
+        for place in (folder, folder / MERGED):
+            if (place / "config.json").is_file():
+                return place
         return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
-    except ValueError:  # said by the plan's check of models
+    except (ValueError, OSError):  # said by the plan's check of models, or when it is loaded
         return None
 
 
 def parameters(config: dict[str, Any]) -> float:
-    """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says."""
+    """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says.
+
+    Raises:
+        ValueError: one of these files is not whole.
+    """
     folder = model_folder(config)
     total = 0
     for path in folder.glob("*.safetensors") if folder else ():
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        total += sum(_product(shape) for shape in shapes)
+        total += sum(_product(shape) for shape in tensor_shapes(path).values())
     return total or config["model_size"] * 1e9
 
 
@@ -185,13 +191,25 @@ def gpu_memory_gib() -> float | None:
     """Memory of the smallest NVIDIA GPU that this process may use; None without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = None if visible is None else [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
-    if chosen == [] or not shutil.which("nvidia-smi"):
+    if chosen == []:
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     query += ["-i", ",".join(chosen)] if chosen else []
-    listed = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
-    sizes = [float(line) for line in listed.stdout.split() if line.replace(".", "").isdigit()]
+    sizes = [float(line) for line in ask_nvidia_smi(*query) if line.replace(".", "").isdigit()]
     return min(sizes) / 1024 if sizes else None
+
+
+def ask_nvidia_smi(*arguments: str) -> list[str]:
+    """The lines of its answer; none, and a warning, where it takes too long; none where it is not installed."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        logger.warning("nvidia-smi did not answer within %s s: no GPU is seen", NVIDIA_SMI_TIMEOUT_S)
+        return []
+    return [line.strip() for line in answer.stdout.splitlines()]
 
 
 def choose_profile(

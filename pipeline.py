@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from checks import JOBS
-from configuration import apply_memory_profile, apply_warmup, compose_config
+from configuration import apply_memory_profile, apply_warmup, compose_config, quoted
 from launching import run_child
-from plan import MARKER, Plan, is_complete, make_plan
+from plan import MARKER, SECRET, Plan, is_complete, make_plan
 
 logger = logging.getLogger("train")
 
@@ -36,7 +36,7 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     for entry in config["stages"]:
         overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
-        shared = [f"output_dir={_quoted(folders[entry['name']])}", f"seed={config['seed']}"]
+        shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
         shared.append(f"report_to={config['report_to'] or 'null'}")
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
@@ -46,12 +46,7 @@ def _filled(value: Any, folders: dict[str, str]) -> str:
     if value is None:
         return "null"
     filled = str(value).format(**folders)
-    return filled if filled == str(value) else _quoted(filled)
-
-
-def _quoted(path: str) -> str:
-    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
-    return "'" + path.replace("'", "\\'") + "'"
+    return filled if filled == str(value) else quoted(filled)
 
 
 def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> None:
@@ -64,19 +59,31 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
     from report import write_report
 
     config, folder = plan.config, Path(plan.config["output_dir"])
-    stages = stages_of(config)
-    found = [(stage, configuration_of(stage, stages, devices or 1, sharding)) for stage in stages]  # before any starts
-    check_evaluations(found)
+    found = check(plan, devices, sharding)
     for stage, its_config in found:
         if is_complete(its_config):
             logger.info("%s is complete", stage.name)
             continue
         command = command_of(its_config, devices, sharding)
-        logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(stage.arguments))
+        shown = [argument for argument in stage.arguments if not argument.partition("=")[0].endswith(SECRET)]
+        logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(shown))
         run_child([*command, *stage.arguments])
-    write_report([folder / stage.name for stage in stages], folder / "report.html")
-    (folder / MARKER).write_text(json.dumps({"stages": [stage.name for stage in stages]}))
-    sys.stdout.write(f"{config['run_name']}: {len(stages)} stages, report in {folder / 'report.html'}\n")
+    names = [stage.name for stage, _ in found]
+    write_report([folder / name for name in names], folder / "report.html")
+    (folder / MARKER).write_text(json.dumps({"stages": names}))
+    sys.stdout.write(f"{config['run_name']}: {len(names)} stages, report in {folder / 'report.html'}\n")
+
+
+def check(plan: Plan, devices: int | None = None, sharding: str | None = None) -> list[tuple[Stage, dict[str, Any]]]:
+    """Every stage with its configuration, before any starts. Arguments as in `run`.
+
+    Raises:
+        ValueError: a stage cannot work, its folder holds another run, or an evaluation asks what another stage reads.
+    """
+    stages, anew = stages_of(plan.config), plan.config["overwrite_output_dir"]
+    found = [(stage, configuration_of(stage, stages, devices or 1, sharding, anew)) for stage in stages]
+    check_evaluations(found)
+    return found
 
 
 def command_of(config: dict[str, Any], devices: int | None, sharding: str | None) -> list[str]:
@@ -89,8 +96,13 @@ def _sharding_word(config: dict[str, Any], sharding: str | None) -> list[str]:
     return [] if sharding is None or config["trainer"] in JOBS else [sharding]
 
 
-def configuration_of(stage: Stage, stages: list[Stage], devices: int, sharding: str | None = None) -> dict[str, Any]:
+def configuration_of(
+    stage: Stage, stages: list[Stage], devices: int, sharding: str | None = None, anew: bool = False
+) -> dict[str, Any]:
     """Of a stage, checked but for what an earlier one has yet to make.
+
+    Args:
+        anew: what stands in its folder is deleted.
 
     Raises:
         ValueError: the stage cannot work, or its folder holds another run.
@@ -99,8 +111,10 @@ def configuration_of(stage: Stage, stages: list[Stage], devices: int, sharding: 
     word = _sharding_word(config, sharding) or ["ddp"]
     try:
         apply_memory_profile(config, given, devices, *word)
-        warmup = apply_warmup(config, given)
-        missing = make_plan({**config, "dry_run": True}, devices, warmup, *word).missing
+        warmup = apply_warmup(config, given, devices, *word)
+        missing = make_plan(
+            {**config, "dry_run": True, "overwrite_output_dir": anew}, devices, warmup is not None, *word
+        ).missing
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from None
     to_come = [s.folder for s in stages]

@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import yaml
 
@@ -35,7 +35,8 @@ from data.benchmarks import BENCHMARKS
 from data.formats import load_format
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
-from memory import GIB, estimate_memory, gpu_memory_gib, parameters
+from generation.parts import check_sources, models_of
+from memory import GIB, ask_nvidia_smi, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
 from models.paths import MERGED, adapter_base, is_adapter
 
@@ -43,7 +44,7 @@ from models.paths import MERGED, adapter_base, is_adapter
 CONTINUABLE = frozenset(
     {
         *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run"),
-        *("output_dir", "results_dir", "run_name", "resume_from", "overwrite_output_dir"),
+        *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
         *("save_steps", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
@@ -57,7 +58,13 @@ UNTIL_COMPLETE = frozenset(
         *("near_duplicate_similarity", "compare_with", "pass_at"),
     }
 )
+# What a run reads.
+INPUTS = (
+    *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
+    *("resume_from", "compare_with"),
+)
 NETWORK_TIMEOUT_S = 3.0
+PORTS = {"https": 443, "http": 80}
 MARKER = "COMPLETE"  # written last into an output folder, with what was done
 SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
 BEFORE_A_RUN = ("config.yaml.tmp", "logs")  # a rank on another machine may be ahead
@@ -74,7 +81,7 @@ class Plan:
     steps_per_generation: int
     memory_gib: dict[str, float] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    pending_warmup: str | None = None
+    warms_up_first: bool = False
 
     @property
     def is_grpo(self) -> bool:
@@ -118,19 +125,16 @@ def count_gpus() -> int:
         return len([d for d in visible.split(",") if d.strip() not in ("", "-1")]) if shutil.which("nvidia-smi") else 0
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in ask_nvidia_smi("-L"))
 
 
-def make_plan(
-    config: dict[str, Any], devices: int = 1, pending_warmup: str | None = None, sharding: str = "ddp"
-) -> Plan:
+def make_plan(config: dict[str, Any], devices: int = 1, warms_up_first: bool = False, sharding: str = "ddp") -> Plan:
     """Check a resolved configuration and work out its arithmetic.
 
     Args:
         config: the flat configuration, interpolations resolved.
         devices: processes that train.
-        pending_warmup: a run that will first make the model at `model_name_or_path`.
+        warms_up_first: another run will first make the model at `model_name_or_path`.
         sharding: over the devices, one of `launching.SHARDINGS`.
 
     Raises:
@@ -156,13 +160,13 @@ def make_plan(
     check_common(config)
     load_format(config["reasoning_format"])
     memory = estimate_memory(config, gpu_memory_gib(), devices, sharding)
-    return _on_this_machine(Plan(config, devices, gpus, accumulation, generation, memory, [], pending_warmup))
+    return _on_this_machine(Plan(config, devices, gpus, accumulation, generation, memory, [], warms_up_first))
 
 
 def _on_this_machine(plan: Plan) -> Plan:
     """The plan, with what is missing here when it is only looked at."""
     config = plan.config
-    for check in (check_device, check_servers, check_data, check_models, check_comparison, check_output, check_disk):
+    for check in CHECKS:
         try:
             check(plan)
         except ValueError as error:
@@ -175,7 +179,7 @@ def _on_this_machine(plan: Plan) -> Plan:
 def is_complete(config: dict) -> bool:
     """Whether an earlier life of the run came to the end that is asked for now."""
     marker = Path(config["output_dir"]) / MARKER
-    if config["overwrite_output_dir"] or config["resume_from"] or not marker.is_file():
+    if config["overwrite_output_dir"] or not marker.is_file():
         return False
     if config["trainer"] in JOBS:
         return True
@@ -225,10 +229,15 @@ def check_data(plan: Plan) -> None:
             f"eval_dataset_id_or_path={sources[1]}: the evaluation rows are among the training rows; name another "
             "source, or set eval_size to hold some out"
         )
-    if all(source and Path(source).expanduser().is_file() for source in sources):
-        style = load_format(config["reasoning_format"])
-        tags = (style.thought_tags, style.solution_tags)
-        check_disjoint(*(load_rows(source, tags=tags).rows for source in sources))
+    files = [source for source in sources if source and Path(source).expanduser().is_file()]
+    if not files or config["trainer"] in (*JOBS, "dpo"):
+        return
+    style = load_format(config["reasoning_format"])
+    found = [load_rows(source, tags=(style.thought_tags, style.solution_tags)).rows for source in files]
+    if len(files) == 2:
+        check_disjoint(*found)
+    elif sources[1] is None and config["eval_size"] >= len(found[0]):
+        raise ValueError(f"eval_size={config['eval_size']} leaves nothing of {len(found[0])} rows to train on")
 
 
 def check_comparison(plan: Plan) -> None:
@@ -239,7 +248,7 @@ def check_comparison(plan: Plan) -> None:
 
 def check_models(plan: Plan) -> None:
     named = {key: plan.config.get(key) for key in ("model_name_or_path", "student_model")}
-    if plan.pending_warmup:
+    if plan.warms_up_first:
         del named["model_name_or_path"]
     check_models_exist({key: name for key, name in named.items() if name is not None})
 
@@ -279,7 +288,7 @@ def _check_hub(key: str, name: str, kind: str) -> None:
     address = urlsplit(constants.ENDPOINT)
     reason = "is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
     if not constants.HF_HUB_OFFLINE:
-        if _answers(address.hostname, address.port or 443):
+        if address.scheme in getproxies() or _answers(address.hostname, address.port or PORTS[address.scheme]):
             return
         reason = "is no local path, is not in the local cache, and the hub does not answer"
     raise ValueError(f"{key}={name} {reason}")
@@ -299,26 +308,31 @@ def _answers(host: str, port: int) -> bool:
     return bool(opened)
 
 
-def hide_secrets(config: dict) -> dict:
-    """What may be printed and written."""
-    return {k: ("<hidden>" if v and k.endswith(SECRET) else v) for k, v in config.items()}
+def hide_secrets(value: Any, key: str = "") -> Any:
+    """What may be printed and written of a configuration, of a stage's settings in it, or of one value."""
+    if isinstance(value, dict):
+        return {name: hide_secrets(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [hide_secrets(inner) for inner in value]
+    return "<hidden>" if value and key.endswith(SECRET) else value
 
 
 def check_output(plan: Plan) -> None:
-    """The output folder must be new, or of the same run."""
-    config = plan.config
-    saved = Path(config["output_dir"]) / "config.yaml"
+    """The output folder must be new, or of the same run, and what it is emptied of none of the run's inputs."""
+    config, folder = plan.config, Path(plan.config["output_dir"])
     if config["resume_from"] is not None and not Path(config["resume_from"]).is_dir():
         raise ValueError(f"resume_from={config['resume_from']} is not a checkpoint folder")
-    if not saved.is_file():
-        folder = Path(config["output_dir"])
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file: choose another output_dir")
+    before, now = saved_configuration(folder), hide_secrets(config)
+    if before is None:
         if folder.is_dir() and any(path.name not in BEFORE_A_RUN for path in folder.iterdir()):
             raise ValueError(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
         return
-    if config["overwrite_output_dir"] or config["resume_from"] is not None:
+    if config["overwrite_output_dir"]:
+        check_overwriting(config, folder.resolve())
         return
-    before, now = yaml.safe_load(saved.read_text()) or {}, hide_secrets(config)
-    free = CONTINUABLE if (saved.parent / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
+    free = CONTINUABLE if (folder / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
     changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
     if changed:
         key = changed[0]
@@ -326,6 +340,28 @@ def check_output(plan: Plan) -> None:
             f"output_dir={config['output_dir']} holds a different run ({key}: {before.get(key)} there, "
             f"{now.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
         )
+
+
+def saved_configuration(folder: Path) -> dict | None:
+    """What an earlier life of a run here wrote; None where none did, though another's config.yaml may be there."""
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) and {"trainer", "run_name", "output_dir"} <= found.keys() else None
+
+
+def check_overwriting(config: dict, folder: Path) -> None:
+    for key in INPUTS:
+        named = config.get(key)
+        places = [Path(named).expanduser().resolve()] if isinstance(named, str) else []
+        if any(place == folder or folder in place.parents for place in places if place.exists()):
+            raise ValueError(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
+
+
+def check_parts(plan: Plan) -> None:
+    """A job's parts, finished or not, must be of the models that are there now."""
+    check_sources(plan.config, models_of(plan.config))
 
 
 def check_disk(plan: Plan) -> None:
@@ -344,3 +380,9 @@ def check_disk(plan: Plan) -> None:
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )
+
+
+CHECKS = (
+    *(check_device, check_servers, check_data, check_models, check_comparison),
+    *(check_output, check_parts, check_disk),
+)

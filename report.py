@@ -3,12 +3,14 @@
     python report.py OUTPUT_DIR... [--out=report.html]
 
 Curves of rewards and their parts, KL, length, entropy, clipping, mismatch and seconds by phase; the best, median and
-worst completions; evaluations; the configuration and where it differs from the default.
+worst completions; evaluations; the configuration and where it differs from the default. A pipeline's folder stands for
+those of its stages.
 """
 
 import base64
 import html
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from configuration import compose_config, fail
 from reports.completions import completions
 from reports.curves import draw_curves
 
+CONFIG = "config.yaml"
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -32,20 +35,52 @@ def write_report(folders: list[Path], path: Path) -> None:
     Raises:
         ValueError: a folder holds no run.
     """
-    for folder in folders:
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} holds no run (no config.yaml)")
-    name = ", ".join(folder.name for folder in folders)
+    runs = labelled([run for folder in folders for run in runs_of(folder)])
+    name = ", ".join(runs)
     parts = [f"<h1>{html.escape(name)}</h1>"]
-    if draw_curves(folders, path.with_suffix(".png")):
-        picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+    if draw_curves(runs, picture_of(path)):
+        picture = base64.b64encode(picture_of(path).read_bytes()).decode()
         parts.append(f'<img alt="curves" src="data:image/png;base64,{picture}">')
-    for folder in folders:
-        parts += [f"<h2>{html.escape(folder.name)}</h2>", *sections(folder)]
+    for label, folder in runs.items():
+        parts += [f"<h2>{html.escape(label)}</h2>", *sections(folder)]
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(name)}</title><style>{STYLE}</style>{''.join(parts)}"
     )
     path.write_text(page, encoding="utf-8")
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The folder itself; of a pipeline those of its stages that have begun, in its order.
+
+    Raises:
+        ValueError: it holds no run, or a pipeline that has not begun.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no run (no {CONFIG})")
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    if config["trainer"] != "pipeline":
+        return [folder]
+    stages = [folder / stage["name"] for stage in config["stages"]]
+    begun = [stage for stage in stages if (stage / CONFIG).is_file()]
+    if not begun:
+        raise ValueError(f"{folder} is a pipeline of which no stage has begun: start it again")
+    return [run for stage in begun for run in runs_of(stage)]
+
+
+def labelled(folders: list[Path]) -> dict[str, Path]:
+    """The folders by the shortest tail of their paths that no other one ends in; one that is named twice comes once."""
+    paths = dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders)
+    found = {}
+    for path in paths:
+        tails = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
+        tail = next(tail for tail in tails if sum(other.parts[-len(tail) :] == tail for other in paths) == 1)
+        found[str(Path(*tail))] = path
+    return found
+
+
+def picture_of(page: Path) -> Path:
+    """Beside the page, under a name that no run uses: `curves.png` and `evaluation.png` are runs' own."""
+    return page.with_name("report.png" if page.name == "report.html" else f"{page.stem}-report.png")
 
 
 def sections(folder: Path) -> list[str]:
@@ -77,7 +112,7 @@ def card(folder: Path) -> str:
 
 def configuration(folder: Path) -> str:
     """All of it, and first where it differs from the default run's."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / CONFIG).read_text())
     default, _ = compose_config([])
     changed = [(k, repr(default.get(k, "—")), repr(v)) for k, v in sorted(config.items()) if default.get(k, "—") != v]
     differences = table(("key", "default", "here"), changed)

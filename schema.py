@@ -28,7 +28,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What it needs of a run that trains."""
+    """Keys of the runs that train."""
 
     train_batch_size: int
 
@@ -74,6 +74,7 @@ class GRPOKeys:
     generation_aggregation_steps: int | None
     use_vllm_server: bool
     reward_functions: list | None
+    answer_line: bool
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ class VerifiedRewardConfig:
     length_free: int
     verifier: str
     verifier_limit_s: float
-    answer_line: bool = False
 
 
 @dataclass(frozen=True)

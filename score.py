@@ -114,7 +114,7 @@ def build_reward(config: dict):
     """The teacher reward over the two models of the configuration."""
     import torch
 
-    from models.loading import load_frozen, load_tokenizer
+    from models.loading import load_frozen, load_student, load_tokenizer
     from models.paths import resolve_model_path
     from rewards import TeacherReward
 
@@ -123,9 +123,10 @@ def build_reward(config: dict):
     paths = [resolve_model_path(config[key]) for key in ("teacher_model", "student_model")]
     options = {"dtype": dtype, "trust_remote_code": config["trust_remote_code"]}
     teacher = load_frozen(paths[0], **options).to(device)
-    student = teacher if paths[0] == paths[1] else load_frozen(paths[1], **options).to(device)
+    tokenizer = load_tokenizer(paths[0], config["trust_remote_code"])
+    student = teacher if paths[0] == paths[1] else load_student(paths[1], tokenizer, **options).to(device)
     return TeacherReward(
-        load_tokenizer(paths[0], config["trust_remote_code"]),
+        tokenizer,
         load_format(config["reasoning_format"]),
         pick(config, TeacherRewardConfig),
         config["temperature"],

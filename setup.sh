@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from requirements.txt (a GPU is visible) or requirements-cpu.txt; does nothing when it is up to date.
 #   PYTHON=python3.12 ./setup.sh      another interpreter (3.11 or newer), kept until another is named
-#   SETUP_DEVICE=cpu|gpu ./setup.sh   another list than the machine suggests
+#   SETUP_DEVICE=cpu|gpu ./setup.sh   another list than that of the .venv which is there, or than the machine suggests
 #   TORCH_INDEX_URL=... ./setup.sh    where pip finds PyTorch builds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -15,7 +15,10 @@ earlier="$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null || true)"
 python="${PYTHON:-$earlier}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
   fail "$python is missing or older than Python 3.11: set PYTHON to a newer one"
-device="${SETUP_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}"
+seen="$(timeout 30 nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)"
+# What is there is kept: a login node without a GPU may share the folder with machines that have one.
+made_for="$(sed -n 's/^[^ ]* \(cpu\|gpu\) .*/\1/p' "$stamp" 2>/dev/null || true)"
+device="${SETUP_DEVICE:-${made_for:-$seen}}"
 case "$device" in
   cpu) list=requirements-cpu.txt ;;
   gpu) list=requirements.txt ;;
@@ -24,7 +27,11 @@ esac
 kind="$device $("$python" -V)"
 wanted="$(cat "$list" setup.sh | sha256sum | cut -d' ' -f1) $kind"
 up_to_date() { [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
-up_to_date && exit 0
+if up_to_date; then
+  [ "$device$seen" != cpugpu ] || [ -n "${SETUP_DEVICE:-}" ] ||
+    say ".venv is for a CPU, and a GPU is visible: SETUP_DEVICE=gpu ./setup.sh makes one for it"
+  exit 0
+fi
 
 exec 9>.venv.lock
 flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"

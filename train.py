@@ -16,16 +16,15 @@ from pathlib import Path
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from checks import JOBS
-from configuration import apply_memory_profile, apply_warmup, fail, rewrite_arguments
+from configuration import apply_memory_profile, apply_warmup, fail, quoted, rewrite_arguments, sweeps
 from launching import PREEMPTED, folder_lock, run_child
 from models.paths import merged_model_path
 from models.versions import check_versions, requirements_file
-from plan import BEFORE_A_RUN, MARKER, Plan, hide_secrets, is_complete, make_plan
+from plan import BEFORE_A_RUN, MARKER, SECRET, Plan, hide_secrets, is_complete, make_plan, saved_configuration
 
 ROOT = Path(__file__).resolve().parent
 
@@ -36,7 +35,7 @@ def prepare_output(config: dict) -> None:
     """Make the output folder, or empty it when asked to, and write the resolved configuration into it."""
     folder = Path(config["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    if config["overwrite_output_dir"] and (folder / "config.yaml").is_file():
+    if config["overwrite_output_dir"] and saved_configuration(folder) is not None:
         for path in folder.iterdir():  # not the folder itself, which is locked
             if path.name in BEFORE_A_RUN:
                 continue
@@ -69,6 +68,9 @@ def prepare_wandb(config: dict) -> None:
 
 def finish(trainer, config: dict) -> None:
     """The final model and tokenizer, adapters merged on request, and the marker that says so."""
+    from trainers.checkpoints import kill_point
+
+    kill_point("finishing")
     folder = Path(config["output_dir"])
     trainer.save_model(str(folder))  # together with all ranks
     if not trainer.is_world_process_zero():
@@ -134,15 +136,17 @@ def _train(plan: Plan, stop):
 def run(config: dict, given: list[str]) -> None:
     apply_memory_profile(config, given)
     warmup = apply_warmup(config, given)
-    plan = make_plan(config, pending_warmup=warmup)
+    plan = make_plan(config, warms_up_first=warmup is not None)
     if config["dry_run"]:
         return show(plan)
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")
         return
     if warmup is not None:
-        logger.info("warm-up first: %s", warmup)
-        run_child(["train.py", f"run_cfg={warmup}"])
+        logger.info("warm-up first: %s", " ".join(warmup))
+        run_child(["train.py", *warmup])
+    if config["trainer"] == "pipeline":
+        importlib.import_module("pipeline").check(plan)
     with folder_lock(config["output_dir"]):
         prepare_output(config)
         prepare_wandb(config)
@@ -153,15 +157,12 @@ def show(plan: Plan, sharding: str | None = None) -> None:
     """What a dry run prints."""
     sys.stdout.write(f"{yaml.safe_dump(hide_secrets(plan.config), sort_keys=True)}\n{plan.report()}\n")
     missing = list(plan.missing)
-    if plan.pending_warmup:
-        missing.append(f"model {plan.config['model_name_or_path']}: warm-up {plan.pending_warmup} would run first")
+    if plan.warms_up_first:
+        name = plan.config["warmup_run"]
+        missing.append(f"model {plan.config['model_name_or_path']}: warm-up {name} would run first")
     if plan.config["trainer"] == "pipeline":
         missing += importlib.import_module("pipeline").problems(plan, sharding)
     sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)
-
-
-def _sweeps(override: str) -> bool:
-    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 @hydra.main(version_base="1.3", config_path="cfgs", config_name="train")
@@ -170,15 +171,25 @@ def job(cfg) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # Each job in a process of its own: an engine is not given back within one.
-        keys = {o.partition("=")[0] for o in sys.argv if "=" in o and _sweeps(o)}
+        keys = {o.partition("=")[0] for o in sys.argv if "=" in o and sweeps(o)}
         swept = ",".join(o.lstrip("+") for o in overrides if o.partition("=")[0] in keys)
-        own = [*overrides, f"output_dir='{config['output_dir']}/{swept}'"]
-        run_child(["train.py", *own])
+        folder = quoted(f"{config['output_dir']}-sweep/{swept}")  # beside that of the run alone
+        run_child(["train.py", *overrides, f"output_dir={folder}"])
         return
     try:
         run(config, overrides)
     except ValueError as error:
         fail(error)
+
+
+def check_sweep(arguments: list[str]) -> None:
+    """
+    Raises:
+        ValueError: Hydra would write a secret into its record of a sweep.
+    """
+    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments if "=" in argument]
+    if {"-m", "--multirun"} & set(arguments) and (secret := [key for key in keys if key.endswith(SECRET)]):
+        raise ValueError(f"{secret[0]} with -m: a sweep's overrides are written to disk; log in to the hub instead")
 
 
 def prepare() -> None:
@@ -198,6 +209,7 @@ def main() -> None:
     prepare()
     try:
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
+        check_sweep(sys.argv[1:])
     except ValueError as error:
         fail(error)
     job()

@@ -46,7 +46,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured ratio: peer / ours for times, ours / peer for memory, ours / floor for shares."""
+    """A measured ratio: peer / ours for times, ours / peer for memory."""
 
     name: str
     ours: float

@@ -1,4 +1,4 @@
-"""A whole step and its phases against stock TRL, with Hugging Face generation (B) and with vLLM in process (C)."""
+"""A whole step and its phases against stock TRL, with Hugging Face generation and with vLLM in process."""
 
 from pathlib import Path
 from statistics import median

@@ -36,11 +36,16 @@ class ReasoningFormat:
     student_system_prompt: str = STUDENT_PROMPT
 
     def __post_init__(self):
+        for field in ("name", "delimiter", "teacher_system_prompt", "student_system_prompt"):
+            text = getattr(self, field)
+            if not isinstance(text, str):
+                raise ValueError(f"format {self.name!r}: {field} must be text, not {text!r}")
         for field in ("explanation_tags", "thought_tags", "solution_tags"):
-            pair = tuple(getattr(self, field))
-            if len(pair) != 2 or not all(isinstance(tag, str) and tag for tag in pair):
-                raise ValueError(f"format {self.name!r}: {field} must be two non-empty strings, not {list(pair)}")
-            object.__setattr__(self, field, pair)
+            pair = getattr(self, field)
+            listed = isinstance(pair, (list, tuple)) and len(pair) == 2
+            if not listed or not all(isinstance(tag, str) and tag for tag in pair):
+                raise ValueError(f"format {self.name!r}: {field} must be two non-empty strings, not {pair!r}")
+            object.__setattr__(self, field, tuple(pair))
 
     def _fill(self, prompt: str) -> str:
         for section in ("explanation", "thought", "solution"):
@@ -72,16 +77,24 @@ def load_format(name_or_path: str) -> ReasoningFormat:
     """A shipped format by name, or one from a YAML file.
 
     Raises:
-        ValueError: neither a known name nor an existing YAML file, or a file with unknown fields.
+        ValueError: neither a known name nor an existing YAML file, or a file that is no YAML or has other fields.
     """
     if name_or_path in FORMATS:
         return FORMATS[name_or_path]
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ValueError(f"reasoning_format={name_or_path}: use one of {sorted(FORMATS)} or an existing .yaml file")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_bytes()) or {}
+    except OSError as error:
+        raise ValueError(f"reasoning_format={name_or_path} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"reasoning_format={name_or_path} is not YAML ({reason}): put a text with a colon in quotes"
+        ) from error
     known = {field.name for field in fields(ReasoningFormat)}
     if not isinstance(values, dict) or set(values) - known:
-        wrong = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+        wrong = sorted(map(str, set(values) - known)) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"reasoning_format={name_or_path}: {wrong} not among the fields {sorted(known)}")
     return ReasoningFormat(**{"name": path.stem, **values})

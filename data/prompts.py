@@ -128,14 +128,11 @@ def render_question(
     Args:
         answer_line: ask for a last line `Answer: …` instead of the format's sections.
     """
-    if answer_line:
-        messages = [{"role": "user", "content": question + ANSWER_LINE}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    messages = [
-        {"role": "system", "content": system_prompt or style.student_system},
-        {"role": "user", "content": question},
-    ]
-    return _chat(tokenizer, messages, add_generation_prompt=True)
+    asked = {"role": "user", "content": question + ANSWER_LINE if answer_line else question}
+    if answer_line and not system_prompt:
+        return tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    system = {"role": "system", "content": system_prompt or style.student_system}
+    return _chat(tokenizer, [system, asked], add_generation_prompt=True)
 
 
 def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:

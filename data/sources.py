@@ -12,7 +12,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,16 +69,30 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
         rows of text in the order of the source, and how many were left out for which reason.
 
     Raises:
-        ValueError: missing source, column, task or split, or a line that cannot be read; says which.
+        ValueError: missing source, column, task or split, or a file or line that cannot be read; says which.
     """
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be positive, or null for all rows")
-    if source.startswith(GENERATOR):
-        found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
-    elif source.startswith(BENCHMARK):
-        found = benchmark_rows(source.removeprefix(BENCHMARK))
-    else:
-        found = _read(source, split)
+    with _readable(source):
+        if source.startswith(GENERATOR):
+            found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
+        elif source.startswith(BENCHMARK):
+            found = benchmark_rows(source.removeprefix(BENCHMARK))
+        else:
+            found = _read(source, split)
+        return _usable(found, source, size, tags)
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """What the system refuses to read is input like any other that is wrong."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read ({error})") from error
+
+
+def _usable(found: Iterable[dict], source: str, size: int | None, tags: Tags) -> Rows:
     rows, dropped = [], Counter()
     for number, row in enumerate(found, start=1):
         usable, reason = _clean(row, tags, f"{source} row {number}")
@@ -129,7 +144,9 @@ def _check_columns(columns: Iterable[str], place: str) -> None:
 
 
 def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
-    messages = row["conversations"] or []
+    messages = _messages(row["conversations"] or [])
+    if messages is None:
+        return None, "conversations are neither a list of messages nor the JSON of one"
     roles = [message.get("from", message.get("role")) for message in messages]
     if len(messages) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt"):
         return None, "conversation is not one question and one answer"
@@ -140,6 +157,17 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
     thought, solution = (part.group(1).strip() for part in parts)
     rest = {column: row[column] for column in OPTIONAL if column in row}
     return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
+
+
+def _messages(conversations: object) -> list[dict] | None:
+    """The list as it is, or of its JSON, as which a table of text holds it; None where it is neither."""
+    if isinstance(conversations, str):
+        try:
+            conversations = json.loads(conversations)
+        except json.JSONDecodeError:
+            return None
+    listed = isinstance(conversations, list) and all(isinstance(message, dict) for message in conversations)
+    return conversations if listed else None
 
 
 def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
@@ -211,7 +239,10 @@ def _read_folder(folder: Path, split: str) -> Iterable[dict]:
         return (row for file in _files_of(folder) for row in _read_file(file))
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(folder))
+    try:
+        loaded = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds a saved dataset that cannot be loaded ({error})") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if split not in loaded:
@@ -227,18 +258,25 @@ def _read_file(path: Path) -> Iterable[dict]:
     if path.suffix == ".csv":
         return _csv_rows(path)
     if path.suffix == ".parquet":
-        batches = _parquet(path).iter_batches(batch_size=1024)
-        return (row for batch in batches for row in batch.to_pylist())
+        return _parquet_rows(path)
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 
-def _parquet(path: Path):
+@contextmanager
+def _parquet(path: Path) -> Iterator:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error})") from None
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file, or a damaged one ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterable[dict]:
+    with _parquet(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
 def _json_lines(path: Path) -> Iterable[dict]:
@@ -268,14 +306,20 @@ def _json(text: bytes, place: str):
         raise ValueError(f"{place} is not UTF-8 text") from None
 
 
-def _csv_rows(path: Path) -> Iterable[dict]:
+@contextmanager
+def _csv(path: Path) -> Iterator[csv.DictReader]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
-            yield from reader
+            yield reader
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} line {reader.line_num + 1} cannot be read as CSV ({error})") from None
+
+
+def _csv_rows(path: Path) -> Iterable[dict]:
+    with _csv(path) as reader:
+        yield from reader
 
 
 def inspect_source(source: str) -> None:
@@ -284,7 +328,7 @@ def inspect_source(source: str) -> None:
     Reads the generator's task names, a file's header or first row, or nothing of a hub name.
 
     Raises:
-        ValueError: missing file or column, or a task that the generator does not have.
+        ValueError: missing file or column, a file that cannot be read, or a task that the generator does not have.
     """
     if source.startswith(GENERATOR):
         _task_and_options(source.removeprefix(GENERATOR))
@@ -292,6 +336,11 @@ def inspect_source(source: str) -> None:
     if source.startswith(BENCHMARK):
         check_benchmark(source.removeprefix(BENCHMARK))
         return
+    with _readable(source):
+        _inspect_files(source)
+
+
+def _inspect_files(source: str) -> None:
     path = Path(source).expanduser()
     if path.is_dir():
         if not _is_saved_dataset(path):
@@ -304,10 +353,11 @@ def inspect_source(source: str) -> None:
 
 def _columns(path: Path) -> Iterable[str]:
     if path.suffix == ".parquet":
-        return _parquet(path).schema_arrow.names
+        with _parquet(path) as file:
+            return file.schema_arrow.names
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return csv.DictReader(file).fieldnames or []
+        with _csv(path) as reader:
+            return reader.fieldnames or []
     first = next(iter(_read_file(path)), None)
     if first is None:
         raise ValueError(f"{path} holds no row")

@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 
 RESAMPLES = 10_000
+DRAWS_AT_ONCE = 2**20  # 16 MiB: an index and a value each
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,15 @@ def bootstrap(values_N, seed: int = 0) -> Estimate:
     values_N = values_N[np.isfinite(values_N)]
     if not values_N.size:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    draws = np.random.default_rng(seed).integers(0, values_N.size, size=(RESAMPLES, values_N.size))
-    low, high = np.percentile(values_N[draws].mean(axis=1), [2.5, 97.5])
+    low, high = np.percentile(resampled_means(values_N, np.random.default_rng(seed)), [2.5, 97.5])
     return Estimate(float(values_N.mean()), float(low), float(high))
+
+
+def resampled_means(values_N: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(RESAMPLES,) means of N draws with replacement, drawn in parts: the stream of one draw, in little memory."""
+    rows = max(1, DRAWS_AT_ONCE // values_N.size)
+    sizes = [(min(rows, RESAMPLES - done), values_N.size) for done in range(0, RESAMPLES, rows)]
+    return np.concatenate([values_N[generator.integers(0, values_N.size, size)].mean(axis=1) for size in sizes])
 
 
 def paired_difference(before: dict[str, float], after: dict[str, float], seed: int = 0) -> Estimate:

@@ -1,13 +1,28 @@
-"""Rows that are worked on in parts, each written at once: after a kill the same command goes on with the next part."""
+"""Rows that are worked on in parts, each written at once: after a kill the same command goes on with the next part.
+
+What the parts are made from is written beside them: a later life goes on with the same weights, rows and format only.
+Importing this module is quick: plan.py asks for the weights before anything heavy is loaded.
+"""
 
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from data.formats import ReasoningFormat
+
 FOLDER = "parts"
+SOURCES = "sources.json"
+MODELS = ("model_name_or_path", "student_model")
+WEIGHTS = ("*.safetensors", "adapter_model.*")
+# Not the rendered prompts: some chat templates write today's date into them.
+ASKED = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
+WHAT = {"dataset_id_or_path": "the questions", "reasoning_format": "the tags or prompts"}  # else the weights
 
 
 class Parts:
@@ -27,6 +42,26 @@ class Parts:
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.jsonl"
 
+    def keep_to(self, accelerator, config: dict[str, Any], rows: list[dict], style: ReasoningFormat) -> None:
+        """Together with all ranks: note what the parts are made from, or see that it is still the same.
+
+        Raises:
+            ValueError: on every rank, as `check_sources`.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        refusal = [None]
+        if accelerator.is_main_process:  # alone: a model that each machine has its own copy of differs in its times
+            now = sources_of(config, rows, style)
+            try:
+                check_sources(config, now)
+                _write(self.folder / SOURCES, json.dumps(now, indent=1))
+            except ValueError as error:
+                refusal = [str(error)]
+        broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise ValueError(refusal[0])
+
     def missing(self, accelerator) -> list[int]:
         """Numbers of this rank's parts that are not there yet."""
         mine = range(accelerator.process_index, len(self.ranges), accelerator.num_processes)
@@ -43,10 +78,7 @@ class Parts:
         for number in tqdm(self.missing(accelerator), **shown):
             if stop.asked:
                 return
-            text = "".join(f"{json.dumps(row)}\n" for row in make(self.ranges[number]))
-            aside = self._file(number).with_suffix(".tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, self._file(number))
+            _write(self._file(number), "".join(f"{json.dumps(row)}\n" for row in make(self.ranges[number])))
 
     def first(self) -> list[dict] | None:
         """The rows of the first part, once it is there."""
@@ -55,6 +87,55 @@ class Parts:
     def read(self) -> list[dict]:
         """All rows in order, once every part is there."""
         return [row for number in range(len(self.ranges)) for row in _rows(self._file(number))]
+
+
+def sources_of(config: dict[str, Any], rows: list[dict], style: ReasoningFormat) -> dict[str, Any]:
+    """What decides a job's parts beside its configuration, by the key that names it."""
+    asked = [[row.get(column) for column in ASKED] for row in rows]
+    return {**models_of(config), "dataset_id_or_path": _hash(asked), "reasoning_format": _hash(asdict(style))}
+
+
+def models_of(config: dict[str, Any]) -> dict[str, dict]:
+    """Size and second of writing of each weight file of the models that are local folders, by key."""
+    return {key: _weights(Path(config[key]).expanduser()) for key in MODELS if config.get(key)}
+
+
+def _weights(folder: Path) -> dict[str, list[int]]:
+    files = {file: file.stat() for pattern in WEIGHTS for file in sorted(folder.glob(pattern))}
+    return {str(file): [known.st_size, int(known.st_mtime)] for file, known in files.items()}
+
+
+def check_sources(config: dict[str, Any], now: dict[str, Any]) -> None:
+    """That a job's parts, where there are some, were made from what is there now.
+
+    Args:
+        now: of `sources_of`, or of `models_of` to ask for the weights alone.
+
+    Raises:
+        ValueError: they were not; names the first key behind which something else stands, and the remedy.
+    """
+    folder = Path(config["output_dir"]) / FOLDER
+    noted = folder / SOURCES
+    if config["overwrite_output_dir"] or not noted.is_file() or not any(folder.glob("*.jsonl")):
+        return
+    before = json.loads(noted.read_text(encoding="utf-8"))
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        what = WHAT.get(changed[0], "the weights")
+        raise ValueError(
+            f"output_dir={config['output_dir']}: {what} of {changed[0]}={config[changed[0]]} changed after its first "
+            "part was made: overwrite_output_dir=true starts again, or choose another output_dir"
+        )
+
+
+def _hash(content: Any) -> str:
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    aside = file.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
 
 
 def _rows(file: Path) -> list[dict]:

@@ -12,11 +12,16 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds it, it cannot be made or written to, or it is a file.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"output_dir={folder} cannot be made or opened ({error}): choose another") from error
+    try:
+        if not os.access(folder, os.W_OK, effective_ids=True):
+            raise ValueError(f"output_dir={folder} cannot be written to: choose another")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -117,9 +117,10 @@ def _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entr
     What several members want of a shared token is computed once.
     """
     wanted = [(temperatures[member], row, at, sequences[member][i]) for row, at, member, i in wanted]
-    numbers = {one: number for number, one in enumerate(sorted(set(wanted)))}
+    distinct = sorted(dict.fromkeys(wanted), key=itemgetter(0))
+    numbers = {one: number for number, one in enumerate(distinct)}
     parts = []
-    for temperature, some in groupby(numbers, key=itemgetter(0)):
+    for temperature, some in groupby(distinct, key=itemgetter(0)):
         _, rows, positions, targets = zip(*some, strict=True)
         targets_N = torch.tensor(targets, device=hidden_BTH.device)
         hidden_NH = hidden_BTH[list(rows), list(positions)]

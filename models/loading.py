@@ -1,10 +1,12 @@
 """Loading of policies, frozen models and tokenizers: safetensors only, no remote code unless asked for."""
 
 from collections.abc import Callable
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +16,7 @@ from transformers import (
 )
 
 from models.attention import NAME, can_share_prefixes
+from models.files import check_files
 
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
 PAD_CANDIDATES = (
@@ -143,11 +146,30 @@ def load_frozen(
     return model.eval().requires_grad_(False)
 
 
+def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PreTrainedModel:
+    """A frozen model that reads the ids of a teacher's tokenizer. Options as of `load_frozen`.
+
+    Raises:
+        ValueError: its own tokenizer has other tokens under these ids.
+    """
+    own = load_tokenizer(name_or_path, options.get("trust_remote_code", False)).get_vocab()
+    tokens = {number: token for token, number in own.items()}
+    for token, number in tokenizer.get_vocab().items():
+        if tokens.get(number, token) != token:
+            raise ValueError(
+                f"student {name_or_path} has another tokenizer than the teacher (id {number} is {tokens[number]!r} to "
+                f"it and {token!r} to the teacher): one has to serve both"
+            )
+    return load_frozen(name_or_path, **options)
+
+
 def told(load: Callable, name_or_path: str, **options: Any):
     """Load, and say what the user needs to know when transformers cannot."""
     try:
         return load(name_or_path, **options)
-    except OSError as error:  # missing, unreachable, gated, or without safetensors
+    except (OSError, SafetensorError, JSONDecodeError) as error:
+        # Missing, unreachable, gated, without safetensors; or with a file that is not whole, which is named.
+        check_files(Path(name_or_path))
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{name_or_path} could not be loaded ({reason}): name a folder with safetensors weights and a tokenizer, "

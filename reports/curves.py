@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 PANELS = (  # of a run's logs
     ("reward", "reward"),
     ("reward_parts/solution_log_prob_reward", "solution part"),
@@ -33,35 +35,41 @@ def records_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def draw_curves(folders: list[Path], path: Path) -> bool:
-    """Every panel that some run has figures for, the runs side by side in it; False and no file where none has."""
-    import matplotlib
+def draw_curves(runs: dict[str, Path], path: Path) -> bool:
+    """The picture of `curves` as a file; False and no file where there is none."""
+    figure = curves(runs)
+    if figure is not None:
+        figure.savefig(path, dpi=110)
+    return figure is not None
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    logs = {str(folder): records for folder in folders if (records := records_of(folder))}
+def curves(runs: dict[str, Path]) -> Figure | None:
+    """Every panel that some run has figures for, the runs side by side in it; None where none has.
+
+    Args:
+        runs: folders by what the legend calls them.
+    """
+    logs = {name: records for name, folder in runs.items() if (records := records_of(folder))}
     lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in PANELS}
     drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
     if not drawn:
-        return False
+        return None
     rows = math.ceil(len(drawn) / 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(12, 2.7 * rows), constrained_layout=True, squeeze=False)
+    figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False)
     colors = dict(zip(logs, COLORS * len(logs), strict=False))
     for axis, (label, of_runs) in zip(axes.flat, drawn.items(), strict=False):
         for name, steps in of_runs.items():
             if steps:
                 marker = "." if len(steps) < 3 else ""
-                axis.plot(*zip(*steps, strict=True), color=colors[name], label=Path(name).name, marker=marker)
+                axis.plot(*zip(*steps, strict=True), color=colors[name], label=name, marker=marker)
         axis.set_title(label, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-        if len(logs) > 1:
-            axis.legend(frameon=False, fontsize=7)
+        if len(logs) > 1:  # by its lines: of itself a legend leaves out names that begin with an underscore
+            axis.legend(handles=axis.get_lines(), frameon=False, fontsize=7)
     for axis in axes.flat[len(drawn) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+    return figure
 
 
 def points(records: list[dict], key: str) -> list[tuple[int, float]]:

@@ -135,8 +135,7 @@ class TeacherReward:
         """Rewards of completions.
 
         Args:
-            rows: `question`, `solution` and optional `teacher_system_prompt`, `student_system_prompt` per completion;
-                completions of one question should be neighbours.
+            rows: `question`, `solution` and optional `teacher_system_prompt`, `student_system_prompt` per completion.
             completions: what the teacher wrote after its prompt, special tokens left out.
 
         Returns:

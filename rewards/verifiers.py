@@ -17,14 +17,23 @@ from data.sources import generator_tasks
 from rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
-CHOICE = re.compile(r"\b([A-HJ])\b|(?<=\()(I)(?=\))")  # without the pronoun
-# Tasks whose own checks run the answer or the row as Python (reasoning-gym 0.1.25: eval, or sympy's parse_expr), and
-# the checks that they get instead.
-RUN_WHAT_THEY_ARE_GIVEN = {
+BOXED_CHOICE = re.compile(r"\\boxed\s*\{(?:\\\w+\s*\{)?[\s$*(]*([A-J])\s*[).:}]")
+# As options are listed: `B) 3.2 J`.
+FIRST_CHOICE = re.compile(r"\A[\s$*(]*([A-J])(?:[$*]*[).:]|\*\*|[$*\t ]*(?:\n|\Z))")
+LONE_CHOICE = re.compile(r"\b(?:[A-HJ]\b|I(?=\W*\Z))|(?<=\()I(?=\))")  # without the pronoun
+WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\d\\$+*/^=<>]+", re.DOTALL)  # a text that has nothing of mathematics
+AROUND_WORDS = re.compile(r"\\(?:boxed|text\w*|math\w+)|[{}$]|\*\*")
+PYTHON_POWER = re.compile(r"(?<=[\w)])(?:\*\*| \*\* )(?=[\w(-])")
+# Tasks whose own checks are not used, and the checks that they get instead (reasoning-gym 0.1.25). The last two are
+# wrong: one takes any answer for right, the other reads the first number only, without its sign and its thousands. The
+# others run the answer or the row as Python: eval, or sympy's parse_expr.
+CHECKED_OTHERWISE = {
     **dict.fromkeys(("countdown", "puzzle24"), "expression"),
     **dict.fromkeys(("simple_integration", "intermediate_integration", "polynomial_multiplication"), "math"),
     **dict.fromkeys(("n_queens", "string_insertion", "spiral_matrix", "binary_matrix"), "exact"),
     **dict.fromkeys(("number_sorting", "bitwise_arithmetic"), "exact"),
+    "game_of_life_halting": "exact",
+    "gsm_symbolic": "math",
 }
 START_LIMIT_S = 120.0  # for a checker's imports
 # What libraries make of a model's text; anything else ends the checker's process, which is noticed and started again.
@@ -59,21 +68,35 @@ def is_exact(answer: str, row: dict) -> float:
 
 
 def is_choice(answer: str, row: dict) -> float:
-    """The last letter of A to J that stands alone in both."""
-    found, wanted = (["".join(match) for match in CHOICE.findall(text)] for text in (answer, row["solution"]))
-    return float(bool(found and wanted) and found[-1] == wanted[-1])
+    """The same letter of A to J in both."""
+    letter = chosen(answer)
+    return float(letter is not None and letter == chosen(row["solution"]))
+
+
+def chosen(text: str) -> str | None:
+    """The letter that a text gives: the last in a box, else the one it starts with, else the last that stands alone."""
+    found = BOXED_CHOICE.findall(text) or FIRST_CHOICE.findall(text) or LONE_CHOICE.findall(text)
+    return found[-1] if found else None
 
 
 def is_mathematically(answer: str, row: dict) -> float:
-    """Equal in value, by math-verify; a text without mathematics is compared as it is."""
+    """Equal in value, by math-verify, to which a list of numbers is a set; a text without mathematics as it is."""
     from math_verify import parse, verify
 
+    solution = row["solution"]
     if is_exact(answer, row):
         return 1.0
+    if WORDS.fullmatch(solution):  # whose letters would be multiplied: `post` and `stop` would be equal
+        return is_exact(AROUND_WORDS.sub("", answer), {"solution": AROUND_WORDS.sub("", solution)})
     # Without time limits of its own, which need the main thread's alarm: the process has one.
-    texts = (text if "$" in text else f"${text}$" for text in (row["solution"], answer))
-    gold, given = (parse(text, parsing_timeout=None) for text in texts)
+    gold, given = (parse(_as_latex(text), parsing_timeout=None) for text in (solution, answer))
     return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
+
+
+def _as_latex(text: str) -> str:
+    """Marked as mathematics, without what keeps it from being read: a price's dollars, bold type, `**` of powers."""
+    text = PYTHON_POWER.sub("^", text.replace("\\$", "").strip("* "))
+    return text if "$" in text else f"${text}$"
 
 
 def is_expression(answer: str, row: dict) -> float:
@@ -86,10 +109,10 @@ def is_for_generator(answer: str, row: dict) -> float:
     """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less.
 
     Raises:
-        ValueError: the task's check would run the answer.
+        ValueError: the task's check would run the answer, or is wrong.
     """
-    if row["task"] in RUN_WHAT_THEY_ARE_GIVEN:
-        raise ValueError(f"reasoning_gym's check of {row['task']} runs what it is given")
+    if row["task"] in CHECKED_OTHERWISE:
+        raise ValueError(f"reasoning_gym's check of {row['task']} is not used: {CHECKED_OTHERWISE[row['task']]} is")
     import reasoning_gym
 
     metadata = json.loads(row["metadata"])
@@ -110,15 +133,15 @@ CHECKS: dict[str, Callable[[str, dict], float]] = {
 def kind_of(row: dict) -> str:
     """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
     if row.get("metadata") and row.get("task") in generator_tasks():  # else they are columns of someone's own
-        return RUN_WHAT_THEY_ARE_GIVEN.get(row["task"], "generator")
+        return CHECKED_OTHERWISE.get(row["task"], "generator")
     return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
 
 
 def check_rows(kind: str, rows: list[dict]) -> None:
     """
     Raises:
-        ValueError: rows are to be checked by a generator that they do not name, or that would run what it is given, or
-            as puzzles of numbers that they do not have.
+        ValueError: rows are to be checked by a generator that they do not name, or whose check is not used, or as
+            puzzles of numbers that they do not have.
     """
     if kind not in ("generator", "expression"):
         return

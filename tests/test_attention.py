@@ -15,7 +15,7 @@ class Attention(torch.nn.Module):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled")
-def test_flex_attention_of_a_ragged_row_is_the_two_part_form():
+def test_flex_attention_of_a_ragged_row_equals_the_cpus():
     branches = (
         Branch(0, 80),
         Branch(80, 90, ((0, 60),)),

@@ -2,9 +2,13 @@
 
 import json
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
+from evaluation.metrics import DRAWS_AT_ONCE, RESAMPLES, bootstrap
 from generation import request_seed
 from rewards.exact import exact_answer
 from trainers.evaluation import paired_bootstrap
@@ -29,6 +33,23 @@ def test_questions_without_a_score_are_left_out():
     assert math.isnan(paired_bootstrap([float("nan")], [1.0]).mean)
 
 
+@pytest.mark.parametrize("count", [1, 3, 104, 105, 160, 333])
+def test_resamples_in_parts_are_those_of_one_draw(count):
+    values_N = np.random.default_rng(1).normal(size=count)
+    whole = np.random.default_rng(7).integers(0, count, size=(RESAMPLES, count))
+    low, high = np.percentile(values_N[whole].mean(axis=1), [2.5, 97.5])
+    found = bootstrap(values_N, seed=7)
+    assert (found.mean, found.low, found.high) == (values_N.mean(), low, high)
+
+
+def test_a_bootstrap_of_many_questions_needs_no_more_memory():
+    tracemalloc.start()
+    bootstrap(np.arange(2000.0))  # of one draw: 16 bytes x 10,000 x 2,000 = 320 MB
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 16 * DRAWS_AT_ONCE
+
+
 def test_seeds_depend_on_every_part_of_where():
     seeds = {
         request_seed(*where)
@@ -39,12 +60,28 @@ def test_seeds_depend_on_every_part_of_where():
 
 
 def test_exact_answers():
-    texts = ["so\nAnswer: 12", "Answer: 3\nAnswer: 12 ", "12", [{"role": "assistant", "content": "Answer: 12"}]]
-    assert exact_answer(texts, ["12"] * 4) == [1.0, 1.0, 0.0, 1.0]
+    texts = ["3 + 9 = 12.", "12 or 13", "twelve", [{"role": "assistant", "content": "It is 12.0"}], "-12"]
+    assert exact_answer(texts, ["12"] * 5) == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert exact_answer(["no number"], ["none"]) == [0.0]
 
 
-def test_the_plot_is_drawn_from_metrics(tmp_path):
+PANELS_OF = {"reward": [0], "eval/reward": [0], "kl": [1], "completions/mean_length": [2], "loss": []}
+
+
+def picture(folder, **metrics):
+    """The pixels that are drawn of two steps, in three panels side by side."""
+    steps = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
+    lines = [json.dumps({"step": number, **step}) + "\n" for number, step in enumerate(steps, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return np.split(imread(plot_curves(folder)), 3, axis=1)
+
+
+@pytest.mark.parametrize(("metric", "panels"), PANELS_OF.items())
+def test_the_plot_shows_each_metric_in_its_panel(metric, panels, tmp_path):
     assert plot_curves(tmp_path) is None
-    lines = [{"step": s, "reward": -s, "kl": 0.1, "completions/mean_length": 9, "eval/reward": -s} for s in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plot_curves(tmp_path).stat().st_size > 1000
+    rising = dict.fromkeys(PANELS_OF, (1.0, 2.0))
+    before, again = picture(tmp_path, **rising), picture(tmp_path, **rising)
+    after = picture(tmp_path, **{**rising, metric: (2.0, 1.0)})  # within the same axes
+    assert before[0].shape == (416, 546, 4)  # 4.2 x 3.2 inches at 130 dots
+    assert [np.array_equal(*pair) for pair in zip(before, again, strict=True)] == [True] * 3
+    assert [place for place in range(3) if not np.array_equal(before[place], after[place])] == panels

@@ -5,6 +5,7 @@ After each: nothing is left, and the same command ends where the undisturbed run
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -16,15 +17,15 @@ import pytest
 import torch
 from conftest import launch
 from safetensors.torch import load_file
-from test_launch import ranks_of, reached, start, wait_until
+from test_launch import END_LIMIT_S, LIMIT_S, ranks_of, reached, start, wait_until
 
 from generation.server import Server, ServerError
 from launching import PREEMPTED
+from trainers.checkpoints import damage_of
 
 pytestmark = pytest.mark.slow
 PHASES = ("generation", "scoring", "backward", "saving")
 STEPS = ["max_steps=4", "save_steps=1", "eval_size=0", "save_total_limit=null", "use_vllm=false"]
-END_LIMIT_S = 60
 
 
 def run_of(tiny_run, folder: Path) -> list[str]:
@@ -60,9 +61,7 @@ def continue_to_the_end(tiny_run, folder: Path, undisturbed: Path) -> subprocess
 def test_a_killed_rank(phase, rank, tiny_run, undisturbed, tmp_path):
     launcher = start(*run_of(tiny_run, tmp_path), RLT_KILL_AT=f"{phase}:3", RLT_KILL_RANK=rank)
     wait_until(lambda: reached(tmp_path, 2))
-    since = time.monotonic()
     _, said = launcher.communicate(timeout=END_LIMIT_S)
-    assert time.monotonic() - since < END_LIMIT_S
     assert launcher.returncode == 128 + signal.SIGKILL, said[-3000:]
     assert f"rank {rank} ended first, with signal SIGKILL" in said
     assert not ranks_of(launcher.pid)
@@ -92,20 +91,28 @@ def test_a_checkpoint_that_was_cut_short(name, tiny_run, undisturbed, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 def test_a_full_disk(tiny_run, undisturbed, tmp_path):
     size = sum(path.stat().st_size for path in (undisturbed / "checkpoint-1").rglob("*") if path.is_file())
-    room = int(size * 2.5)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "rlt-test", str(tmp_path)], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={10 * size}", "rlt-test", tmp_path], check=True, timeout=10)
     try:
-        folder = tmp_path / "run"
-        full = launch("launch.py", *run_of(tiny_run, folder))
-        assert full.returncode not in (0, PREEMPTED)
-        assert "No space left" in full.stderr or "not enough space" in full.stderr or "are free" in full.stderr
-        left = sorted(folder.glob("checkpoint-*"))
-        subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(tmp_path)], check=True, timeout=10)
-        if left:
-            assert (left[-1] / "manifest.json").is_file()
-        continue_to_the_end(tiny_run, folder, undisturbed)
+        folder, filling = tmp_path / "run", tmp_path / "filling"
+        launcher = start(*run_of(tiny_run, folder))
+        wait_until(lambda: ranks_of(launcher.pid))  # the plan has found enough room
+        fill(filling, room=size * 11 // 10)  # a checkpoint, but not the weights of a second
+        _, said = launcher.communicate(timeout=LIMIT_S)
+        assert launcher.returncode not in (0, PREEMPTED)
+        assert "No space left" in said
+        (checkpoint,) = folder.glob("checkpoint-*")
+        assert checkpoint.name == "checkpoint-1" and damage_of(checkpoint) is None
+        filling.unlink()
+        done = continue_to_the_end(tiny_run, folder, undisturbed)
+        assert f"resuming from {checkpoint}" in done.stderr
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", tmp_path], check=True, timeout=10)
+
+
+def fill(file: Path, room: int) -> None:
+    """Make a file that leaves `room` bytes of its disk."""
+    with file.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, shutil.disk_usage(file.parent).free - room)
 
 
 @pytest.mark.parametrize("moment", ["generation", "between"])

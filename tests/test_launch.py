@@ -16,6 +16,7 @@ from launching import PREEMPTED
 from launching.lifetime import stop_signals
 
 LIMIT_S = 240
+END_LIMIT_S = 60  # from a failure to the end of all that was started
 
 
 def command(*arguments: str) -> list[str]:
@@ -75,7 +76,8 @@ def reached(folder: Path, step: int) -> bool:
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
-    done = launch("launch.py", *arguments, *(["max_steps=1", f"output_dir={tmp_path / 'run'}"] if arguments else []))
+    keys = ["max_steps=1", f"output_dir={tmp_path / 'run'}"] if arguments else []
+    done = launch("launch.py", *arguments, *keys, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert said in done.stderr
     assert done.stderr.strip().count("\n") == 0
@@ -160,9 +162,7 @@ def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path
     wait_until(lambda: reached(tmp_path, 1))
     ranks = {int(_environment_of(pid)["RANK"]): pid for pid in ranks_of(launcher.pid)}
     os.kill(ranks[1], signal.SIGKILL)
-    since = time.monotonic()
-    _, said = launcher.communicate(timeout=LIMIT_S)
-    assert time.monotonic() - since < 60
+    _, said = launcher.communicate(timeout=END_LIMIT_S)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "rank 1 ended first, with signal SIGKILL" in said.split("\n\n")[-1]
     assert not ranks_of(launcher.pid)

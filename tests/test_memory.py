@@ -1,9 +1,12 @@
 """Memory profiles: what wins over what, which one a GPU gets, and the estimate by hand."""
 
 import json
+import os
 
 import pytest
+import torch
 from conftest import EMBEDDED, config_of
+from safetensors.torch import save_file
 
 from configuration import apply_memory_profile, memory_profiles
 from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, parameters, shape_of, token_budget
@@ -92,6 +95,52 @@ def test_only_gpus_that_the_process_may_use_are_asked(visible, expected, tmp_pat
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_memory_gib() == expected
+
+
+def test_a_gpu_that_does_not_answer_in_time_is_not_seen(tmp_path, monkeypatch, caplog):
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("memory.NVIDIA_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_memory_gib() is None
+    assert "nvidia-smi did not answer within 0.2 s: no GPU is seen" in caplog.text
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 269060552\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "model.safetensors is a git-lfs pointer, not the file itself: run `git lfs pull`"),
+        (b"", "model.safetensors is cut short, or is no safetensors file"),
+        (b"\xff" * 8, "model.safetensors is cut short, or is no safetensors file"),
+        (b"\x05" + bytes(7) + b"hello", "model.safetensors is cut short, or is no safetensors file"),
+    ],
+)
+def test_a_model_file_that_is_not_whole_is_named_before_anything_is_loaded(tmp_path, content, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(config_of(f"model_name_or_path={tmp_path}"))
+
+
+def test_a_shard_that_lacks_its_last_bytes_is_named_with_its_size(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("one", "two"):
+        save_file({"weight": torch.zeros(5, 7)}, tmp_path / f"{name}.safetensors")
+    config = {"model_name_or_path": str(tmp_path), "model_size": 7}
+    assert parameters(config) == 2 * 5 * 7
+    whole = (tmp_path / "two.safetensors").stat().st_size
+    os.truncate(tmp_path / "two.safetensors", whole - 1)
+    with pytest.raises(ValueError, match=f"two.safetensors is cut short \\({whole - 1} of {whole} bytes\\)"):
+        parameters(config)
+
+
+def test_a_model_in_a_place_that_the_system_does_not_look_into_is_estimated_by_its_size():
+    assert parameters({"model_name_or_path": "x" * 300, "model_size": 7}) == 7e9  # no name may be so long
 
 
 def test_a_model_with_other_names_in_its_configuration_is_estimated_by_its_size(tmp_path):

@@ -24,7 +24,7 @@ from transformers import (
 
 from models import embedded
 from models.embedded import embedded_model_path, is_embedded
-from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from models.loading import load_frozen, load_policy, load_student, load_tokenizer, supports_bfloat16
 from models.paths import resolve_model_path
 from models.residence import resident, send_for
 
@@ -151,6 +151,22 @@ def test_waiting_for_another_conversion_ends_in_a_clear_error(monkeypatch, tmp_p
             embedded_model_path(NAME)
 
 
+@pytest.mark.parametrize("place", ["file/below", "x" * 300])
+def test_a_cache_that_cannot_be_written_to_is_refused_with_the_remedy(monkeypatch, tmp_path, place):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("RLT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+    with pytest.raises(ValueError, match="cannot be made for the converted model .*: set RLT_CACHE_DIR to a folder"):
+        embedded_model_path(NAME)
+
+
+def test_a_cache_in_no_known_home_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.delenv("RLT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    with pytest.raises(ValueError, match="is in no known home: set RLT_CACHE_DIR to a folder"):
+        embedded.cache_folder()
+
+
 def test_an_unknown_embedded_model_is_refused_with_those_there_are():
     assert is_embedded("embedded/other") and not is_embedded("someone/model")
     with pytest.raises(ValueError, match=f"not an embedded model: use one of {NAME}"):
@@ -213,6 +229,18 @@ def test_a_frozen_model_neither_trains_nor_drops_out(tiny):
     frozen = load_frozen(tiny, torch.bfloat16, device="cpu")
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_student_of_another_tokenizer_is_refused(tiny_teacher, tiny_student, tokenizer, tmp_path):
+    assert load_student(tiny_student, tokenizer, dtype=torch.float32)
+    shutil.copytree(tiny_student, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    vocabulary = known["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="has another tokenizer than the teacher .id .* is '[ab]' to it"):
+        load_student(str(tmp_path / "other"), tokenizer, dtype=torch.float32)
 
 
 def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_teacher, tmp_path):
@@ -301,6 +329,25 @@ def test_pickled_weights_are_not_loaded(tiny, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="no file named model.safetensors"):
         load_policy(str(tmp_path))
+
+
+def test_a_git_lfs_pointer_is_named_and_so_is_a_file_that_is_cut_short(tiny, tmp_path):
+    load_policy(tiny).save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    os.truncate(second, second.stat().st_size - 1)
+    with pytest.raises(ValueError, match=f"{second} is cut short"):
+        load_policy(str(tmp_path))
+    first.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{first} is a git-lfs pointer"):
+        load_policy(str(tmp_path))
+
+
+def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named(converted, tmp_path):
+    for path in Path(converted).glob("*token*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="tokenizer.json is a git-lfs pointer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_local_paths_stay_and_hub_names_pass_through(tiny):

@@ -1,5 +1,6 @@
 """What is refused before anything heavy is loaded, and that every configuration composes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from conftest import ROOT, config_of, launch
 from omegaconf import OmegaConf
 
 from configuration import GROUPS, apply_warmup, options, rewrite_arguments
-from plan import make_plan
-from train import prepare_output, show
+from plan import hide_secrets, make_plan
+from train import check_sweep, prepare_output, show
 from trainers.config_fields import TABLE, build_table, read_table
 
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
@@ -19,7 +20,7 @@ HUB_OFF = {"HF_HUB_OFFLINE": "1"}
 @pytest.mark.parametrize("run", options("run_cfg"))
 def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    plan = make_plan(config_of(run, "dry_run=true"), pending_warmup=None)
+    plan = make_plan(config_of(run, "dry_run=true"))
     expected = {"collect": "questions x answers", "evaluate": "questions x answers", "pipeline": ". collect: collect"}
     assert expected.get(plan.config["trainer"], "rows per step") in plan.report()
 
@@ -97,6 +98,14 @@ BAD = [
     (["resume_from=nowhere"], "not a checkpoint folder"),
     (["eval_dataset_id_or_path=reasoning_gym/gsm_symbolic"], "among the training rows"),
     (["generation_aggregation_steps=3"], "generation_aggregation_steps=3"),
+    (["eval_size=16", "dataset_size=16"], "eval_size=16 leaves nothing of dataset_size=16 rows"),
+    (["lr_scheduler_type=cosin"], "lr_scheduler_type=cosin does not exist: use cosine"),
+    (["optim=foo"], "optim=foo does not exist"),
+    (["answer_line=true"], "a teacher explains a solution"),
+    (["model_init_kwargs={}"], "runs here need it as it is"),
+    (["resume_from_checkpoint=x"], "set resume_from instead"),
+    (["run_cfg=teacher_sft_tiny", "packing=true"], "runs here need it as it is"),
+    (["run_cfg=collect_tiny", "use_peft=true"], "use_peft is for runs that train"),
     (["verifier=math"], "verifier is a verifier's: set trainer_cfg=grpo_verifier"),
     (["format_weight=0.5"], "format_weight is a verifier's"),
     (["reward_functions=[no.such]"], "'no.such' is not a dotted path"),
@@ -119,11 +128,17 @@ def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path
         (["no_such_run"], "teacher_rlt_tiny"),
         (["num_generation=4"], "did you mean num_generations"),
         (["seed=[1"], "cannot be read"),
+        (["hub_token=hf_x", "seed=1,2", "-m"], "overrides are written to disk"),
     ],
 )
 def test_the_command_line_is_read_before_hydra_is(arguments, says):
     with pytest.raises(ValueError, match=says):
-        rewrite_arguments(arguments)
+        check_sweep(rewrite_arguments(arguments))
+
+
+def test_several_values_are_refused_where_nothing_sweeps():
+    with pytest.raises(ValueError, match=r"kl_penalty_reward_coeff=3,0.03 names several values: a list is \[3,0.03\]"):
+        config_of("kl_penalty_reward_coeff=3,0.03")
 
 
 @pytest.mark.parametrize("name", ["teacher_sft_tiny", "teacher_sft_tiny.yaml", "cfgs/run_cfg/teacher_sft_tiny.yaml"])
@@ -143,7 +158,7 @@ def test_evaluation_rows_among_the_training_rows_are_refused(tmp_path):
         lines = [f'{{"question": "{q}", "solution": "4"}}\n' for q in questions]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     sources = [f"dataset_id_or_path={tmp_path}/train.jsonl", f"eval_dataset_id_or_path={tmp_path}/eval.jsonl"]
-    with pytest.raises(ValueError, match="1 "):
+    with pytest.raises(ValueError, match=r"^1 evaluation rows are among the training rows, the first: '2\+2\?"):
         make_plan(config_of(*sources, "model_name_or_path=embedded/smollm2-135m-instruct"))
 
 
@@ -196,7 +211,8 @@ def test_a_refused_run_prints_one_line_and_ends_with_an_error(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_imports_no_model_or_engine():
+def test_a_dry_run_imports_no_model_or_engine(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code = (
         "import sys, runpy; sys.argv = ['train.py', 'teacher_rlt', 'dry_run=true']\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
@@ -210,25 +226,68 @@ def test_a_dry_run_imports_no_model_or_engine():
     assert "warm-up teacher_sft would run first" in done.stdout
 
 
-def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = {"warmup_run": "teacher_sft_tiny", "model_name_or_path": "embedded/x"}
-    assert apply_warmup(config, ["seed=2"]) == "teacher_sft_tiny"
-    assert config["model_name_or_path"] == "results/teacher_sft_tiny"
+def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path):
+    given = [f"results_dir={tmp_path}", "report_to=null", "seed=2"]
+    config, folder = config_of(*given), tmp_path / "teacher_sft_tiny"
+    shared = ["run_cfg=teacher_sft_tiny", f"results_dir='{tmp_path}'", "report_to=null"]
+    assert apply_warmup(config, given) == [*shared, "per_device_train_batch_size=4"]
+    assert apply_warmup(config, given, devices=4) == [*shared, "per_device_train_batch_size=2"]
+    assert config["model_name_or_path"] == str(folder)
+    with pytest.raises(ValueError, match="warm-up teacher_sft_tiny: .*multiple of 16 devices"):
+        apply_warmup(config, given, devices=16)
     for named in ("++model_name_or_path=mine", "model_cfg=qwen05bi"):
-        own = {"warmup_run": "teacher_sft_tiny", "model_name_or_path": "mine"}
+        own = {**config, "model_name_or_path": "mine"}
         assert apply_warmup(own, [named]) is None
         assert own["model_name_or_path"] == "mine"
-    (tmp_path / "results" / "teacher_sft_tiny").mkdir(parents=True)
-    (tmp_path / "results" / "teacher_sft_tiny" / "COMPLETE").touch()
-    assert apply_warmup(config, []) is None
-    assert config["model_name_or_path"] == "results/teacher_sft_tiny"
+    complete(config_of(*shared), steps=42)
+    assert apply_warmup(config, given) is None
+    assert config["model_name_or_path"] == str(folder)
+
+
+@pytest.mark.parametrize(("steps", "says"), [(42, "holds a different run .learning_rate: 1.0 there"), (2, None)])
+def test_what_stands_in_a_warm_ups_folder_must_be_that_warm_up_and_whole(steps, says, tmp_path):
+    given = [f"results_dir={tmp_path}", "report_to=null"]
+    complete(config_of("teacher_sft_tiny", *given, *(["learning_rate=1.0"] if says else ["max_steps=2"])), steps)
+    if not says:
+        assert apply_warmup(config_of(*given), given)
+        return
+    with pytest.raises(ValueError, match=f"warm-up teacher_sft_tiny: .*{says}"):
+        apply_warmup(config_of(*given), given)
+
+
+def complete(config: dict, steps: int) -> None:
+    """Leave what a finished run leaves, but for its model."""
+    prepare_output(config)
+    (Path(config["output_dir"]) / "COMPLETE").write_text(f'{{"steps": {steps}, "epochs": 1.0}}')
+
+
+def test_overwriting_deletes_neither_what_the_run_reads_nor_what_no_run_wrote(tiny_teacher, tmp_path):
+    config = config_of(f"model_name_or_path={tiny_teacher}", f"output_dir={tmp_path}", "overwrite_output_dir=true")
+    (tmp_path / "config.yaml").write_text("name: somebody's project\n")
+    with pytest.raises(ValueError, match="holds files that no run here wrote"):
+        make_plan(config)
+    prepare_output({**config, "overwrite_output_dir": False})
+    assert make_plan(config)
+    shutil.copytree(tiny_teacher, tmp_path / "checkpoint-5")
+    for key in ("model_name_or_path", "student_model", "resume_from"):
+        with pytest.raises(ValueError, match=f"overwrite_output_dir=true would delete {key}="):
+            make_plan({**config, key: str(tmp_path / "checkpoint-5")})
+
+
+def test_secrets_are_hidden_in_a_pipelines_stages_too():
+    stages = [{"name": "a", "run": "b", "set": {"hub_token": "hf_x", "seed": 1}}]
+    shown = hide_secrets({"stages": stages, "hub_token": "hf_x", "api_key": None})
+    assert shown == {
+        "stages": [{"name": "a", "run": "b", "set": {"hub_token": "<hidden>", "seed": 1}}],
+        "hub_token": "<hidden>",
+        "api_key": None,
+    }
 
 
 def test_a_sweep_gives_each_job_a_folder_of_its_own(tmp_path):
     done = launch("train.py", "-m", "seed=1,2", "dry_run=true", f"output_dir={tmp_path}")
     folders = [line for line in done.stdout.splitlines() if line.startswith("output_dir")]
-    assert folders == [f"output_dir: {tmp_path}/seed={seed}" for seed in (1, 2)], done.stderr
+    assert folders == [f"output_dir: {tmp_path}-sweep/seed={seed}" for seed in (1, 2)], done.stderr
 
 
 def test_every_folder_of_the_tree_has_its_file():

@@ -1,5 +1,7 @@
 """What a teacher and a student read, and which tokens count."""
 
+import re
+
 import pytest
 
 from data.formats import FORMATS, load_format
@@ -91,9 +93,30 @@ def test_a_users_own_format_comes_from_yaml(tmp_path):
     assert (style.name, style.thought_tags, style.student_system) == ("mine", ("<t>", "</t>"), "Think in <t>.")
 
 
-@pytest.mark.parametrize("text", ["thought_tag: x", "thought_tags: ['a']", "- a list"])
-def test_a_wrong_format_file_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"thought_tag: x", "'thought_tag'] not among the fields"),
+        (b"5: x\nthought_tag: x", "'5', 'thought_tag'] not among the fields"),
+        (b"- a list", "list not among the fields"),
+        (b"thought_tags: ['a']", "thought_tags must be two non-empty strings, not ['a']"),
+        (b"explanation_tags: 5", "explanation_tags must be two non-empty strings, not 5"),
+        (b"explanation_tags: ab", "explanation_tags must be two non-empty strings, not 'ab'"),
+        (b"teacher_system_prompt: [a, b]", "teacher_system_prompt must be text, not ['a', 'b']"),
+        (b"student_system_prompt:", "student_system_prompt must be text, not None"),
+        (b"teacher_system_prompt: Explain like this: step by step", "is not YAML (mapping values are not allowed"),
+        (b"teacher_system_prompt: '\xff'", "is not YAML ("),
+    ],
+)
+def test_a_wrong_format_file_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError):
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_format(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_format_file_that_the_system_does_not_read_is_named(tmp_path):
+    (tmp_path / "mine.yaml").symlink_to("/proc/self/mem")  # a file whose first byte nobody may read
+    with pytest.raises(ValueError, match="reasoning_format=.*mine.yaml cannot be read"):
+        load_format(str(tmp_path / "mine.yaml"))

@@ -39,7 +39,7 @@ def straight(tiny_run, tmp_path_factory):
 
 def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path):
     command = [*tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={tmp_path}"]
-    for point in ("generation:2", "scoring:2", "backward:4", "saving:2"):
+    for point in ("generation:2", "scoring:2", "backward:4", "saving:2", "finishing:1"):
         killed = launch("train.py", *command, RLT_KILL_AT=point)
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
         assert not (tmp_path / "COMPLETE").exists()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 
 from conftest import ROOT
 
@@ -78,3 +79,26 @@ def test_what_a_killed_set_up_left_is_made_anew(tmp_path):
     assert (tmp_path / ".venv" / "bin" / "python").exists()
     assert not half_written.exists()
     assert not (tmp_path / ".venv" / ".setup-complete").exists()
+
+
+def test_the_environment_of_another_device_is_kept_unless_it_is_asked_for(tmp_path):
+    for name in ("setup.sh", "requirements.txt", "requirements-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    version = subprocess.run([sys.executable, "-V"], capture_output=True, text=True, check=True).stdout.strip()
+    contents = b"".join((tmp_path / name).read_bytes() for name in ("requirements.txt", "setup.sh"))
+    (tmp_path / ".venv" / ".setup-complete").write_text(f"{sha256(contents).hexdigest()} gpu {version}")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PIP_NO_INDEX": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for device, code in (({}, 0), ({"SETUP_DEVICE": "gpu"}, 0), ({"SETUP_DEVICE": "cpu"}, 1)):
+        done = subprocess.run(
+            [tmp_path / "setup.sh"],
+            env={**environment, **device},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, python.is_symlink() and python.resolve().exists()) == (code, True), done.stderr
+        assert "making .venv" in done.stderr if code else not done.stderr

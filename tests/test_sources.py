@@ -218,12 +218,11 @@ def test_an_unknown_task_names_those_that_are_close():
             ask("reasoning_gym/gsm_symbolik")
 
 
-def test_the_inspection_is_quick_and_imports_nothing_heavy():
+def test_the_inspection_imports_nothing_heavy():
     code = (
-        "import sys, time; start = time.monotonic()\n"
+        "import sys\n"
         "from data.sources import inspect_source\n"
         "inspect_source('reasoning_gym/gsm_symbolic')\n"
-        "assert time.monotonic() - start < 1\n"
         "assert not {'torch', 'transformers', 'datasets', 'reasoning_gym', 'pyarrow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -300,3 +299,65 @@ def test_neighbouring_seeds_share_no_question(task):
         {row["question"] for row in load_rows(f"reasoning_gym/{task}", seed=s, size=60).rows} for s in (0, 1)
     )
     assert not first & second
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_conversation_that_is_json_text_is_read_as_one(tmp_path, suffix):
+    messages = [{"from": "user", "value": "2 + 2?"}, {"from": "assistant", "value": STRATOS}]
+    source = write(tmp_path / f"rows{suffix}", [{"conversations": json.dumps(messages), "system": "Think."}])
+    inspect_source(source)
+    assert load_rows(source).rows == [{**ROW, "reasoning_trace": "Two and\ntwo.", "system": "Think."}]
+
+
+def test_conversations_that_are_no_list_of_messages_are_counted(tmp_path):
+    wrong = ["user: 2 + 2?", "[{'from': 'user'}]", '"text"', '{"from": "user"}', '["a", "b"]', 7]
+    tables = [{"conversations": c} for c in (*wrong, ["a", "b"], {"from": ["user"], "value": ["q"]})]
+    loaded = load_rows(write_lines(tmp_path / "r.jsonl", tables))
+    assert loaded.rows == []
+    assert loaded.dropped == {"conversations are neither a list of messages nor the JSON of one": 8}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_that_the_system_does_not_read_is_named(tmp_path, suffix):
+    source = tmp_path / f"rows{suffix}"
+    source.symlink_to("/proc/self/mem")  # a file whose first byte nobody may read
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match=f"{source} (cannot be read|is not a Parquet file)"):
+            ask(str(source))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_folder_among_the_files_of_a_folder_is_named(tmp_path, suffix):
+    (tmp_path / f"part{suffix}").mkdir()
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match=f"part{suffix}"):
+            ask(str(tmp_path))
+
+
+def test_a_csv_header_that_is_not_utf_8_is_named_by_its_file(tmp_path):
+    (tmp_path / "r.csv").write_bytes(b"question,solution\xff\nq,s\n")
+    for ask in (inspect_source, load_rows):
+        with pytest.raises(ValueError, match="r.csv line 1 cannot be read as CSV"):
+            ask(str(tmp_path / "r.csv"))
+
+
+def test_a_parquet_file_with_broken_pages_is_named(tmp_path):
+    source = tmp_path / "r.parquet"
+    table = pyarrow.table({"question": [str(i) for i in range(2000)], "solution": ["s"] * 2000})
+    pyarrow.parquet.write_table(table, source)
+    content = source.read_bytes()
+    source.write_bytes(content[:4] + bytes(3000) + content[3004:])  # the footer, which is read first, is whole
+    inspect_source(str(source))
+    with pytest.raises(ValueError, match="r.parquet is not a Parquet file, or a damaged one"):
+        load_rows(str(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("data-00000-of-00001.arrow", b"short"), ("dataset_info.json", b"{"), ("state.json", b"{}"), ("state.json", None)],
+)
+def test_a_saved_dataset_with_a_damaged_file_is_named(tmp_path, name, content):
+    Dataset.from_list([ROW]).save_to_disk(tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a saved dataset that cannot be loaded"):
+        load_rows(str(tmp_path))

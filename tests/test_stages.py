@@ -11,13 +11,16 @@ import yaml
 from conftest import EMBEDDED, config_of, launch
 from safetensors.torch import load_file
 
+from collect import questions
 from data.formats import FORMATS
-from evaluate import check_apart, trained_on
+from evaluate import check_apart, check_comparable, trained_on
 from launching import PREEMPTED
 from pipeline import Stage, command_of, configuration_of, stages_of
 from plan import MARKER, Plan, check_output
-from schema import DataConfig, pick
+from schema import DataConfig, TraceConfig, pick
+from traces.card import card
 from traces.pairs import preference_pairs
+from traces.selection import rank, select
 from trainers.rows import load_split_rows
 
 FORMAT = {"name": "short", "explanation_tags": ["<explain>", "."]}  # any sentence ends an explanation
@@ -62,6 +65,7 @@ def test_traces_are_scored_ranked_filtered_and_counted(collection):
     assert kept[0]["reasoning_trace"] in answer and kept[0]["solution"] in answer
     card = (folder / "DATA_CARD.md").read_text()
     assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
+    assert "| rows read | 6 |" in card and "| questions asked | 6 |" in card
     assert "| share of them in the format | " in card
 
 
@@ -251,7 +255,6 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
     assert state["best_model_checkpoint"] == str(folder / "student" / f"checkpoint-{state['best_global_step']}")
     page = (folder / "report.html").read_text()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "loss on held-out rows" not in page  # which is drawn, in the picture
     for wanted in ("data:image/png;base64", "<h2>student</h2>", "difference, paired"):
         assert wanted in page
     for outside in ("http://", "https://", "<script"):
@@ -415,7 +418,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_rows_that_training_held_out_may_be_asked():
     learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5")
-    kept, held_out = load_split_rows(pick(learned, DataConfig), FORMATS["stratos"])  # as a run splits them
+    kept, held_out, _ = load_split_rows(pick(learned, DataConfig), FORMATS["stratos"])  # as a run splits them
     learned["trained_on"] = None
     check_apart(learned, held_out, [learned])
     with pytest.raises(ValueError, match="1 evaluation rows are among the training rows"):
@@ -429,3 +432,65 @@ def test_questions_that_were_trained_on_are_refused(tmp_path):
     done = launch("train.py", *run)
     assert done.returncode == 1
     assert "1 evaluation rows are among the training rows, the first: '1 + 1?'" in done.stderr
+
+
+def evaluation_like(config: dict, folder: Path, **settings) -> dict:
+    """The configuration, to be compared with an evaluation of other settings."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
+    return {**config, "compare_with": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("key", "there", "here"),
+    [
+        ("max_completion_length", 64, 256),
+        ("temperature", 1.0, 0.7),
+        ("top_p", 0.5, 1.0),
+        ("answer_line", True, False),
+        ("reasoning_format", "r1", "stratos"),
+        ("verifier", "exact", "auto"),
+    ],
+)
+def test_evaluations_that_asked_or_judged_otherwise_are_not_compared(key, there, here, tmp_path):
+    config = evaluation_like(config_of("evaluate_tiny"), tmp_path, **{key: there})
+    with pytest.raises(ValueError, match=f"compare_with={tmp_path}: {key} is {there} there and {here} here"):
+        check_comparable(config)
+
+
+def test_evaluations_that_differ_in_model_and_samples_alone_are_compared(tmp_path):
+    other = {"model_name_or_path": "another", "samples_per_question": 2, "dataset_size": 5}
+    check_comparable(evaluation_like(config_of("evaluate_tiny"), tmp_path, **other))
+    check_comparable(config_of("evaluate_tiny"))
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="holds no config.yaml"):
+        check_comparable(config_of("evaluate_tiny", f"compare_with={tmp_path}"))
+
+
+@pytest.mark.parametrize("run", ["pipeline", "pipeline_tiny"])
+def test_a_shipped_pipeline_compares_what_can_be_compared(run, tmp_path):
+    before, after = (config_of(*stage.arguments) for stage in stages_of(config_of(run))[-2:])
+    assert after["compare_with"] == before["output_dir"]
+    check_comparable({**after, "compare_with": evaluation_like(before, tmp_path)["compare_with"]})
+
+
+def test_the_card_counts_every_row_that_was_read(tokenizer, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    texts = ["", "1 + 1?", "1 + 1?", "  ", "1 + 2?", "1 + 3?", "word " * 600, "1 +  4?"]
+    source.write_text("".join(json.dumps({"question": text, "solution": "2"}) + "\n" for text in texts))
+    config = config_of("collect_tiny", f"dataset_id_or_path={source}", "eval_size=1", "dataset_size=null")
+    config["dataset_seed"] = 3  # holds out the question that comes twice
+    asked = questions(config, tokenizer, FORMATS["stratos"])
+    row = {"reasoning_trace": "t", "matched": True, "student_tokens": 1, "tokens": 1}
+    row |= {name: 0.0 for name in ("reward", "solution_log_prob_reward", "kl_reward")}
+    scored = [{**row, "question": its["question"]} for its in asked.rows]
+    text = card(config, asked, select(rank(scored), pick(config, TraceConfig)))
+    counted = [line for line in text.splitlines() if line.startswith(("| rows read", "| left out", "| questions"))]
+    assert counted == [
+        "| rows read | 8 |",
+        "| left out: empty question | 2 |",
+        "| left out: held out | 1 |",
+        "| left out: repeats an evaluation question | 1 |",
+        "| left out: prompt longer than max_prompt_length=512 | 1 |",
+        "| questions asked | 3 |",
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas
@@ -11,6 +12,7 @@ from conftest import assert_best_is_kept, build, config_of
 from peft import LoraConfig, get_peft_model
 
 from models.loading import load_frozen
+from models.residence import resident
 from plan import make_plan
 from train import prepare_output, train
 from trainers.build import build_trainer
@@ -133,10 +135,8 @@ def test_packed_log_probs_give_the_loss_and_gradients_of_stock_trl(tiny_run, tmp
         return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
     ours_loss, ours = gradients(trainer.compute_loss)
-    own = type(trainer)._get_per_token_logps_and_entropies
     trainer._get_per_token_logps_and_entropies = trl.GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
     stock_loss, stock = gradients(lambda model, inputs: trainer._compute_loss(model, inputs))
-    assert own is not trainer._get_per_token_logps_and_entropies
     assert ours_loss == pytest.approx(stock_loss, rel=1e-5, abs=1e-7)
     assert ((ours - stock).norm() / stock.norm()).item() < 1e-5
 
@@ -209,12 +209,38 @@ def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, t
         train(replace(plan, config={**plan.config, **other}))
 
 
-def test_the_reference_can_be_the_student_and_waits_with_the_frozen_models(tiny_run, tmp_path, in_root):
-    trainer, _ = build(
-        tiny_run, tmp_path, "student_model=null", "offload_untrained_models=true", "max_steps=1", "eval_size=0"
-    )
+def test_the_reference_can_be_the_student_and_waits_with_the_frozen_models(
+    tiny_run, tiny_teacher, tmp_path, in_root, monkeypatch
+):
+    """It is read from the weights of the start, is here for its one pass a batch, and else on the CPU."""
+    offload = ["student_model=null", "offload_untrained_models=true"]
+    trainer, _ = build(tiny_run, tmp_path, *offload, "max_steps=2", "eval_size=0")
+    start = load_frozen(tiny_teacher, torch.float32).to(trainer.accelerator.device)
+    reference, asked = trainer.ref_model, trainer.reward.student_log_probs
+    here, passes, answers = [], [], []
+
+    @contextmanager
+    def watched(model, device, offload):
+        with resident(model, device, offload):
+            here.append((model, offload))
+            yield model
+        here.pop()
+
+    def both(*arguments):
+        assert not here and next(reference.parameters()).device.type == "cpu"
+        answers.append((asked(*arguments), trainer._frozen_log_probs(start, *arguments)))
+        return answers[-1][0]
+
+    trunk = reference.base_model.forward
+    reference.base_model.forward = lambda *a, **k: passes.append(list(here)) or trunk(*a, **k)
+    monkeypatch.setattr("trainers.grpo.resident", watched)
+    trainer.reward.student_log_probs = both
     trainer.train()
-    assert math.isfinite(trainer.state.log_history[0]["reward"])
+    assert trainer.student is None
+    assert passes == [[(reference, True)]] * 2 and len(answers) == 2
+    for ours, expected in answers:
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_plain_grpo_takes_a_users_reward_function(tiny_run, tmp_path, in_root):

@@ -5,21 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch
 from test_faults import weights
-from test_launch import command, reached, wait_until
+from test_launch import END_LIMIT_S, command, reached, wait_until
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces"),
 ]
 HOSTS = {"rlt-host0": "10.77.0.1", "rlt-host1": "10.77.0.2"}
-END_LIMIT_S = 60
 
 
 def ip(*arguments: str) -> None:
@@ -117,21 +115,17 @@ def test_a_cut_link_ends_both_with_the_reason(hosts, tiny_run, tmp_path):
     launchers = start_on(hosts, *run)
     wait_until(lambda: reached(tmp_path, 2))
     ip("-n", "rlt-host0", "link", "set", "rlt0", "down")
-    since = time.monotonic()
     for launcher in launchers:
         _, said = launcher.communicate(timeout=END_LIMIT_S)
         assert launcher.returncode not in (0, -signal.SIGKILL)
         assert "was not heard of for 30 s" in said.splitlines()[-1], said[-3000:]
-    assert time.monotonic() - since < END_LIMIT_S
 
 
 def test_a_rank_that_is_killed_ends_the_other_machine_too(hosts, tiny_run, tmp_path):
     run = [*tiny_run, "max_steps=1000", "eval_size=0", "use_vllm=false", f"output_dir={tmp_path}"]
     launchers = start_on(hosts, *run, RLT_KILL_AT="backward:3", RLT_KILL_RANK="1")
     wait_until(lambda: reached(tmp_path, 1))
-    since = time.monotonic()
     said = [launcher.communicate(timeout=END_LIMIT_S)[1] for launcher in launchers]
-    assert time.monotonic() - since < END_LIMIT_S
     assert all(launcher.returncode != 0 for launcher in launchers)
     assert "rank 1 ended first, with signal SIGKILL" in said[1]
     assert "machine 1: rank 1 ended first, with signal SIGKILL" in said[0] or "onnection" in said[0], said[0][-3000:]

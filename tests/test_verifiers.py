@@ -11,7 +11,15 @@ from reasoning_gym.factory import DATASETS, ProceduralDataset
 from data.formats import FORMATS
 from data.sources import load_rows
 from rewards.verified import verified_rewards
-from rewards.verifiers import RUN_WHAT_THEY_ARE_GIVEN, Verifier, check_rows, final_answer, is_for_generator, kind_of
+from rewards.verifiers import (
+    CHECKED_OTHERWISE,
+    Verifier,
+    check_rows,
+    final_answer,
+    is_choice,
+    is_for_generator,
+    kind_of,
+)
 from schema import VerifiedRewardConfig
 
 STYLE = FORMATS["stratos"]
@@ -51,6 +59,65 @@ def test_mathematics_and_choices(verifier, answer, solution, right):
     assert verifier.check(answer, {"solution": solution}) == right
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B) 3.2 J", "B"),
+        ("A) Compound B", "A"),
+        ("A", "A"),
+        ("(A)", "A"),
+        ("A.", "A"),
+        ("A: as B has no charge", "A"),
+        ("**A** because of B", "A"),
+        ("**C)** 4 J", "C"),
+        ("A or \\boxed{B}, not C", "B"),
+        ("A) no, \\boxed{\\text{D}}", "D"),
+        ("I think B", "B"),
+        ("I", "I"),
+        ("I) 3.2 J", "I"),
+        ("the answer is (I).", "I"),
+        ("the answer is I.", "I"),
+    ],
+)
+def test_a_choice_is_boxed_or_comes_first_or_stands_alone(answer, letter):
+    assert kind_of({"solution": letter}) == "choice"
+    assert [other for other in "ABCDEFGHIJ" if is_choice(answer, {"solution": other})] == [letter]
+
+
+def test_a_text_without_a_letter_is_no_choice():
+    assert is_choice("I do not know", {"solution": "B"}) == is_choice("I am", {"solution": "none"}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("stop", "post", 0.0),  # as products of letters they would be equal
+        ("GBRG", "RGGB", 0.0),
+        ("**\\text{post}**", "post", 1.0),
+        ("cos(x)*exp(x) + C", "exp(x)*cos(x) + C", 1.0),  # words of mathematics
+        ("1, 2, 3", "3, 1, 2", 1.0),  # roots have no order
+        ("(3, 1, 2)", "3,1,2", 1.0),
+        ("0.5, 3", "\\frac{1}{2}, 3", 1.0),
+        ("1, 2", "1, 2, 3", 0.0),
+        ("2, 1", "\\{1, 2\\}", 1.0),
+        ("-1, 3", "1 \\pm 2", 1.0),
+        ("y = 2, x = 1", "x = 1, y = 2", 1.0),
+        ("(3, \\infty) \\cup (-\\infty, 2)", "(-\\infty, 2) \\cup (3, \\infty)", 1.0),
+        ("x = 3", "3", 1.0),
+        ("5", "5\\text{ cm}", 1.0),
+        ("1,200", "1200", 1.0),
+        ("1200", "1,\\!200", 1.0),
+        ("1,200", "200", 0.0),
+        ("18.90", "\\$18.90", 1.0),
+        ("4x^3 - 2x**5", "-2*x**5 + 4*x**3", 1.0),
+        ("4", "-2*x**5 + 4*x**3", 0.0),  # the last number that was read of it
+    ],
+)
+def test_words_and_lists_are_compared_as_they_stand_and_numbers_by_value(verifier, answer, solution, right):
+    assert verifier.check(answer, {"solution": solution}) == right
+    assert verifier.failures == 0
+
+
 def test_a_generators_task_checks_its_own(verifier):
     row = {
         "question": "GCD of 12 and 18",
@@ -76,8 +143,43 @@ def test_no_check_of_a_generator_runs_what_it_is_given():
         own = inspect.getsource(cls.score_answer) if cls.score_answer is not ProceduralDataset.score_answer else ""
         if re.search(r"(?<!\.)\b(eval|exec|parse_expr|sympify)\(", own):
             found.add(name)
-    assert found <= set(RUN_WHAT_THEY_ARE_GIVEN)
+    assert found <= set(CHECKED_OTHERWISE)
     assert {"countdown", "spiral_matrix"} <= found
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("42", "42", 1.0),
+        ("$42", "42", 1.0),
+        ("\\$42", "42", 1.0),
+        ("**42**", "42", 1.0),
+        ("-16", "16", 0.0),
+        ("16", "-16", 0.0),
+        ("1,200", "1200", 1.0),
+        ("$1,200", "1200", 1.0),
+        ("1,200", "1", 0.0),
+        ("4*3 = 12", "12", 1.0),
+        ("4*3 = 12", "4", 0.0),
+    ],
+)
+def test_a_word_problem_has_one_number_with_its_sign(verifier, answer, solution, right):
+    row = {**load_rows("reasoning_gym/gsm_symbolic", size=1).rows[0], "solution": solution}
+    assert kind_of(row) == "math" and verifier.check(answer, row) == right
+
+
+def test_a_game_of_life_halts_or_does_not(verifier):
+    row = load_rows("reasoning_gym/game_of_life_halting", size=1).rows[0]
+    answers = {row["solution"]: 1.0, str(row["solution"] != "True"): 0.0, "perhaps": 0.0}
+    assert {answer: verifier.check(answer, row) for answer in answers} == answers
+
+
+def test_a_check_of_a_generator_that_is_replaced_is_refused():
+    row = load_rows("reasoning_gym/gsm_symbolic", size=1).rows[0]
+    with pytest.raises(ValueError, match="check of gsm_symbolic is not used: math is"):
+        is_for_generator("1", row)
+    with pytest.raises(ValueError, match="verifier=generator: row 1"):
+        check_rows("generator", [row])
 
 
 def test_a_generators_check_is_refused_for_rows_that_have_none():

@@ -5,17 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from data.sources import Rows
 from traces.selection import Selection
 
 SHOWN = ("reward", "solution_log_prob_reward", "kl_reward", "tokens", "student_tokens")
 
 
-def write_card(path: Path, config: dict[str, Any], selection: Selection) -> None:
-    path.write_text(card(config, selection), encoding="utf-8")
+def write_card(path: Path, config: dict[str, Any], asked: Rows, selection: Selection) -> None:
+    path.write_text(card(config, asked, selection), encoding="utf-8")
 
 
-def card(config: dict[str, Any], selection: Selection) -> str:
-    """Markdown."""
+def card(config: dict[str, Any], asked: Rows, selection: Selection) -> str:
+    """Markdown.
+
+    Args:
+        asked: a row for each question that the teacher was asked, and what else was read of the source.
+    """
     lines = [
         f"# {config['run_name']}",
         "",
@@ -25,7 +30,10 @@ def card(config: dict[str, Any], selection: Selection) -> str:
         "",
         "| | rows |",
         "|---|---|",
-        f"| questions | {selection.questions} |",
+        f"| rows read | {len(asked.rows) + sum(asked.dropped.values())} |",
+        *(f"| left out: {reason} | {count} |" for reason, count in asked.dropped.items()),
+        f"| questions asked | {len(asked.rows)} |",
+        f"| different ones of them | {selection.questions} |",
         f"| completions scored | {selection.scored} |",
         f"| share of them in the format | {selection.format_rate:.1%} |",
         *(f"| out: {reason} | {count} |" for reason, count in selection.dropped.items()),

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from trl import DPOConfig
 
 from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
-from data.prompts import render_question, student_answer
+from data.prompts import prompt_token_ids, render_question, student_answer
 from data.sources import say_dropped
 from memory import token_budget
-from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from models.loading import load_policy, load_student, load_tokenizer, supports_bfloat16
 from models.paths import resolve_model_path
 from plan import Plan
 from rewards.verified import verified_rewards
@@ -33,7 +34,7 @@ from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.host_memory import ReturnFreedMemory
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.ranks import let_fsdp_run_on_cpu
-from trainers.rows import load_split_rows, question_rows, teaching_rows
+from trainers.rows import load_split_rows, plain_prompt, question_rows, teaching_rows
 from trainers.sft import SFTConfig, SFTTrainer, example
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -127,7 +128,7 @@ def build_trainer(plan: Plan):
 def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
-    train_rows, eval_rows = load_split_rows(data, style)
+    train_rows, eval_rows, _ = load_split_rows(data, style)
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
@@ -160,19 +161,42 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     pairs = preference_pairs(Path(config["dataset_id_or_path"]), pick(config, PairConfig).min_margin)
     pairs = pairs[: config["dataset_size"]]
-    rows = teaching_rows(pairs, tokenizer, style, pick(config, DataConfig))
+    rows = whole_pairs(config, teaching_rows(pairs, tokenizer, style, pick(config, DataConfig)).rows, tokenizer)
     arguments = DPOConfig(**trainer_arguments(plan))
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
     trainer = DPOTrainer(
         model=policy,
         args=arguments,
-        train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
     return trainer, None
+
+
+def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dict[str, str]]:
+    """Prompt, chosen and rejected text of the pairs that TRL would not cut at `max_length`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    bos, length = tokenizer.bos_token, config["max_length"]
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    kept = []
+    for row in rows:
+        sizes = [
+            len(prompt_token_ids(tokenizer, [row["prompt"] + row[side]])[0]) + 1 for side in ("chosen", "rejected")
+        ]
+        if length is None or max(sizes) <= length:
+            # TRL's tokenisation brings one of its own.
+            prompt = row["prompt"].removeprefix(bos) if adds_bos else row["prompt"]
+            kept.append({"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]})
+    say_dropped({f"longer than max_length={length}": len(rows) - len(kept)}, config["dataset_id_or_path"])
+    if not kept:
+        raise ValueError(f"max_length={length}: every pair has a longer side")
+    return kept
 
 
 def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
@@ -191,7 +215,7 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
         end = style.explanation_tags[1]
         examples = [
             example(tokenizer, row["prompt"], f"{row['reasoning_trace'].strip()}\n\n{end}")
-            for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig))
+            for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig)).rows
         ]
     fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
     say_dropped({f"longer than max_length={config['max_length']}": len(examples) - len(fitting)}, source)
@@ -209,21 +233,19 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
     is_teacher = config["trainer"] == "teacher_grpo"
-    train_rows, eval_rows = load_split_rows(data, style)
+    train_rows, eval_rows, _ = load_split_rows(data, style)
 
     verified = pick(config, VerifiedRewardConfig) if "verifier" in config else None
 
-    def render(tokenizer, row, data):
-        return render_question(tokenizer, style, row["question"], answer_line=verified.answer_line)
-
     def prepare(rows):
         if is_teacher:
-            return teaching_rows(rows, tokenizer, style, data)
-        return question_rows(rows, tokenizer, data, *([render] if verified else []))
+            return teaching_rows(rows, tokenizer, style, data).rows
+        return question_rows(rows, tokenizer, data, question_prompt(config, style))
 
-    evaluation = HeldOutEvaluation(prepare(eval_rows) if eval_rows else [], config["output_dir"])
+    held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
+    evaluation = HeldOutEvaluation(held_out, config["output_dir"])
     completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
-    student = build_student(config) if is_teacher else None
+    student = build_student(config, tokenizer) if is_teacher else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = GRPOConfig(**trainer_arguments(plan))
     keep_best(arguments, config)
@@ -234,7 +256,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     shared = {
         "model": policy,
         "args": arguments,
-        "train_dataset": Dataset.from_list(prepare(train_rows)),
+        "train_dataset": Dataset.from_list(with_all_columns(prepare(train_rows))),
         "processing_class": tokenizer,
         "peft_config": adapter,
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order
@@ -257,6 +279,22 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, evaluation
 
 
+def with_all_columns(rows: list[dict]) -> list[dict]:
+    """`Dataset.from_list` and TRL look for the columns of the first row in all others, and for no more."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def question_prompt(config: dict[str, Any], style: ReasoningFormat) -> Callable[..., str]:
+    """How plain GRPO asks: for an `Answer: …` line, for a verifier's sections, or the question alone."""
+
+    def prompt(tokenizer, row: dict, data: DataConfig) -> str:
+        system = row.get("system") if data.use_dataset_system_prompt else row.get("student_system_prompt")
+        return render_question(tokenizer, style, row["question"], system, config["answer_line"])
+
+    return prompt if config["answer_line"] or "verifier" in config else plain_prompt
+
+
 def keep_best(arguments: GRPOConfig, config: dict[str, Any]) -> None:
     """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
     if config.get("load_best_model_at_end"):
@@ -265,7 +303,7 @@ def keep_best(arguments: GRPOConfig, config: dict[str, Any]) -> None:
         arguments.greater_is_better = arguments.greater_is_better is not False
 
 
-def build_student(config: dict[str, Any]):
+def build_student(config: dict[str, Any], tokenizer):
     """The frozen student in the dtype of forward passes; None when the reference model is it, and takes its place."""
     if config["student_model"] is None:
         return None
@@ -273,8 +311,9 @@ def build_student(config: dict[str, Any]):
     same_weights = not (config["sync_ref_model"] or config["load_in_4bit"] or config["load_in_8bit"])
     if config["beta"] and same_weights and path == resolve_model_path(config["model_name_or_path"]):
         return None
-    student = load_frozen(
+    student = load_student(
         path,
+        tokenizer,
         dtype=torch.bfloat16 if uses_bfloat16(config) else torch.float32,
         attn_implementation=config["attn_implementation"],
         trust_remote_code=config["trust_remote_code"],

@@ -122,6 +122,13 @@ class AtomicCheckpoints:
             shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Extended because a run whose last checkpoint is its end would take a step more before it is asked.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.
         state = training_state(self.model_wrapped, self.optimizer, keep=self.args.should_save)

@@ -1,4 +1,4 @@
-"""The names and types of every field of the trainers' configurations, as a committed table.
+"""The names and types of every field of the trainers' configurations, and the values of some, as a committed table.
 
 plan.py checks overrides against `config_fields.json`, because importing TRL to ask it takes seconds. After an upgrade:
 
@@ -31,19 +31,25 @@ def fields_of(cls: type) -> dict[str, list[str]]:
 
 
 def read_table() -> dict[str, dict[str, list[str]]]:
-    """{trainer: {field: admitted types}}."""
+    """{trainer: {field: admitted types}}, and under "choices" {field: admitted values}."""
     return json.loads(TABLE.read_text())
 
 
 def build_table() -> dict[str, dict[str, list[str]]]:
     """The table as the installed TRL has it."""
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
     from trl import DPOConfig
 
     from trainers.grpo import GRPOConfig
     from trainers.sft import SFTConfig
 
     grpo, sft = fields_of(GRPOConfig), fields_of(SFTConfig)
-    return {"grpo": grpo, "teacher_grpo": grpo, "sft": sft, "student_sft": sft, "dpo": fields_of(DPOConfig)}
+    choices = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
+    return {
+        **{"grpo": grpo, "teacher_grpo": grpo, "sft": sft, "student_sft": sft, "dpo": fields_of(DPOConfig)},
+        "choices": {field: sorted(choice.value for choice in kind) for field, kind in choices.items()},
+    }
 
 
 def main() -> None:

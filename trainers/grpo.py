@@ -208,7 +208,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        # Overridden to compute a group's prompt once and the head only where it counts (logprobs/).
+        # Overridden to compute once what completions begin with, and the head only where it counts (logprobs/).
         if self.aux_loss_enabled or any(value is not None for value in kwargs.values() if value is not False):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
@@ -361,6 +361,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             "processes": self.accelerator.num_processes,
             "buffer": self._buffered_inputs if unfinished else None,
             "ahead": self._written_ahead(),
+            "entropy_control": (self.entropy_coef, self._last_world_entropy) if self.use_adaptive_entropy else None,
         }
         torch.save(state, folder / f"rollouts-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model:
@@ -370,6 +371,8 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _load_extra_state(self, folder: Path) -> None:
         before, now = self._read_rollouts(folder, 0), self.accelerator.num_processes
+        if self.use_adaptive_entropy:
+            self.entropy_coef, self._last_world_entropy = before["entropy_control"]
         self._step = before["step"] * self.args.gradient_accumulation_steps // before["accumulation"]
         same = (before["processes"], before["accumulation"]) == (now, self.args.gradient_accumulation_steps)
         if same:

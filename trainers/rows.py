@@ -5,14 +5,19 @@ from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
-from data.sources import load_rows, say_dropped
+from data.sources import Rows, load_rows, say_dropped
 from data.splits import check_disjoint, hold_out
 from rewards.spans import tokenize_with_spans
 from schema import DataConfig
 
+REPEATED = "repeats an evaluation question"
 
-def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+
+def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict], list[dict], dict[str, int]]:
     """Training and evaluation rows, disjoint by question.
+
+    Returns:
+        training rows, evaluation rows, and how many rows of the source are not trained on, by reason.
 
     Raises:
         ValueError: nothing is left to train on, or both sources share questions.
@@ -21,7 +26,7 @@ def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict
     options = {"split": data.dataset_split, "seed": data.dataset_seed, "tags": tags}
     loaded = load_rows(data.dataset_id_or_path, size=data.dataset_size, **options)
     say_dropped(loaded.dropped, data.dataset_id_or_path)
-    rows, held_out = loaded.rows, []
+    rows, held_out, left_out = loaded.rows, [], Counter(loaded.dropped)
     if data.eval_dataset_id_or_path is not None:
         evaluation = load_rows(data.eval_dataset_id_or_path, size=data.eval_size or None, **options)
         say_dropped(evaluation.dropped, data.eval_dataset_id_or_path)
@@ -31,13 +36,14 @@ def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict
         if data.eval_size >= len(rows):
             raise ValueError(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
         rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed)
-        say_dropped({"repeats an evaluation question": repeated}, data.dataset_id_or_path)
+        say_dropped({REPEATED: repeated}, data.dataset_id_or_path)
+        left_out += Counter({"held out": len(held_out), REPEATED: repeated})
     if not rows:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
-    return rows, held_out
+    return rows, held_out, dict(left_out)
 
 
-def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig) -> list[dict]:
+def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig) -> Rows:
     """Rows with the teacher's `prompt`; those with a too long prompt or an unscorable solution are left out."""
     kept, dropped = [], Counter()
     for row in rows:
@@ -58,7 +64,7 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
     say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
-    return kept
+    return Rows(kept, dict(dropped))
 
 
 def plain_prompt(tokenizer, row: dict, data: DataConfig) -> str:
@@ -69,9 +75,7 @@ def plain_prompt(tokenizer, row: dict, data: DataConfig) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def question_rows(
-    rows: list[dict], tokenizer, data: DataConfig, render: Callable[..., str] = plain_prompt
-) -> list[dict]:
+def question_rows(rows: list[dict], tokenizer, data: DataConfig, render: Callable[..., str]) -> list[dict]:
     """Rows of plain GRPO with the student's `prompt`.
 
     Args:
