@@ -96,7 +96,7 @@ def test_a_full_disk(tiny_run, undisturbed, tmp_path):
         folder, filling = tmp_path / "run", tmp_path / "filling"
         launcher = start(*run_of(tiny_run, folder))
         wait_until(lambda: ranks_of(launcher.pid))  # the plan has found enough room
-        fill(filling, room=size * 11 // 10)  # a checkpoint, but not the weights of a second
+        fill(filling, room=size * 3 // 2)  # a checkpoint, but not a second
         _, said = launcher.communicate(timeout=LIMIT_S)
         assert launcher.returncode not in (0, PREEMPTED)
         assert "No space left" in said

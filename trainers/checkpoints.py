@@ -133,7 +133,8 @@ class AtomicCheckpoints:
         # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.
         state = training_state(self.model_wrapped, self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, TRAINING_STATE))
+            with open(os.path.join(output_dir, TRAINING_STATE), "wb") as file:  # of a path, a full disk is not named
+                torch.save(state, file)
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
