@@ -107,7 +107,8 @@ def check_comparable(config: dict) -> None:
 
 
 def check_shared(config: dict, rows: list[dict]) -> None:
-    """
+    """Refuse a comparison of evaluations without a common question.
+
     Raises:
         ValueError: there is nothing to compare with.
     """

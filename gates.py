@@ -34,7 +34,8 @@ class Gate:
 
 
 def read_gates(path: Path) -> list[Gate]:
-    """
+    """The gates of a file.
+
     Raises:
         ValueError: the file cannot be read, or an entry is no gate.
     """

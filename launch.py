@@ -66,7 +66,8 @@ def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
 
 
 def check_devices(devices: int, gpus: int, requires: str | None) -> None:
-    """
+    """Refuse more devices than this machine has.
+
     Raises:
         ValueError: more devices than this machine has.
     """
@@ -78,7 +79,8 @@ def check_devices(devices: int, gpus: int, requires: str | None) -> None:
 
 
 def check_servers(config: dict, server_devices: int, nodes: int = 1) -> None:
-    """
+    """Refuse servers that do not fit the run.
+
     Raises:
         ValueError: servers do not fit the run, or tensor parallelism does not fit them.
     """
@@ -111,7 +113,8 @@ def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path, l
 
 
 def address_of_servers(environment: dict[str, str]) -> dict:
-    """
+    """Where servers listen: `host` and `first_port`.
+
     Raises:
         ValueError: other machines could reach them, and no key is set.
     """
@@ -175,7 +178,8 @@ def start_ranks(
 
 
 def check_shared(folder: str) -> None:
-    """
+    """Refuse an output folder that the machines do not share.
+
     Raises:
         ValueError: node 0 has written its configuration elsewhere.
     """
@@ -184,7 +188,8 @@ def check_shared(folder: str) -> None:
 
 
 def sharding_of(config: dict, named: str | None) -> str:
-    """
+    """The sharding of a run: as named, else what suits its devices.
+
     Raises:
         ValueError: one is named where nothing is trained.
     """

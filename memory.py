@@ -175,7 +175,7 @@ def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: st
 
 
 def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
-    """Of one micro-batch, whose prompts are read once per group."""
+    """Activations of one micro-batch, whose prompts are read once per group."""
     rows = config["per_device_train_batch_size"]
     if "use_vllm" not in config:
         tokens = rows * config["max_length"] * (2 if config["trainer"] == "dpo" else 1)

@@ -99,7 +99,7 @@ def _sharding_word(config: dict[str, Any], sharding: str | None) -> list[str]:
 def configuration_of(
     stage: Stage, stages: list[Stage], devices: int, sharding: str | None = None, anew: bool = False
 ) -> dict[str, Any]:
-    """Of a stage, checked but for what an earlier one has yet to make.
+    """The configuration of a stage, checked but for what an earlier one has yet to make.
 
     Args:
         anew: what stands in its folder is deleted.

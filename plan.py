@@ -232,12 +232,14 @@ def check_data(plan: Plan) -> None:
     files = [source for source in sources if source and Path(source).expanduser().is_file()]
     if not files or config["trainer"] in (*JOBS, "dpo"):
         return
-    style = load_format(config["reasoning_format"])
-    found = [load_rows(source, tags=(style.thought_tags, style.solution_tags)).rows for source in files]
+    style, held_out = load_format(config["reasoning_format"]), config["eval_size"]
+    tags = (style.thought_tags, style.solution_tags)
     if len(files) == 2:
-        check_disjoint(*found)
-    elif sources[1] is None and config["eval_size"] >= len(found[0]):
-        raise ValueError(f"eval_size={config['eval_size']} leaves nothing of {len(found[0])} rows to train on")
+        check_disjoint(*(load_rows(source, tags=tags).rows for source in files))
+    elif sources[1] is None and held_out:
+        found = len(load_rows(files[0], size=held_out + 1, tags=tags).rows)
+        if found <= held_out:
+            raise ValueError(f"eval_size={held_out} leaves nothing of {found} rows to train on")
 
 
 def check_comparison(plan: Plan) -> None:

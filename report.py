@@ -31,7 +31,8 @@ STYLE = (
 
 
 def write_report(folders: list[Path], path: Path) -> None:
-    """
+    """Write the page of some runs, and its picture beside it.
+
     Raises:
         ValueError: a folder holds no run.
     """

@@ -169,7 +169,7 @@ def score_file(config: dict) -> str:
 
 
 def best_index(rewards: list[float], places: list[int]) -> int | None:
-    """Of the completion ranked first; None where none has a finite reward."""
+    """Index of the completion ranked first; None where none has a finite reward."""
     return places.index(1) if any(map(math.isfinite, rewards)) else None
 
 

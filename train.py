@@ -183,7 +183,8 @@ def job(cfg) -> None:
 
 
 def check_sweep(arguments: list[str]) -> None:
-    """
+    """Refuse to sweep with a secret.
+
     Raises:
         ValueError: Hydra would write a secret into its record of a sweep.
     """

@@ -156,7 +156,7 @@ class Floor:
 
 
 def forward_flops(setting: Setting, prompt: float, model) -> float:
-    """Of each distinct token once, `prompt` tokens in the mean; attention is 4 x width per token that one sees."""
+    """FLOPs of each distinct token once, `prompt` tokens in the mean; attention is 4 x width per token seen."""
     config = model.config
     head = 2 * config.hidden_size * config.vocab_size
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)

@@ -35,7 +35,8 @@ BENCHMARKS = {
 
 
 def check_benchmark(name: str) -> None:
-    """
+    """Refuse a name that is no benchmark.
+
     Raises:
         ValueError: no such benchmark.
     """

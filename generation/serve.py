@@ -21,7 +21,7 @@ PLUGIN = ROOT / "generation" / "vllm_plugin"
 
 
 def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
-    """Of vLLM's server, but for where it listens."""
+    """The arguments of vLLM's server, but for where it listens."""
     arguments = {
         "model": model,
         "served-model-name": "policy",

@@ -53,7 +53,8 @@ class Server:
         return own_address(self.url).startswith("127.")
 
     def ask(self, method: str, path: str, body: dict | None = None, limit_s: float | None = None) -> dict:
-        """
+        """What the server answers, as JSON.
+
         Raises:
             ServerError: no answer in time, or one that says no.
         """
@@ -105,7 +106,7 @@ class Server:
         return [c["token_ids"] for c in choices], [c["logprobs"]["token_logprobs"] for c in choices]
 
     def next_token_log_prob(self, ids: list[int], token: int, temperature: float) -> float:
-        """Of one token right behind a prompt, at a temperature."""
+        """The log-prob of one token right behind a prompt, at a temperature."""
         request = {
             "model": MODEL,
             "prompt": ids,

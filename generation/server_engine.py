@@ -79,14 +79,14 @@ class ServerEngine(VLLMEngine):
         self.accelerator.wait_for_everyone()
 
     def _dtype(self) -> torch.dtype:
-        """Of forward passes, not of master weights."""
+        """The dtype of forward passes, not of master weights."""
         if self.on_cpu:
             return getattr(torch, self.engine_dtype)
         return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else self.model.dtype
 
     @property
     def version(self) -> str:
-        """Of the weights that were sent last; another run's are others, whatever their number."""
+        """The name of the weights that were sent last; another run's are others, whatever their number."""
         return f"{self.run}-{self.number}"
 
     def generate_seeded(self, prompts: list[list[int]], seeds: list[int], max_tokens: int | None = None) -> Completions:

@@ -36,7 +36,7 @@ def end_with(launcher: int) -> None:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Of a process that leads a group and was not yet waited for, so that the group's id cannot be another's."""
+    """End the group of a leader that was not yet waited for, so that the group's id cannot be another's."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -33,7 +33,8 @@ class Machines:
 
 
 def read_machines(environment: dict[str, str]) -> Machines:
-    """
+    """The machines of a run, from the environment.
+
     Raises:
         ValueError: NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT do not go together.
     """

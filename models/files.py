@@ -31,7 +31,8 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def check_fetched(path: Path) -> None:
-    """
+    """Refuse a file that git-lfs has not fetched.
+
     Raises:
         ValueError: the file cannot be read, or is a git-lfs pointer.
     """

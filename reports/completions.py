@@ -17,7 +17,7 @@ TEACHER_KNEW, STUDENT_KNEW = (130, 60, 160), (70, 150, 80)
 
 
 def completions(folder: Path) -> str:
-    """Of the last step, or of all traces; empty where a run left none."""
+    """Best, median and worst completion of the last step, or of all traces; empty where a run left none."""
     import pandas
 
     files = sorted((folder / "completions").glob("step-*.parquet")) or sorted((folder / "all").glob("traces.parquet"))

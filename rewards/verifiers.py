@@ -138,7 +138,8 @@ def kind_of(row: dict) -> str:
 
 
 def check_rows(kind: str, rows: list[dict]) -> None:
-    """
+    """Refuse rows that a named check cannot be used on.
+
     Raises:
         ValueError: rows are to be checked by a generator that they do not name, or whose check is not used, or as
             puzzles of numbers that they do not have.

@@ -14,6 +14,7 @@ from plan import hide_secrets, make_plan
 from train import check_sweep, prepare_output, show
 from trainers.config_fields import TABLE, build_table, read_table
 
+EMBEDDED = "model_name_or_path=embedded/smollm2-135m-instruct"
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -115,7 +116,7 @@ BAD = [
 @pytest.mark.parametrize(("overrides", "says"), BAD, ids=[" ".join(o) for o, _ in BAD])
 def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    named = [] if any("model_name" in o for o in overrides) else ["model_name_or_path=embedded/smollm2-135m-instruct"]
+    named = [] if any("model_name" in o for o in overrides) else [EMBEDDED]
     with pytest.raises(ValueError) as refused:
         make_plan(config_of(*named, f"output_dir={tmp_path / 'run'}", *overrides))
     assert says in str(refused.value)
@@ -150,7 +151,21 @@ def test_a_missing_column_is_named_with_those_found(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "Q", "answer": "A"}\n')
     with pytest.raises(ValueError, match="has no column 'solution'; found answer, question"):
-        make_plan(config_of(f"dataset_id_or_path={path}", "model_name_or_path=embedded/smollm2-135m-instruct"))
+        make_plan(config_of(f"dataset_id_or_path={path}", EMBEDDED))
+
+
+def test_a_file_with_no_more_rows_than_are_held_out_is_refused_before_any_warm_up(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"question": "{n}?", "solution": "{n}"}}\n' for n in range(4)))
+    for held_out, says in ((4, "eval_size=4 leaves nothing of 4 rows to train on"), (3, None)):
+        config = config_of(
+            f"dataset_id_or_path={path}", f"eval_size={held_out}", f"output_dir={tmp_path}/run", EMBEDDED
+        )
+        if says is None:
+            make_plan(config)
+            continue
+        with pytest.raises(ValueError, match=says):
+            make_plan(config)
 
 
 def test_evaluation_rows_among_the_training_rows_are_refused(tmp_path):
@@ -159,7 +174,7 @@ def test_evaluation_rows_among_the_training_rows_are_refused(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     sources = [f"dataset_id_or_path={tmp_path}/train.jsonl", f"eval_dataset_id_or_path={tmp_path}/eval.jsonl"]
     with pytest.raises(ValueError, match=r"^1 evaluation rows are among the training rows, the first: '2\+2\?"):
-        make_plan(config_of(*sources, "model_name_or_path=embedded/smollm2-135m-instruct"))
+        make_plan(config_of(*sources, EMBEDDED))
 
 
 def test_an_output_folder_of_another_run_is_refused_and_a_longer_run_is_not(tiny_teacher, tmp_path):
@@ -200,7 +215,7 @@ def test_not_enough_disk_is_said_before_the_run(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
     monkeypatch.setattr("plan.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="GiB are free"):
-        make_plan(config_of(f"output_dir={tmp_path / 'run'}", "model_name_or_path=embedded/smollm2-135m-instruct"))
+        make_plan(config_of(f"output_dir={tmp_path / 'run'}", EMBEDDED))
 
 
 def test_a_refused_run_prints_one_line_and_ends_with_an_error(tmp_path):

@@ -70,7 +70,7 @@ class TraceScorer:
         return found
 
     def _as_sampled(self) -> list[torch.Tensor | None]:
-        """Of each reading; None where its text is tokenised otherwise than it was sampled."""
+        """The teacher's log-probs of each reading; None where its text is tokenised otherwise than it was sampled."""
         tails, found = self._prompt_tails(), []
         for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
             first = len(prompt) - len(tails[tuple(prompt)])
@@ -80,8 +80,8 @@ class TraceScorer:
         return found
 
     def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:
-        """Of each prompt, log-probs of its last tokens, from the first one that a reading counts: explanations begin
-        inside the prompt."""
+        """Log-probs of the last tokens of each prompt, from the first that a reading counts: explanations begin inside
+        the prompt."""
         firsts: dict[tuple[int, ...], int] = {}
         for prompt, reading in zip(map(tuple, self.prompts), self.readings, strict=True):
             firsts[prompt] = min([firsts.get(prompt, len(prompt)), *reading.teacher_counted[:1]])

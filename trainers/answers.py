@@ -57,7 +57,7 @@ class HeldOutAnswers:
         )
 
     def _answer(self, tokenizer, mine: range) -> list[tuple[bool, bool]]:
-        """Of each answer to this rank's questions, whether it is right and whether one was given."""
+        """Whether each answer to this rank's questions is right, and whether one was given."""
         count, seed = self.config["eval_answers"], self.config["seed"]
         asked = [self.rows[number] for number in mine for _ in range(count)]
         seeds = [request_seed(seed, "answers", number) + member for number in mine for member in range(count)]

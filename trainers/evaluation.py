@@ -110,7 +110,7 @@ class HeldOutEvaluation(TrainerCallback):
             trainer.control.should_save = True
 
     def _kept(self) -> dict:
-        """Of the weights that the run ends with."""
+        """The evaluation of the weights that the run ends with."""
         best = self.trainer.state.best_global_step if self.trainer.args.load_best_model_at_end else None
         return next((record for record in self.records if record["step"] == best), self.records[-1])
 

@@ -76,7 +76,7 @@ def read(path: Path) -> list[dict]:
 
 
 def mean_reward(folder: Path) -> float:
-    """Of a collection's traces, those without a finite reward left out."""
+    """Mean reward of a collection's traces, those without a finite reward left out."""
     rewards = pandas.read_parquet(folder / "all" / "traces.parquet")["reward"]
     return float(rewards[rewards.abs() < float("inf")].mean())
 
