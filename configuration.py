@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from checks import JOBS, check_keys, key_names, known_keys
 from memory import choose_profile, gpu_memory_gib
-from plan import is_complete, make_plan
+from plan import check_output, is_complete, make_plan
 
 CFGS = Path(__file__).resolve().parent / "cfgs"
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
@@ -158,16 +158,19 @@ def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str
     arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
     arguments.append(f"report_to={config['report_to'] or 'null'}")
     own, _ = compose_config(arguments)
-    share, each = own["train_batch_size"] // devices, own["per_device_train_batch_size"]
-    if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
-        arguments.append(f"per_device_train_batch_size={fits[-1]}")
-        own["per_device_train_batch_size"] = fits[-1]
     config["model_name_or_path"] = own["output_dir"]
     try:
+        if is_complete(own):  # whatever it took to make
+            check_output(own)
+            return None
+        share, each = own["train_batch_size"] // devices, own["per_device_train_batch_size"]
+        if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
+            arguments.append(f"per_device_train_batch_size={fits[-1]}")
+            own["per_device_train_batch_size"] = fits[-1]
         make_plan({**own, "dry_run": config["dry_run"]}, devices, sharding=sharding)
     except ValueError as error:
         raise ValueError(f"warm-up {name}: {error}") from None
-    return None if is_complete(own) else arguments
+    return arguments
 
 
 def quoted(path: str) -> str:

@@ -97,12 +97,20 @@ def check_comparable(config: dict) -> None:
     file = Path(other) / "config.yaml"
     if not file.is_file():
         raise ValueError(f"compare_with={other} holds no config.yaml: name the output folder of an evaluation")
-    its = yaml.safe_load(file.read_text())
+    check_same_way(config, yaml.safe_load(file.read_text()))
+
+
+def check_same_way(config: dict, its: dict) -> None:
+    """Refuse to compare an evaluation with one that asked or judged otherwise.
+
+    Raises:
+        ValueError: the first key that differs, with both values.
+    """
     for key in COMPARABLE:
         if key in its and its[key] != config[key]:
             raise ValueError(
-                f"compare_with={other}: {key} is {its[key]} there and {config[key]} here, so the difference would not "
-                "be the model's: evaluate both in the same way"
+                f"compare_with={config['compare_with']}: {key} is {its[key]} there and {config[key]} here, so the "
+                "difference would not be the model's: evaluate both in the same way"
             )
 
 

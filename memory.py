@@ -3,6 +3,7 @@
 All of it is estimated before anything is loaded. `benchmarks/memory.py` compares the estimate with real runs.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -53,16 +54,13 @@ def model_folder(config: dict[str, Any]) -> Path | None:
 
 
 def parameters(config: dict[str, Any]) -> float:
-    """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says.
-
-    Raises:
-        ValueError: one of these files is not whole.
-    """
+    """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says."""
     folder = model_folder(config)
-    total = 0
-    for path in folder.glob("*.safetensors") if folder else ():
-        total += sum(_product(shape) for shape in tensor_shapes(path).values())
-    return total or config["model_size"] * 1e9
+    files = list(folder.glob("*.safetensors")) if folder else []
+    sizes = []
+    with contextlib.suppress(ValueError):  # a file that is not whole, which the plan's check of models names
+        sizes = [_product(shape) for path in files for shape in tensor_shapes(path).values()]
+    return sum(sizes) or config["model_size"] * 1e9
 
 
 def _product(shape: list[int]) -> int:

@@ -82,7 +82,7 @@ def check(plan: Plan, devices: int | None = None, sharding: str | None = None) -
     """
     stages, anew = stages_of(plan.config), plan.config["overwrite_output_dir"]
     found = [(stage, configuration_of(stage, stages, devices or 1, sharding, anew)) for stage in stages]
-    check_evaluations(found)
+    check_evaluations(found, anew)
     return found
 
 
@@ -129,27 +129,33 @@ def problems(plan: Plan, sharding: str | None) -> list[str]:
     stages, found = stages_of(plan.config), []
     for stage in stages:
         try:
-            configuration_of(stage, stages, plan.devices, sharding)
+            configuration_of(stage, stages, plan.devices, sharding, plan.config["overwrite_output_dir"])
         except ValueError as error:
             found.append(str(error))
     return found
 
 
-def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]]) -> None:
-    """That no evaluation to come asks what another stage reads, before that one has spent its hours.
+def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = False) -> None:
+    """That no evaluation to come asks what another stage reads, or in another way than the one that it is compared
+    with, before others have spent their hours.
+
+    Args:
+        anew: finished ones are to come again.
 
     Raises:
-        ValueError: how many questions are read, and the first.
+        ValueError: how many questions are read, and the first; or what differs.
     """
-    from evaluate import check_apart, rows_of
+    from evaluate import check_apart, check_same_way, rows_of
 
     to_come = tuple(stage.folder for stage, _ in stages)
+    by_folder = {stage.folder: config for stage, config in stages}
     others = [config for _, config in stages if config["trainer"] != "evaluate"]
     learned = [config for config in others if not config["dataset_id_or_path"].startswith(to_come)]
     for stage, config in stages:
-        if config["trainer"] != "evaluate" or is_complete(config):
+        if config["trainer"] != "evaluate" or (is_complete(config) and not anew):
             continue
         try:
+            check_same_way(config, by_folder.get(config["compare_with"], {}))
             check_apart(config, rows_of(config).rows, learned)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from None

@@ -11,6 +11,7 @@ import shutil
 import socket
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,7 @@ from data.splits import check_disjoint
 from generation.parts import check_sources, models_of
 from memory import GIB, ask_nvidia_smi, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
+from models.files import check_files
 from models.paths import MERGED, adapter_base, is_adapter
 
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
@@ -166,9 +168,11 @@ def make_plan(config: dict[str, Any], devices: int = 1, warms_up_first: bool = F
 def _on_this_machine(plan: Plan) -> Plan:
     """The plan, with what is missing here when it is only looked at."""
     config = plan.config
-    for check in CHECKS:
+    of_the_plan = [partial(check, plan) for check in (check_device, check_servers, check_data, check_models)]
+    of_its_folders = [partial(check, config) for check in (check_comparison, check_output, check_parts, check_disk)]
+    for check in (*of_the_plan, *of_its_folders):
         try:
-            check(plan)
+            check()
         except ValueError as error:
             if not config["dry_run"]:
                 raise
@@ -242,8 +246,8 @@ def check_data(plan: Plan) -> None:
             raise ValueError(f"eval_size={held_out} leaves nothing of {found} rows to train on")
 
 
-def check_comparison(plan: Plan) -> None:
-    other = plan.config.get("compare_with")
+def check_comparison(config: dict[str, Any]) -> None:
+    other = config.get("compare_with")
     if other is not None and not (Path(other) / "evaluation.json").is_file():
         raise ValueError(f"compare_with={other} holds no evaluation.json: name the output folder of an evaluation")
 
@@ -264,6 +268,7 @@ def check_models_exist(named: dict[str, str]) -> None:
             continue
         path = Path(name).expanduser()
         if path.is_dir():
+            check_files(path)
             if is_adapter(path) and not (path / MERGED).is_dir():
                 check_models_exist({f"{key}={name}, base": _base_of(key, path)})
             elif not is_adapter(path) and not (path / "config.json").is_file():
@@ -319,10 +324,11 @@ def hide_secrets(value: Any, key: str = "") -> Any:
     return "<hidden>" if value and key.endswith(SECRET) else value
 
 
-def check_output(plan: Plan) -> None:
+def check_output(config: dict[str, Any]) -> None:
     """The output folder must be new, or of the same run, and what it is emptied of none of the run's inputs."""
-    config, folder = plan.config, Path(plan.config["output_dir"])
-    if config["resume_from"] is not None and not Path(config["resume_from"]).is_dir():
+    folder = Path(config["output_dir"])
+    begun = any(folder.glob("checkpoint-*"))  # and no longer in need of the checkpoint that it began with
+    if config["resume_from"] is not None and not begun and not Path(config["resume_from"]).is_dir():
         raise ValueError(f"resume_from={config['resume_from']} is not a checkpoint folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file: choose another output_dir")
@@ -335,6 +341,7 @@ def check_output(plan: Plan) -> None:
         check_overwriting(config, folder.resolve())
         return
     free = CONTINUABLE if (folder / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
+    free |= {"resume_from"} if begun and config["resume_from"] is None else frozenset()
     changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
     if changed:
         key = changed[0]
@@ -361,14 +368,13 @@ def check_overwriting(config: dict, folder: Path) -> None:
             raise ValueError(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
 
 
-def check_parts(plan: Plan) -> None:
+def check_parts(config: dict[str, Any]) -> None:
     """A job's parts, finished or not, must be of the models that are there now."""
-    check_sources(plan.config, models_of(plan.config))
+    check_sources(config, models_of(config))
 
 
-def check_disk(plan: Plan) -> None:
-    config = plan.config
-    if config["trainer"] in JOBS:
+def check_disk(config: dict[str, Any]) -> None:
+    if config["trainer"] in JOBS or is_complete(config):
         return
     folder = Path(config["output_dir"]).absolute()
     while not folder.exists():
@@ -382,9 +388,3 @@ def check_disk(plan: Plan) -> None:
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )
-
-
-CHECKS = (
-    *(check_device, check_servers, check_data, check_models, check_comparison),
-    *(check_output, check_parts, check_disk),
-)

@@ -36,7 +36,8 @@ def prepare_output(config: dict) -> None:
     folder = Path(config["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     if config["overwrite_output_dir"] and saved_configuration(folder) is not None:
-        for path in folder.iterdir():  # not the folder itself, which is locked
+        # Not the folder itself, which is locked, and last what says that it is a run's.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.yaml"):
             if path.name in BEFORE_A_RUN:
                 continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -20,6 +20,7 @@ FOLDER = "parts"
 SOURCES = "sources.json"
 MODELS = ("model_name_or_path", "student_model")
 WEIGHTS = ("*.safetensors", "adapter_model.*")
+END_BYTES = 2**20
 # Not the rendered prompts: some chat templates write today's date into them.
 ASKED = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 WHAT = {"dataset_id_or_path": "the questions", "reasoning_format": "the tags or prompts"}  # else the weights
@@ -51,7 +52,7 @@ class Parts:
         from accelerate.utils import broadcast_object_list
 
         refusal = [None]
-        if accelerator.is_main_process:  # alone: a model that each machine has its own copy of differs in its times
+        if accelerator.is_main_process:
             now = sources_of(config, rows, style)
             try:
                 check_sources(config, now)
@@ -96,13 +97,20 @@ def sources_of(config: dict[str, Any], rows: list[dict], style: ReasoningFormat)
 
 
 def models_of(config: dict[str, Any]) -> dict[str, dict]:
-    """Size and second of writing of each weight file of the models that are local folders, by key."""
+    """Size and a hash of the end of each weight file of the models that are local folders, by key."""
     return {key: _weights(Path(config[key]).expanduser()) for key in MODELS if config.get(key)}
 
 
-def _weights(folder: Path) -> dict[str, list[int]]:
-    files = {file: file.stat() for pattern in WEIGHTS for file in sorted(folder.glob(pattern))}
-    return {str(file): [known.st_size, int(known.st_mtime)] for file, known in files.items()}
+def _weights(folder: Path) -> dict[str, list]:
+    return {file.name: _size_and_end(file) for pattern in WEIGHTS for file in sorted(folder.glob(pattern))}
+
+
+def _size_and_end(file: Path) -> list:
+    """Not the whole file, which may have gigabytes; training moves every weight."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        content.seek(max(0, size - END_BYTES))
+        return [size, sha256(content.read()).hexdigest()]
 
 
 def check_sources(config: dict[str, Any], now: dict[str, Any]) -> None:
@@ -119,7 +127,7 @@ def check_sources(config: dict[str, Any], now: dict[str, Any]) -> None:
     if config["overwrite_output_dir"] or not noted.is_file() or not any(folder.glob("*.jsonl")):
         return
     before = json.loads(noted.read_text(encoding="utf-8"))
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key, what in now.items() if what and before.get(key) != what]  # nothing: a hub's, or deleted
     if changed:
         what = WHAT.get(changed[0], "the weights")
         raise ValueError(

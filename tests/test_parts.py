@@ -2,6 +2,7 @@
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,16 @@ STYLE = FORMATS["stratos"]
 ROWS = [{"question": f"{n} + 1?", "solution": str(n + 1), "prompt": "rendered"} for n in range(4)]
 
 
-def weights_of(folder: Path, second: int) -> None:
-    """A model's weights, as written at a second."""
+def weights_of(folder: Path, version: int) -> None:
+    """A model's weights: of one size, whatever the version."""
     folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors").write_bytes(b"weights")
-    os.utime(folder / "model.safetensors", (second, second))
+    (folder / "model.safetensors").write_bytes(b"weights" * 2**18 + bytes([version]))
 
 
 @pytest.fixture
 def job(tmp_path):
     """The configuration of an evaluation of a local model."""
-    weights_of(tmp_path / "model", second=100)
+    weights_of(tmp_path / "model", version=100)
     (tmp_path / "out").mkdir()
     return config_of("evaluate_tiny", f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}")
 
@@ -48,12 +48,22 @@ def test_the_same_sources_go_on_with_the_next_part(job):
     assert live(job).read() == ROWS
 
 
+def test_a_copy_of_the_weights_goes_on_and_so_does_what_is_complete_without_them(job, tmp_path):
+    live(job, count=2)
+    os.utime(tmp_path / "model" / "model.safetensors", (7, 7))
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = {**job, "model_name_or_path": str(tmp_path / "moved")}
+    assert live(moved).read() == ROWS
+    (tmp_path / "moved" / "model.safetensors").unlink()
+    check_sources(moved, models_of(moved))
+
+
 def test_weights_that_changed_between_two_lives_are_refused(job, tmp_path):
     live(job, count=2)
-    weights_of(tmp_path / "model", second=101)
+    weights_of(tmp_path / "model", version=101)
     with pytest.raises(ValueError, match=f"the weights of model_name_or_path={tmp_path / 'model'} changed.*overwrite_"):
         live(job)
-    weights_of(tmp_path / "model", second=100)
+    weights_of(tmp_path / "model", version=100)
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model-00001-of-00001.safetensors")
     with pytest.raises(ValueError, match="the weights"):
         live(job)
@@ -62,17 +72,17 @@ def test_weights_that_changed_between_two_lives_are_refused(job, tmp_path):
 def test_weights_that_changed_since_the_last_part_are_seen_from_the_configuration_alone(job, tmp_path):
     live(job)
     check_sources(job, models_of(job))
-    weights_of(tmp_path / "model", second=101)
+    weights_of(tmp_path / "model", version=101)
     with pytest.raises(ValueError, match="the weights of model_name_or_path"):
         check_sources(job, models_of(job))
     check_sources({**job, "overwrite_output_dir": True}, models_of(job))
 
 
 def test_the_students_weights_count_where_there_is_one(job, tmp_path):
-    weights_of(tmp_path / "student", second=100)
+    weights_of(tmp_path / "student", version=100)
     collection = {**job, "student_model": str(tmp_path / "student")}
     live(collection, count=2)
-    weights_of(tmp_path / "student", second=101)
+    weights_of(tmp_path / "student", version=101)
     with pytest.raises(ValueError, match="the weights of student_model"):
         live(collection)
 
@@ -80,8 +90,7 @@ def test_the_students_weights_count_where_there_is_one(job, tmp_path):
 def test_an_adapters_weights_are_its_own_files(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"12345")
     (tmp_path / "training_args.bin").write_bytes(b"")
-    os.utime(tmp_path / "adapter_model.bin", (7, 7.5))
-    known = {str(tmp_path / "adapter_model.bin"): [5, 7]}
+    known = {"adapter_model.bin": [5, sha256(b"12345").hexdigest()]}
     assert models_of({"model_name_or_path": str(tmp_path)}) == {"model_name_or_path": known}
     assert models_of({"model_name_or_path": "embedded/smollm2-135m-instruct"}) == {"model_name_or_path": {}}
 
@@ -110,7 +119,7 @@ def test_a_format_that_was_edited_is_refused_and_a_prompt_with_todays_date_is_no
 
 def test_before_the_first_part_everything_may_change(job, tmp_path):
     live(job, count=0)
-    weights_of(tmp_path / "model", second=101)
+    weights_of(tmp_path / "model", version=101)
     live(job, rows=ROWS[::-1], count=2)
     assert live(job, rows=ROWS[::-1]).read() == ROWS[::-1]
 

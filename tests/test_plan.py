@@ -255,7 +255,7 @@ def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path):
         assert apply_warmup(own, [named]) is None
         assert own["model_name_or_path"] == "mine"
     complete(config_of(*shared), steps=42)
-    assert apply_warmup(config, given) is None
+    assert apply_warmup(config, given, devices=16) is None  # it is there, whatever could make it
     assert config["model_name_or_path"] == str(folder)
 
 
@@ -287,6 +287,20 @@ def test_overwriting_deletes_neither_what_the_run_reads_nor_what_no_run_wrote(ti
     for key in ("model_name_or_path", "student_model", "resume_from"):
         with pytest.raises(ValueError, match=f"overwrite_output_dir=true would delete {key}="):
             make_plan({**config, key: str(tmp_path / "checkpoint-5")})
+
+
+def test_a_run_that_began_with_a_checkpoint_needs_it_no_longer_once_it_has_its_own(tmp_path):
+    started = config_of(EMBEDDED, f"output_dir={tmp_path / 'run'}", f"resume_from={tmp_path}")
+    prepare_output(started)
+    gone, without = {**started, "resume_from": str(tmp_path / "gone")}, {**started, "resume_from": None}
+    with pytest.raises(ValueError, match="not a checkpoint folder"):
+        make_plan(gone)
+    with pytest.raises(ValueError, match="holds a different run .resume_from"):
+        make_plan(without)
+    (tmp_path / "run" / "checkpoint-7").mkdir()
+    assert make_plan(without)
+    with pytest.raises(ValueError, match="holds a different run .resume_from"):
+        make_plan({**started, "resume_from": str(tmp_path / "run" / "checkpoint-7")})
 
 
 def test_secrets_are_hidden_in_a_pipelines_stages_too():

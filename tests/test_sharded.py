@@ -35,8 +35,7 @@ def agree(count: int) -> int:
 
 def packed_loss(wrapped, inner, rank: int) -> torch.Tensor:
     sequences, counted = batch_of(rank)
-    groups = [range(len(sequences))]
-    compute = partial(token_log_probs, inner, sequences, counted, groups, token_budget=14, agree_on_forwards=agree)
+    compute = partial(token_log_probs, inner, sequences, counted, token_budget=14, agree_on_forwards=agree)
     log_probs, _ = _ForwardRedirection()(wrapped, inner, compute)
     return loss_of(log_probs)
 

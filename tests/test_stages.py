@@ -16,7 +16,7 @@ from data.formats import FORMATS
 from evaluate import check_apart, check_comparable, trained_on
 from launching import PREEMPTED
 from pipeline import Stage, command_of, configuration_of, stages_of
-from plan import MARKER, Plan, check_output
+from plan import MARKER, check_output
 from schema import DataConfig, TraceConfig, pick
 from traces.card import card
 from traces.pairs import preference_pairs
@@ -381,7 +381,7 @@ def test_a_stage_that_warms_up_first_can_be_continued(tmp_path):
 def test_what_is_made_of_samples_may_change_until_a_run_is_complete(tmp_path):
     config = config_of("collect_tiny", f"output_dir={tmp_path}")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    changed = Plan({**config, "min_format_rate": 0.5}, 1, 0, 0, 0)
+    changed = {**config, "min_format_rate": 0.5}
     check_output(changed)
     (tmp_path / MARKER).touch()
     with pytest.raises(ValueError, match="holds a different run .min_format_rate"):

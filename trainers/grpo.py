@@ -371,7 +371,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _load_extra_state(self, folder: Path) -> None:
         before, now = self._read_rollouts(folder, 0), self.accelerator.num_processes
-        if self.use_adaptive_entropy:
+        if self.use_adaptive_entropy and before["entropy_control"]:  # of another run there may be none
             self.entropy_coef, self._last_world_entropy = before["entropy_control"]
         self._step = before["step"] * self.args.gradient_accumulation_steps // before["accumulation"]
         same = (before["processes"], before["accumulation"]) == (now, self.args.gradient_accumulation_steps)
