@@ -65,9 +65,7 @@ FIXED = frozenset(
     }
 )
 # And of those on TRL's SFT trainer, whose loss is computed here (trainers/sft.py).
-FIXED_IN_SFT = frozenset(
-    {"average_tokens_across_devices", "label_smoothing_factor", "loss_type", "packing", "padding_free"}
-)
+SFT_FIXED = ("average_tokens_across_devices", "label_smoothing_factor", "loss_type", "packing", "padding_free")
 
 
 def known_keys(trainer: str) -> dict[str, list[str]]:
@@ -94,7 +92,7 @@ def check_keys(config: dict[str, Any]) -> None:
             raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
             raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
-        if key in FIXED or (key in FIXED_IN_SFT and trainer in ("sft", "student_sft")):
+        if key in FIXED or (key in SFT_FIXED and trainer in ("sft", "student_sft")):
             raise ValueError(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     for key, choices in read_table()["choices"].items():
