@@ -48,6 +48,8 @@ class Supervisor:
             number = int(environment["RANK"])
             log = self.logs / f"rank-{number}.log"
             shown = environment["LOCAL_RANK"] == "0"
+            if log.is_file():  # why an earlier life of the run ended
+                log.replace(self.logs / f"rank-{number}.before.log")
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     command,

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, launch
 
 from launch import address_of_servers, read_arguments, read_machines
-from launching import PREEMPTED
+from launching import PREEMPTED, supervise
 from launching.lifetime import stop_signals
 
 LIMIT_S = 240
@@ -154,6 +154,18 @@ def test_a_lost_terminal_ends_a_run_unless_nohup_said_otherwise():
         assert stop_signals() == [signal.SIGTERM, signal.SIGINT]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_the_ranks_of_the_life_before_said_is_kept(tmp_path):
+    command = [sys.executable, "-c", "import os, sys; sys.exit(os.environ['SAYS'])"]
+    for says in ("first", "second", "third"):
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "SAYS": f"{says} {rank}"} for rank in range(2)]
+        assert supervise(command, places, tmp_path) == 1
+    said = {path.name: path.read_text().strip() for path in tmp_path.iterdir()}
+    assert said == {
+        **{f"rank-{rank}.log": f"third {rank}" for rank in range(2)},
+        **{f"rank-{rank}.before.log": f"second {rank}" for rank in range(2)},
+    }
 
 
 def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path):
