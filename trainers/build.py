@@ -16,7 +16,7 @@ from trl import DPOConfig
 
 from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
-from data.prompts import prompt_token_ids, render_question, student_answer
+from data.prompts import render_question, student_answer
 from data.sources import say_dropped
 from memory import token_budget
 from models.loading import load_policy, load_student, load_tokenizer, supports_bfloat16
@@ -186,10 +186,8 @@ def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dic
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     kept = []
     for row in rows:
-        sizes = [
-            len(prompt_token_ids(tokenizer, [row["prompt"] + row[side]])[0]) + 1 for side in ("chosen", "rejected")
-        ]
-        if length is None or max(sizes) <= length:
+        texts = [row["prompt"] + row[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+        if length is None or max(map(len, tokenizer(texts, add_special_tokens=False).input_ids)) <= length:
             # TRL's tokenisation brings one of its own.
             prompt = row["prompt"].removeprefix(bos) if adds_bos else row["prompt"]
             kept.append({"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]})
