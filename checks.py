@@ -160,9 +160,12 @@ def check_best(config: dict[str, Any]) -> None:
         raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
     if config["trainer"] in OFFLINE and config["save_steps"] != config["eval_steps"]:  # GRPO saves when it evaluates
         raise ValueError(
-            f"load_best_model_at_end=true: save_steps={config['save_steps']} must be "
-            f"eval_steps={config['eval_steps']}, so that the best has a checkpoint"
+            f"save_steps={config['save_steps']} must be eval_steps={config['eval_steps']} to keep the best"
         )
+    known = ("loss", *(("accuracy", "format_rate") if config.get("eval_answers") else ()))
+    wanted = config.get("metric_for_best_model") or "loss"
+    if config["trainer"] in OFFLINE and wanted.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={wanted}: use one of {known}; with eval_answers there are more")
 
 
 def check_batch(config: dict[str, Any], devices: int) -> int:

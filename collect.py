@@ -19,6 +19,7 @@ from data.sources import Rows
 from generation import request_seed
 from generation.parts import Parts
 from plan import MARKER, Plan
+from reports.dashboard import log_figures
 from schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
 from traces.card import write_card
 from traces.selection import Selection, check_format, rank, select
@@ -56,6 +57,7 @@ def run(plan: Plan, stop) -> None:
     stop.leave_together()
     if sampler.accelerator.is_main_process:
         selection = finish(config, parts.read(), folder, asked)
+        log_figures(config, logged(selection))
         (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
         kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
         sys.stdout.write(f"{config['run_name']}: {kept}; in {folder}\n")
@@ -156,6 +158,13 @@ def finish(config: dict, scored: list[dict], folder: Path, asked: Rows) -> Selec
     (folder / "traces.jsonl").write_text(text, encoding="utf-8")
     write_card(folder / "DATA_CARD.md", config, asked, selection)
     return selection
+
+
+def logged(selection: Selection) -> dict[str, float]:
+    """What W&B is told."""
+    rewards = [row["reward"] for row in selection.kept]
+    counts = {"traces/scored": selection.scored, "traces/kept": len(rewards)}
+    return {**counts, "traces/format_rate": selection.format_rate, "traces/reward": sum(rewards) / len(rewards)}
 
 
 def without(row: dict, column: str) -> dict:

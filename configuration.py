@@ -167,9 +167,11 @@ def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str
         if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
             arguments.append(f"per_device_train_batch_size={fits[-1]}")
             own["per_device_train_batch_size"] = fits[-1]
-        make_plan({**own, "dry_run": config["dry_run"]}, devices, sharding=sharding)
+        plan = make_plan({**own, "dry_run": config["dry_run"]}, devices, sharding=sharding)
     except ValueError as error:
         raise ValueError(f"warm-up {name}: {error}") from None
+    for line in plan.missing:  # of a dry run: any other was refused for the first of them
+        logger.warning("missing for warm-up %s: %s", name, line)
     return arguments
 
 

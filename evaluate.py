@@ -9,19 +9,21 @@ parts, each written at once: after a kill the same command goes on with the next
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 from data.formats import load_format
+from data.learned import learned_rows, lineage, rows_of
 from data.prompts import prompt_token_ids, render_question
-from data.sources import Rows, load_rows, say_dropped
-from data.splits import check_disjoint, hold_out
+from data.sources import say_dropped
+from data.splits import check_disjoint
 from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
 from generation import request_seed
 from generation.parts import Parts
 from plan import MARKER, Plan
+from reports.dashboard import log_figures
 from schema import DataConfig, pick
 
 RESULT = "evaluation.json"
@@ -64,6 +66,7 @@ def run(plan: Plan, stop) -> None:
     stop.leave_together()
     if sampler.accelerator.is_main_process:
         result = sum_up(config, parts.read(), folder, asked - len(rows))
+        log_figures(config, logged(result))
         (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
         sys.stdout.write(table(config, result))
 
@@ -80,7 +83,8 @@ def questions(config: dict) -> list[dict]:
     say_dropped(loaded.dropped, config["dataset_id_or_path"])
     if not loaded.rows:
         raise ValueError(f"dataset_id_or_path={config['dataset_id_or_path']}: no usable row, {loaded.dropped}")
-    check_apart(config, loaded.rows, trained_on(config))
+    check_apart(config, loaded.rows, list(lineage(Path(config["model_name_or_path"]).expanduser())))
+    check_apart(config, loaded.rows, trained_on(config), must_be_there=True)
     check_rows(config["verifier"], loaded.rows)
     return loaded.rows
 
@@ -129,40 +133,26 @@ def compared(config: dict, questions: Iterable[str]) -> set[str]:
     return set(json.loads((Path(config["compare_with"]) / RESULT).read_text())["accuracy"]) & set(questions)
 
 
-def rows_of(config: dict) -> Rows:
-    """What a run's source holds."""
-    data, style = pick(config, DataConfig), load_format(config["reasoning_format"])
-    return load_rows(
-        data.dataset_id_or_path,
-        split=data.dataset_split,
-        seed=data.dataset_seed,
-        size=data.dataset_size,
-        tags=(style.thought_tags, style.solution_tags),
-    )
-
-
-def check_apart(config: dict, rows: list[dict], learned: list[dict]) -> None:
+def check_apart(config: dict, rows: list[dict], learned: list[dict], must_be_there: bool = False) -> None:
     """That no row to be answered is among those that a training run learns from.
 
     Args:
         config: of the evaluation.
         rows: what it asks.
         learned: configurations of training runs; what they hold out themselves may be asked.
+        must_be_there: their sources; else one that is gone since is said.
 
     Raises:
         ValueError: how many are, and the first.
     """
     for its in learned:
         try:
-            seen = rows_of(its).rows
+            seen = learned_rows(its)
         except ValueError as error:
-            if config["trained_on"]:
+            if must_be_there:
                 raise
-            # What the model's folder tells of may be gone since.
             logger.warning("not checked against %s: %s", its["dataset_id_or_path"], error)
             continue
-        if its["eval_size"] and its["eval_dataset_id_or_path"] is None:
-            seen = hold_out(seen, its["eval_size"], its["dataset_seed"])[0]
         try:
             check_disjoint(seen, rows)
         except ValueError as error:
@@ -171,38 +161,19 @@ def check_apart(config: dict, rows: list[dict], learned: list[dict]) -> None:
 
 
 def trained_on(config: dict) -> list[dict]:
-    """Configurations of what the model is known to have learned from: its run's, and those its run started from.
-
-    `trained_on` names a run's output folder, a file or a hub's dataset; without it, the model's folder is asked.
+    """What `trained_on` names beside the model's own runs, as configurations: of a run, by its output folder, and of
+    those that it started from; or of a file or a hub's dataset.
 
     Raises:
         ValueError: a task is named, of which a run has drawn rows of its own, or a pipeline.
     """
     named = config["trained_on"]
-    if named and named.startswith("reasoning_gym/"):
+    if named is None:
+        return []
+    if named.startswith("reasoning_gym/"):
         raise ValueError(f"trained_on={named}: which questions were drawn is in a run's output folder, name that")
-    found = list(_lineage(Path(named or config["model_name_or_path"]).expanduser()))
-    if named and not found:
-        everything = {"dataset_split": "train", "dataset_seed": 0, "dataset_size": None, "eval_size": 0}
-        return [{**config, **everything, "dataset_id_or_path": named}]
-    return found
-
-
-def _lineage(model: Path) -> Iterator[dict]:
-    """A run's output folder is a model, and so are its `merged` and `checkpoint-N`."""
-    inside = model.name == "merged" or model.name.startswith("checkpoint-")
-    for place in [model, model.parent] if inside else [model]:
-        file = place / "config.yaml"
-        its = yaml.safe_load(file.read_text()) if file.is_file() else None
-        if not isinstance(its, dict) or "trainer" not in its:
-            continue
-        if its["trainer"] == "pipeline":
-            raise ValueError(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
-        if its["trainer"] == "dpo":
-            its["dataset_id_or_path"] += "/all/traces.parquet"
-        yield its
-        yield from _lineage(Path(its["model_name_or_path"]).expanduser())
-        return
+    everything = {"dataset_split": "train", "dataset_seed": 0, "dataset_size": None, "eval_size": 0}
+    return list(lineage(Path(named).expanduser())) or [{**config, **everything, "dataset_id_or_path": named}]
 
 
 def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
@@ -254,6 +225,12 @@ def sum_up(config: dict, answers: list[dict], folder: Path, left_out: int) -> di
     (folder / RESULT).write_text(json.dumps(result, indent=1))
     draw(folder, result)
     return result
+
+
+def logged(result: dict) -> dict[str, float]:
+    """The figures by names for W&B."""
+    found = {f"evaluation/{name}": value["mean"] for name, value in result["figures"].items()}
+    return found | ({"evaluation/difference": result["difference"]["mean"]} if "difference" in result else {})
 
 
 def mean(values) -> float:

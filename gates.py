@@ -29,7 +29,7 @@ class Gate:
     threshold: float
 
     def holds(self, value: Any) -> bool:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         return number and DIRECTIONS[self.direction](value, self.threshold)
 
 
@@ -53,10 +53,18 @@ def _gate(entry: Any, place: str) -> Gate:
         raise ValueError(f"{place} must have metric, direction and threshold, and nothing else")
     if not isinstance(entry["direction"], str) or entry["direction"] not in DIRECTIONS:
         raise ValueError(f"{place}: direction={entry['direction']!r} is none of {', '.join(DIRECTIONS)}")
-    threshold = entry["threshold"]
-    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or math.isnan(threshold):
+    return Gate(str(entry["metric"]), entry["direction"], _number(entry["threshold"], place))
+
+
+def _number(threshold: Any, place: str) -> float:
+    """Also of `1e-3`, which YAML 1.1 takes for text."""
+    try:
+        number = math.nan if isinstance(threshold, bool) else float(threshold)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{place}: threshold={threshold!r} is not a number")
-    return Gate(str(entry["metric"]), entry["direction"], float(threshold))
+    return number
 
 
 def value_of(result: dict, metric: str) -> Any:

@@ -145,7 +145,8 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = F
     Raises:
         ValueError: how many questions are read, and the first; or what differs.
     """
-    from evaluate import check_apart, check_same_way, rows_of
+    from data.learned import rows_of
+    from evaluate import check_apart, check_same_way
 
     to_come = tuple(stage.folder for stage, _ in stages)
     by_folder = {stage.folder: config for stage, config in stages}

@@ -3,24 +3,22 @@
     python report.py OUTPUT_DIR... [--out=report.html]
 
 Curves of rewards and their parts, KL, length, entropy, clipping, mismatch and seconds by phase; the best, median and
-worst completions; evaluations; the configuration and where it differs from the default. A pipeline's folder stands for
-those of its stages.
+worst completions; evaluations; the configuration and where it differs from its run file. Several runs are set side by
+side: their curves, evaluations, and the keys in which they differ. A pipeline's folder stands for those of its stages.
 """
 
 import base64
 import html
-import json
 import os
 import sys
 from pathlib import Path
 
-import yaml
-
-from configuration import compose_config, fail
+from configuration import fail
+from reports.comparison import comparison
 from reports.completions import completions
 from reports.curves import draw_curves
+from reports.tables import CONFIG, configuration, evaluation, settings_of
 
-CONFIG = "config.yaml"
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -42,6 +40,8 @@ def write_report(folders: list[Path], path: Path) -> None:
     if draw_curves(runs, picture_of(path)):
         picture = base64.b64encode(picture_of(path).read_bytes()).decode()
         parts.append(f'<img alt="curves" src="data:image/png;base64,{picture}">')
+    if len(runs) > 1:
+        parts.append(comparison(runs))
     for label, folder in runs.items():
         parts += [f"<h2>{html.escape(label)}</h2>", *sections(folder)]
     page = (
@@ -58,7 +58,7 @@ def runs_of(folder: Path) -> list[Path]:
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no run (no {CONFIG})")
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = settings_of(folder)
     if config["trainer"] != "pipeline":
         return [folder]
     stages = [folder / stage["name"] for stage in config["stages"]]
@@ -90,18 +90,6 @@ def sections(folder: Path) -> list[str]:
     return [section for section in found if section]
 
 
-def evaluation(folder: Path) -> str:
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return ""
-    result = json.loads(path.read_text())
-    rows = [(name, *(f"{v[k]:.3f}" for k in ("mean", "low", "high"))) for name, v in result["figures"].items()]
-    if "difference" in result:
-        v = result["difference"]
-        rows.append(("difference, paired", *(f"{v[k]:+.3f}" for k in ("mean", "low", "high"))))
-    return f"<p>{result['questions']} questions</p>{table(('', 'mean', 'low', 'high'), rows)}"
-
-
 def card(folder: Path) -> str:
     path = folder / "DATA_CARD.md"
     return (
@@ -109,26 +97,6 @@ def card(folder: Path) -> str:
         if path.is_file()
         else ""
     )
-
-
-def configuration(folder: Path) -> str:
-    """All of it, and first where it differs from the default run's."""
-    config = yaml.safe_load((folder / CONFIG).read_text())
-    default, _ = compose_config([])
-    changed = [(k, repr(default.get(k, "—")), repr(v)) for k, v in sorted(config.items()) if default.get(k, "—") != v]
-    differences = table(("key", "default", "here"), changed)
-    everything = html.escape(yaml.safe_dump(config, sort_keys=True))
-    return (
-        f"<details><summary>{len(changed)} differences from the default run</summary>{differences}</details>"
-        f"<details><summary>configuration</summary><pre>{everything}</pre></details>"
-    )
-
-
-def table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def main() -> None:

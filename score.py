@@ -2,12 +2,12 @@
 
     python score.py input=rows.jsonl output=scored.jsonl teacher_model=… student_model=…
 
-Each input line has `question`, `solution`, and `completion` or a list of `completions`; optional are
-`teacher_system_prompt`, `student_system_prompt` and `id`. It is written again with `reward`,
-`solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a `completion`, lists
-for `completions`, which get their `rank` and the `best_index` too. Of these a table by source follows (a list `sources`
-in each line says who wrote which; else it is by place): how many questions each won, mean rank and reward, also in
-`OUTPUT.ranking.json`. Reward keys are overrides, as in training.
+Each row of the input (JSONL, JSON, CSV or Parquet) has `question`, `solution`, and `completion` or a list of
+`completions`; optional are `teacher_system_prompt`, `student_system_prompt` and `id`. It is written as JSON with
+`reward`, `solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a
+`completion`, lists for `completions`, which get their `rank` and the `best_index` too. Of these a table by source
+follows (a list `sources` in each row says who wrote which; else it is by place): how many questions each won, mean rank
+and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training.
 """
 
 import json
@@ -24,6 +24,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from checks import check_reward, check_types
 from configuration import fail, read_overrides
 from data.formats import load_format
+from data.sources import read_file
 from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
 from traces.ranking import ranks, sources_of, summary, table
@@ -70,31 +71,32 @@ def read_lines(path: Path) -> Iterator[dict]:
     """The input's rows, each checked.
 
     Raises:
-        ValueError: names the line that is not JSON, or the column that it lacks and those it has.
+        ValueError: names what cannot be read, or the row, the column that it lacks and those it has.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # JSON strings may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # of its bytes too
-            raise ValueError(f"input={path} line {number} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"input={path} line {number} is not a JSON object")
+    for number, row in enumerate(read_file(path), start=1):
         for column in REQUIRED:
             if not isinstance(row.get(column), str) or not row[column].strip():
-                raise ValueError(f"input={path} line {number} needs a non-empty text {column!r}; it has {sorted(row)}")
-        answers = row.get("completions", [row.get("completion")])
+                raise ValueError(f"input={path} row {number} needs a non-empty text {column!r}; it has {_columns(row)}")
+        answers = _answers(row)
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise ValueError(
-                f"input={path} line {number} needs a text 'completion' or a list of texts 'completions'; "
-                f"it has {sorted(row)}"
+                f"input={path} row {number} needs a text 'completion' or a list of texts 'completions'; "
+                f"it has {_columns(row)}"
             )
         try:
             sources_of(row, len(answers))
         except ValueError as error:
-            raise ValueError(f"input={path} line {number}: {error}") from None
+            raise ValueError(f"input={path} row {number}: {error}") from None
         yield row
+
+
+def _answers(row: dict) -> list[str]:
+    """Of several or one; tables have an empty cell for what a row lacks."""
+    return [row.get("completion")] if row.get("completions") is None else row["completions"]
+
+
+def _columns(row: dict) -> str:
+    return ", ".join(sorted(map(str, row)))
 
 
 def log_prob_function(model, token_budget: int):
@@ -148,16 +150,16 @@ def score_file(config: dict) -> str:
     count, ranked = 0, []
     with aside.open("w", encoding="utf-8") as file:
         for row in rows:
-            answers = row.get("completions", [row.get("completion")])
+            answers = _answers(row)
             scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
             named = {name: [s[name] for s in scored] for name in scored[0]}
-            if "completions" in row:
+            if row.get("completions") is not None:
                 places = ranks(named["reward"])
                 added = {**named, "rank": places, "best_index": best_index(named["reward"], places)}
                 ranked.append((sources_of(row, len(answers)), named["reward"]))
             else:
                 added = {name: values[0] for name, values in named.items()}
-            file.write(json.dumps({**row, **added}) + "\n")
+            file.write(json.dumps({**row, **added}, default=str) + "\n")  # of times and the like in Parquet
             count += len(answers)
     os.replace(aside, output)
     said = f"{count} completions scored, written to {output}\n"

@@ -206,7 +206,7 @@ def _task_and_options(name: str) -> tuple[str, dict]:
 def _read(source: str, split: str) -> Iterable[dict]:
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return read_file(path)
     if path.is_dir():
         return _read_folder(path, split)
     inspect_source(source)
@@ -236,7 +236,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _read_folder(folder: Path, split: str) -> Iterable[dict]:
     if not _is_saved_dataset(folder):
-        return (row for file in _files_of(folder) for row in _read_file(file))
+        return (row for file in _files_of(folder) for row in read_file(file))
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -250,7 +250,12 @@ def _read_folder(folder: Path, split: str) -> Iterable[dict]:
     return loaded[split]
 
 
-def _read_file(path: Path) -> Iterable[dict]:
+def read_file(path: Path) -> Iterable[dict]:
+    """Rows as they stand in a JSONL, JSON, CSV or Parquet file.
+
+    Raises:
+        ValueError: none of these, or a line or file that cannot be read.
+    """
     if path.suffix == ".jsonl":
         return _json_lines(path)
     if path.suffix == ".json":
@@ -358,7 +363,7 @@ def _columns(path: Path) -> Iterable[str]:
     if path.suffix == ".csv":
         with _csv(path) as reader:
             return reader.fieldnames or []
-    first = next(iter(_read_file(path)), None)
+    first = next(iter(read_file(path)), None)
     if first is None:
         raise ValueError(f"{path} holds no row")
     return first

@@ -4,6 +4,7 @@ Two questions are the same when they differ in nothing but case and white space.
 """
 
 import random
+from collections.abc import Iterable
 
 
 def normalised(question: str) -> str:
@@ -11,13 +12,21 @@ def normalised(question: str) -> str:
     return " ".join(question.casefold().split())
 
 
-def hold_out(rows: list[dict], eval_size: int, seed: int) -> tuple[list[dict], list[dict], int]:
+def questions_of(rows: Iterable[dict]) -> set[str]:
+    """The different questions of some rows, normalised."""
+    return {normalised(row["question"]) for row in rows}
+
+
+def hold_out(
+    rows: list[dict], eval_size: int, seed: int, learned: frozenset[str] | set[str] = frozenset()
+) -> tuple[list[dict], list[dict], int]:
     """Choose `eval_size` questions at random and keep every row that repeats one of them out of training.
 
     Args:
         rows: each with a `question`.
         eval_size: different questions to hold out.
         seed: of the choice; the same rows and seed give the same split.
+        learned: normalised questions that the model was trained on before, chosen where there are no others.
 
     Returns:
         training rows in their order, evaluation rows (one per question), and how many rows are in neither because
@@ -29,6 +38,7 @@ def hold_out(rows: list[dict], eval_size: int, seed: int) -> tuple[list[dict], l
     questions = [normalised(row["question"]) for row in rows]
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    order.sort(key=lambda index: questions[index] in learned)  # stable
     chosen: dict[str, dict] = {}
     for index in order:
         if len(chosen) == eval_size:
@@ -40,13 +50,13 @@ def hold_out(rows: list[dict], eval_size: int, seed: int) -> tuple[list[dict], l
     return train, list(chosen.values()), len(rows) - len(train) - len(chosen)
 
 
-def check_disjoint(train: list[dict], evaluation: list[dict]) -> None:
+def check_disjoint(train: Iterable[dict], evaluation: list[dict]) -> None:
     """Refuse evaluation questions that are trained on.
 
     Raises:
         ValueError: how many evaluation rows are among the training rows, and the first of them.
     """
-    seen = {normalised(row["question"]) for row in train}
+    seen = questions_of(train)
     shared = [row["question"] for row in evaluation if normalised(row["question"]) in seen]
     if shared:
         raise ValueError(f"{len(shared)} evaluation rows are among the training rows, the first: {shared[0][:80]!r}")

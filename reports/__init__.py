@@ -1,1 +1,1 @@
-"""Parts of report.py's page: curves, and completions coloured token by token."""
+"""Parts of report.py's page: curves, tables, completions coloured token by token, several runs side by side."""

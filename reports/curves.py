@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-PANELS = (  # of a run's logs
+PANELS = (  # of a run's logs; after them one for each of several reward functions
     ("reward", "reward"),
     ("reward_parts/solution_log_prob_reward", "solution part"),
     ("reward_parts/kl_reward", "KL part"),
@@ -43,6 +43,14 @@ def draw_curves(runs: dict[str, Path], path: Path) -> bool:
     return figure is not None
 
 
+def panels_of(logs: dict[str, list[dict]]) -> tuple[tuple[str, str], ...]:
+    """Keys of the logs and what they are called."""
+    keys = sorted({key for records in logs.values() for record in records for key in record})
+    functions = [key for key in keys if key.startswith("rewards/") and not key.endswith("/std")]
+    named = [(key, key.removeprefix("rewards/").removesuffix("/mean").replace("_", " ")) for key in functions]
+    return (*PANELS, *named) if len(named) > 1 else PANELS  # of a single one, `reward` is the same
+
+
 def curves(runs: dict[str, Path]) -> Figure | None:
     """Every panel that some run has figures for, the runs side by side in it; None where none has.
 
@@ -50,7 +58,7 @@ def curves(runs: dict[str, Path]) -> Figure | None:
         runs: folders by what the legend calls them.
     """
     logs = {name: records for name, folder in runs.items() if (records := records_of(folder))}
-    lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in PANELS}
+    lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in panels_of(logs)}
     drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
     if not drawn:
         return None

@@ -7,7 +7,7 @@ from conftest import launch
 
 from gates import decide, read_gates
 
-RESULT = {"accuracy": 0.5, "difference": {"low": 0.01}, "broken": float("nan")}
+RESULT = {"accuracy": 0.5, "difference": {"low": 0.01}, "broken": float("nan"), "endless": float("inf")}
 
 
 def gates(tmp_path, text):
@@ -26,6 +26,8 @@ def gates(tmp_path, text):
         ("difference.low", "above", 0, 0),
         ("difference.high", "above", 0, 1),  # missing
         ("broken", "at_most", 1e9, 1),  # not a number
+        ("endless", "above", 0, 1),
+        ("accuracy", "above", "1e-3", 0),  # text to YAML 1.1, which wants 1.0e-3
         ("difference", "above", 0, 1),  # not a number either
     ],
 )

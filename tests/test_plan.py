@@ -239,6 +239,7 @@ def test_a_dry_run_imports_no_model_or_engine(monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "warning, missing: run teacher_rlt needs a GPU" in done.stdout
     assert "warm-up teacher_sft would run first" in done.stdout
+    assert "missing for warm-up teacher_sft: run teacher_sft needs a GPU" in done.stderr
 
 
 def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path):

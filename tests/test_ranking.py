@@ -27,6 +27,12 @@ def test_wins_are_shares_of_the_questions_that_a_source_took_part_in():
     assert found["b"]["mean_reward"] == 1.0
 
 
+def test_equal_best_completions_share_their_question():
+    found = summary([(["a", "b", "b"], [2.0, 2.0, 1.0]), (["a", "b", "b"], [0.0, 3.0, 3.0])])
+    assert (found["a"]["won"], found["b"]["won"]) == (0.5, 1.5)
+    assert found["b"]["win_share"] == 0.75
+
+
 def test_without_sources_places_are_named():
     assert sources_of({}, 2) == ["completion 0", "completion 1"]
     with pytest.raises(ValueError, match="2 completions need a list of 2 'sources'"):

@@ -1,15 +1,20 @@
 """Which runs a page shows, what it calls them, and where its picture goes."""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 from conftest import config_of
 
 from report import labelled, picture_of, runs_of, write_report
 from reports.curves import curves
+from reports.dashboard import log_figures
+from reports.tables import configuration, evaluation
+from trainers.outputs import weighted_sum
 
 OWN = b"the run's own"
 
@@ -92,6 +97,68 @@ def test_a_page_in_a_runs_folder_leaves_its_pictures_alone(run, own, tmp_path):
     write_report([folder], folder / f"{own}.html")
     assert (folder / f"{own}.png").read_bytes() == OWN
     assert (folder / f"{own}-report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def evaluated(folder: Path, accuracy: float) -> Path:
+    value = {"mean": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
+    (folder / "evaluation.json").write_text(json.dumps({"questions": 2, "figures": {"pass@1": value}}))
+    answers = [("1 + 1?", "2", "It is <3>.", 0.0), ("1 + 2?", "3", "It is 3.", 1.0)]
+    table = pandas.DataFrame(answers, columns=["question", "solution", "text", "right"])
+    table.to_parquet(folder / "answers.parquet")
+    return folder
+
+
+def test_evaluations_and_keys_that_differ_stand_side_by_side(run, tmp_path):
+    first, second = (evaluated(run(tmp_path / name), value) for name, value in (("a", 0.2), ("b", 0.5)))
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    (second / "config.yaml").write_text(yaml.safe_dump({**config, "temperature": 0.1}))
+    page = tmp_path / "report.html"
+    write_report([first, second], page)
+    text = page.read_text()
+    assert "<td>pass@1</td><td>0.200 [0.100, 0.300]</td><td>0.500 [0.400, 0.600]</td>" in text
+    assert "1 keys in which the 2 evaluate runs differ" in text
+    assert f"<td>temperature</td><td>{config['temperature']}</td><td>0.1</td>" in text
+    write_report([first], page)
+    assert "in which the" not in page.read_text()
+
+
+def test_an_evaluation_shows_a_right_and_a_wrong_answer(run, tmp_path):
+    text = evaluation(evaluated(run(tmp_path / "a"), 0.5))
+    assert text.index("It is 3.") < text.index("It is &lt;3&gt;.")
+    assert "<h3>right</h3>" in text and "<h3>wrong</h3>" in text
+
+
+def test_a_run_is_compared_with_its_own_run_file(tmp_path):
+    changed = config_of("collect_tiny", "traces_per_question=8", f"output_dir={tmp_path}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+    text = configuration(tmp_path)
+    assert "2 differences from collect_tiny" in text
+    assert "<td>traces_per_question</td><td>4</td><td>8</td>" in text
+
+
+def test_each_of_several_reward_functions_has_a_panel(tmp_path):
+    record = {"step": 1, "reward": 1.0, "rewards/answer_reward/mean": 0.5, "rewards/answer_reward/std": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record))
+    assert [axis.get_title() for axis in curves({"run": tmp_path}).axes if axis.axison] == ["reward"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**record, "rewards/length_penalty/mean": -0.5}))
+    titles = [axis.get_title() for axis in curves({"run": tmp_path}).axes if axis.axison]
+    assert titles == ["reward", "answer reward", "length penalty"]
+
+
+def test_several_rewards_are_one_by_their_weights():
+    nan = float("nan")
+    assert weighted_sum([[1.0, nan, nan], [4.0, 4.0, nan]], [2.0, 0.5])[:2] == [4.0, 2.0]
+    assert math.isnan(weighted_sum([[1.0, nan, nan], [4.0, 4.0, nan]], [2.0, 0.5])[2])
+
+
+def test_figures_of_jobs_become_a_wandb_run_where_that_is_asked_for(monkeypatch, tmp_path):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    log_figures(config_of("evaluate_tiny", "report_to=null"), {"evaluation/pass@1": 0.25})
+    assert not list(tmp_path.iterdir())
+    log_figures(config_of("evaluate_tiny", "report_to=wandb"), {"evaluation/pass@1": 0.25})
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"evaluation/pass@1" in file.read_bytes()
 
 
 def test_a_picture_is_never_its_page():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas
 import pytest
 from conftest import launch
 
@@ -69,6 +70,16 @@ def test_only_line_ends_end_a_line_and_an_empty_file_is_refused(rows, tmp_path):
     rows.write_text("\n")
     done = score(rows, tmp_path / "out.jsonl", "embedded/smollm2-135m-instruct", "embedded/smollm2-135m-instruct")
     assert "has no line to score" in done.stderr and done.returncode == 1
+
+
+def test_rows_come_from_parquet_too(rows, tmp_path):
+    written = list(read_lines(rows))
+    pandas.DataFrame(written).to_parquet(tmp_path / "rows.parquet")  # with an empty cell for what a row lacks
+    found = list(read_lines(tmp_path / "rows.parquet"))
+    assert [{k: v for k, v in row.items() if v is not None} for row in found] == written
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a Parquet file, or a damaged one"):
+        list(read_lines(tmp_path / "cut.parquet"))
 
 
 def test_none_is_best_where_no_reward_is_finite():

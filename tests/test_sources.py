@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from data.benchmarks import BENCHMARKS, _with_options
 from data.sources import generator_tasks, inspect_source, load_rows
-from data.splits import check_disjoint, hold_out
+from data.splits import check_disjoint, hold_out, questions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"question": "2 + 2?", "solution": "4", "reasoning_trace": "Two and two."}
@@ -248,6 +248,15 @@ def test_the_split_follows_the_seed_and_training_rows_keep_their_order():
     assert hold_out(rows, 10, seed=1) == (train, held_out, repeated)
     assert questions(hold_out(rows, 10, seed=2)[1]) != questions(held_out)
     assert train == [row for row in rows if row not in held_out] and repeated == 0
+
+
+def test_questions_that_a_model_learned_before_are_held_out_last():
+    rows = [{"question": f"Question {i}"} for i in range(10)]
+    new = rows[2:5]
+    learned = questions_of(row for row in rows if row not in new)
+    assert sorted(questions(hold_out(rows, 3, 0, learned)[1])) == questions(new)
+    assert set(questions(new)) < set(questions(hold_out(rows, 5, 0, learned)[1]))
+    assert hold_out(rows, 5, 0, {"another"}) == hold_out(rows, 5, 0)
 
 
 def test_nothing_is_held_out_when_nothing_is_asked_for():

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from collect import questions
 from data.formats import FORMATS
+from data.learned import HELD_OUT, learned_questions, lineage, write_held_out
+from data.sources import load_rows
+from data.splits import questions_of
 from evaluate import check_apart, check_comparable, trained_on
 from launching import PREEMPTED
 from pipeline import Stage, command_of, configuration_of, stages_of
@@ -306,6 +309,7 @@ def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tin
         (("pipeline_tiny", "model_name_or_path=x"), "'model_name_or_path' is not a key of a pipeline run"),
         (("dpo_tiny", "eval_size=8"), "eval_size=8: preference training holds no traces out"),
         (("student_distill_tiny", "eval_steps=5"), "save_steps=10 must be eval_steps=5"),
+        (("student_distill_tiny", "metric_for_best_model=eval_accuracy"), "with eval_answers there are more"),
         (("student_sft_tiny", "eval_size=4"), "eval_size=4: rows are held out and never looked at; set eval_steps"),
         (("evaluate_tiny", "eval_size=4"), "eval_size=4: an evaluation asks all rows"),
         (("student_distill_tiny", "eval_answers=1", "verifier=maths"), "verifier=maths: use one of"),
@@ -334,8 +338,7 @@ def made_by(folder: Path, **settings) -> str:
 def test_what_a_model_has_learned_from_goes_back_to_where_it_started(tmp_path):
     first = made_by(tmp_path / "first", dataset_id_or_path="reasoning_gym/gcd")
     second = made_by(tmp_path / "second", trainer="dpo", dataset_id_or_path="traces", model_name_or_path=first)
-    config = config_of("evaluate_tiny", f"model_name_or_path={second}/checkpoint-2")
-    assert [its["dataset_id_or_path"] for its in trained_on(config)] == [
+    assert [its["dataset_id_or_path"] for its in lineage(Path(second) / "checkpoint-2")] == [
         "traces/all/traces.parquet",
         "reasoning_gym/gcd",
     ]
@@ -394,7 +397,7 @@ def test_a_source_that_is_named_must_be_there_and_one_that_is_remembered_need_no
     check_apart(evaluation, [], [gone])
     assert "not checked against" in caplog.text
     with pytest.raises(ValueError, match="does not exist"):
-        check_apart({**evaluation, "trained_on": gone["dataset_id_or_path"]}, [], [gone])
+        check_apart(evaluation, [], [gone], must_be_there=True)
 
 
 @pytest.mark.parametrize(
@@ -419,10 +422,30 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
 def test_rows_that_training_held_out_may_be_asked():
     learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5")
     kept, held_out, _ = load_split_rows(pick(learned, DataConfig), FORMATS["stratos"])  # as a run splits them
-    learned["trained_on"] = None
     check_apart(learned, held_out, [learned])
     with pytest.raises(ValueError, match="1 evaluation rows are among the training rows"):
         check_apart(learned, [*held_out, kept[0]], [learned])
+
+
+def test_what_a_model_learned_is_its_runs_sources_without_what_they_held_out(tmp_path, caplog):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n} + 1?", "solution": str(n + 1)} for n in range(4)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    warmed = made_by(tmp_path / "warmed", dataset_id_or_path=str(source), eval_size=0)
+    gone = made_by(tmp_path / "gone", dataset_id_or_path=str(tmp_path / "gone.jsonl"), model_name_or_path=warmed)
+    assert learned_questions(gone) == questions_of(rows)
+    assert "what" in caplog.text and "was trained on is not known" in caplog.text
+    write_held_out(Path(warmed), rows[1:3])
+    assert learned_questions(warmed) == questions_of([rows[0], rows[3]])
+    assert questions_of(load_rows(f"{warmed}/{HELD_OUT}").rows) == questions_of(rows[1:3])
+
+
+def test_no_held_out_sum_of_the_verifiers_run_was_learned_in_its_warm_up(tmp_path):
+    learned = learned_questions(made_by(tmp_path / "warmed"))
+    rows = pick(config_of("grpo_verifier_tiny"), DataConfig)
+    assert len(learned & questions_of(load_split_rows(rows, FORMATS["stratos"])[1])) == 2  # 64 sums of 4,000
+    _, held_out, _ = load_split_rows(rows, FORMATS["stratos"], learned)
+    assert len(held_out) == 96 and not learned & questions_of(held_out)
 
 
 def test_questions_that_were_trained_on_are_refused(tmp_path):

@@ -30,17 +30,19 @@ def sources_of(row: dict, count: int) -> list[str]:
 
 def summary(rows: list[tuple[list[str], list[float]]]) -> dict[str, dict[str, float]]:
     """By source: completions, questions won and the share of those it took part in, mean rank, mean finite reward.
+    Equal best completions share a question.
 
     Args:
         rows: of each question the sources and the rewards of its completions.
     """
-    places, rewards, won, met = (defaultdict(list), defaultdict(list), defaultdict(int), defaultdict(int))
+    places, rewards, won, met = (defaultdict(list), defaultdict(list), defaultdict(float), defaultdict(int))
     for sources, values in rows:
+        best = max(filter(math.isfinite, values), default=None)
         for source, place, reward in zip(sources, ranks(values), values, strict=True):
             places[source].append(place)
             if math.isfinite(reward):
                 rewards[source].append(reward)
-            won[source] += place == 1 and math.isfinite(reward)
+            won[source] += (reward == best) / values.count(best) if best is not None else 0
         for source in set(sources):
             met[source] += 1
     return {
@@ -58,10 +60,10 @@ def summary(rows: list[tuple[list[str], list[float]]]) -> dict[str, dict[str, fl
 def table(found: dict[str, dict[str, float]]) -> str:
     """One line a source, the most wins first."""
     width = max(map(len, found))
-    lines = [f"{'source':<{width}}  completions  won  win share  mean rank  mean reward"]
+    lines = [f"{'source':<{width}}  completions    won  win share  mean rank  mean reward"]
     for source, f in sorted(found.items(), key=lambda item: -item[1]["win_share"]):
         lines.append(
-            f"{source:<{width}}  {f['completions']:>11}  {f['won']:>3}  {f['win_share']:>9.3f}"
+            f"{source:<{width}}  {f['completions']:>11}  {f['won']:>5.4g}  {f['win_share']:>9.3f}"
             f"  {f['mean_rank']:>9.2f}  {f['mean_reward']:>11.3f}"
         )
     return "\n".join([*lines, ""])

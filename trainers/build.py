@@ -16,6 +16,7 @@ from trl import DPOConfig
 
 from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
+from data.learned import learned_questions, write_held_out
 from data.prompts import render_question, student_answer
 from data.sources import say_dropped
 from memory import token_budget
@@ -127,8 +128,9 @@ def build_trainer(plan: Plan):
 
 def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
-    data = pick(config, DataConfig)
-    train_rows, eval_rows, _ = load_split_rows(data, style)
+    train_rows, eval_rows = split_rows(config, style)
+    examples = [sft_examples(config, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]
+    train, evaluation = (Dataset.from_list(made) if made else None for made in examples)
     arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
@@ -136,13 +138,27 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
         answers=held_out_answers(config, eval_rows, tokenizer, style),
         model=policy,
         args=arguments,
-        train_dataset=Dataset.from_list(sft_examples(config, train_rows, tokenizer, style)),
-        eval_dataset=Dataset.from_list(sft_examples(config, eval_rows, tokenizer, style)) if eval_rows else None,
+        train_dataset=train,
+        eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
+    leave_held_out(trainer, eval_rows)
     return trainer, None
+
+
+def split_rows(config: dict[str, Any], style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows, of which the model has learned none before where that can be had."""
+    learned = learned_questions(config["model_name_or_path"])
+    train_rows, eval_rows, _ = load_split_rows(pick(config, DataConfig), style, learned)
+    return train_rows, eval_rows
+
+
+def leave_held_out(trainer, rows: list[dict]) -> None:
+    """In the output folder, for later evaluations."""
+    if rows and trainer.is_world_process_zero():
+        write_held_out(Path(trainer.args.output_dir), rows)
 
 
 def held_out_answers(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat):
@@ -231,8 +247,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
     is_teacher = config["trainer"] == "teacher_grpo"
-    train_rows, eval_rows, _ = load_split_rows(data, style)
-
+    train_rows, eval_rows = split_rows(config, style)
     verified = pick(config, VerifiedRewardConfig) if "verifier" in config else None
 
     def prepare(rows):
@@ -274,6 +289,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     else:
         trainer = GRPOTrainer(reward_funcs=functions, **shared)
     completions.trainer = evaluation.trainer = trainer
+    leave_held_out(trainer, eval_rows)
     return trainer, evaluation
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -98,12 +99,24 @@ class CompletionsFile(TrainerCallback):
         import pandas
 
         self.folder.mkdir(exist_ok=True)
-        rewards = {f"reward/{name}" if len(logs["rewards"]) > 1 else "reward": v for name, v in logs["rewards"].items()}
+        rewards = {"reward": weighted_sum(list(logs["rewards"].values()), self.trainer.reward_weights.tolist())}
+        if len(logs["rewards"]) > 1:
+            rewards |= {f"reward/{name}": values for name, values in logs["rewards"].items()}
         columns = {"prompt": logs["prompt"], "completion": logs["completion"], **rewards, **logs["extra"]}
         table = pandas.DataFrame({name: list(values) for name, values in columns.items()})
         table["advantage"] = list(logs["advantages"])
         table.insert(0, "step", state.global_step)
         table.to_parquet(self.folder / f"step-{state.global_step:05d}.parquet")
+
+
+def weighted_sum(rewards: list[Sequence[float]], weights: list[float]) -> list[float]:
+    """What each completion was rewarded with by several functions together: as TRL has it, but for NaN where none is
+    finite."""
+    totals = []
+    for values in zip(*rewards, strict=True):
+        finite = [w * v for w, v in zip(weights, values, strict=True) if v is not None and math.isfinite(v)]
+        totals.append(sum(finite) if finite else math.nan)
+    return totals
 
 
 class Plot(TrainerCallback):

@@ -1,20 +1,28 @@
 """From rows to what a trainer takes: prompts rendered, rows that cannot be used left out, counted and said."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
 from data.sources import Rows, load_rows, say_dropped
-from data.splits import check_disjoint, hold_out
+from data.splits import check_disjoint, hold_out, questions_of
 from rewards.spans import tokenize_with_spans
 from schema import DataConfig
 
 REPEATED = "repeats an evaluation question"
 
+logger = logging.getLogger(__name__)
 
-def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict], list[dict], dict[str, int]]:
+
+def load_split_rows(
+    data: DataConfig, style: ReasoningFormat, learned: frozenset[str] | set[str] = frozenset()
+) -> tuple[list[dict], list[dict], dict[str, int]]:
     """Training and evaluation rows, disjoint by question.
+
+    Args:
+        learned: normalised questions that the model was trained on before; others are held out, where there are any.
 
     Returns:
         training rows, evaluation rows, and how many rows of the source are not trained on, by reason.
@@ -35,11 +43,13 @@ def load_split_rows(data: DataConfig, style: ReasoningFormat) -> tuple[list[dict
     elif data.eval_size:
         if data.eval_size >= len(rows):
             raise ValueError(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
-        rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed)
+        rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed, learned)
         say_dropped({REPEATED: repeated}, data.dataset_id_or_path)
         left_out += Counter({"held out": len(held_out), REPEATED: repeated})
     if not rows:
         raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
+    if known := len(questions_of(held_out) & learned):
+        logger.warning("%d of %d held-out questions: the model was trained on them before", known, len(held_out))
     return rows, held_out, dict(left_out)
 
 

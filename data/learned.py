@@ -1,0 +1,84 @@
+"""Which questions a model was trained on, as the folders of the runs that it came from tell."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from data.formats import load_format
+from data.sources import Rows, load_rows
+from data.splits import hold_out, questions_of
+
+HELD_OUT = "held_out.jsonl"  # in the output folder of a run that holds questions out
+
+logger = logging.getLogger(__name__)
+
+
+def lineage(model: Path) -> Iterator[dict]:
+    """Configurations of the run that made a model, and of those that made what it started from.
+
+    A run's output folder is a model, and so are its `merged` and `checkpoint-N`.
+
+    Raises:
+        ValueError: a pipeline's folder, which is no model.
+    """
+    inside = model.name == "merged" or model.name.startswith("checkpoint-")
+    for place in [model, model.parent] if inside else [model]:
+        file = place / "config.yaml"
+        its = yaml.safe_load(file.read_text()) if file.is_file() else None
+        if not isinstance(its, dict) or "trainer" not in its:
+            continue
+        if its["trainer"] == "pipeline":
+            raise ValueError(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
+        if its["trainer"] == "dpo":
+            its["dataset_id_or_path"] += "/all/traces.parquet"
+        yield {**its, "output_dir": str(place)}  # where it is now
+        yield from lineage(Path(its["model_name_or_path"]).expanduser())
+        return
+
+
+def rows_of(config: dict) -> Rows:
+    """What a run's source holds."""
+    style = load_format(config["reasoning_format"])
+    return load_rows(
+        config["dataset_id_or_path"],
+        split=config["dataset_split"],
+        seed=config["dataset_seed"],
+        size=config["dataset_size"],
+        tags=(style.thought_tags, style.solution_tags),
+    )
+
+
+def learned_rows(config: dict) -> list[dict]:
+    """What a training run learns from: its source, without what it holds out."""
+    rows, file = rows_of(config).rows, Path(config["output_dir"]) / HELD_OUT
+    if file.is_file():
+        held_out = questions_of(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+        return [row for row in rows if not questions_of([row]) & held_out]
+    if config["eval_size"] and config["eval_dataset_id_or_path"] is None:  # it has yet to begin
+        return hold_out(rows, config["eval_size"], config["dataset_seed"])[0]
+    return rows
+
+
+def learned_questions(model: str) -> set[str]:
+    """Normalised questions that the runs which a model came from have trained on.
+
+    Sources that are gone since are said, and left out.
+    """
+    found: set[str] = set()
+    for its in lineage(Path(model).expanduser()):
+        try:
+            found |= questions_of(learned_rows(its))
+        except ValueError as error:
+            logger.warning("what %s was trained on is not known: %s", its["output_dir"], error)
+    return found
+
+
+def write_held_out(folder: Path, rows: list[dict]) -> None:
+    """Leave the questions that a run holds out, as a dataset that its model may be evaluated on."""
+    aside = folder / f"{HELD_OUT}.tmp"
+    aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    os.replace(aside, folder / HELD_OUT)
