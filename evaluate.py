@@ -27,7 +27,10 @@ from reports.dashboard import log_figures
 from schema import DataConfig, pick
 
 RESULT = "evaluation.json"
-COMPARABLE = ("max_completion_length", "temperature", "top_p", "answer_line", "reasoning_format", "verifier")
+COMPARABLE = (
+    *("max_completion_length", "temperature", "top_p", "answer_line", "reasoning_format", "verifier"),
+    "use_dataset_system_prompt",
+)
 
 logger = logging.getLogger("train")
 
@@ -41,7 +44,7 @@ def run(plan: Plan, stop) -> None:
     from generation.sampler import Sampler
     from rewards.verifiers import Verifier
     from trainers.build import quiet_libraries
-    from trainers.rows import question_rows
+    from trainers.rows import question_rows, student_system
 
     config, folder = plan.config, Path(plan.config["output_dir"])
     check_comparable(config)
@@ -49,8 +52,7 @@ def run(plan: Plan, stop) -> None:
     rows, style = questions(config), load_format(config["reasoning_format"])
 
     def prompt_of(tokenizer, row, data):
-        system = row.get("student_system_prompt")
-        return render_question(tokenizer, style, row["question"], system, config["answer_line"])
+        return render_question(tokenizer, style, row["question"], student_system(row, data), config["answer_line"])
 
     sampler, asked = Sampler(config), len(rows)
     rows = question_rows(rows, sampler.tokenizer, pick(config, DataConfig), prompt_of)

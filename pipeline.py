@@ -7,6 +7,7 @@ of its own; the report of all of them comes last.
 
 import json
 import logging
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,13 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
     from report import write_report
 
     config, folder = plan.config, Path(plan.config["output_dir"])
-    found = check(plan, devices, sharding)
+    found, made = check(plan, devices, sharding), []
     for stage, its_config in found:
         if is_complete(its_config):
+            check_fresh(stage, made)
             logger.info("%s is complete", stage.name)
             continue
+        made.append(stage)
         command = command_of(its_config, devices, sharding)
         shown = [argument for argument in stage.arguments if not argument.partition("=")[0].endswith(SECRET)]
         logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(shown))
@@ -72,6 +75,24 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
     write_report([folder / name for name in names], folder / "report.html")
     (folder / MARKER).write_text(json.dumps({"stages": names}))
     sys.stdout.write(f"{config['run_name']}: {len(names)} stages, report in {folder / 'report.html'}\n")
+
+
+def check_fresh(stage: Stage, made: list[Stage]) -> None:
+    """That nothing that a finished stage read was made again since.
+
+    Args:
+        made: stages that ran in this life.
+
+    Raises:
+        ValueError: one that it reads.
+    """
+    text = " ".join(stage.arguments)
+    read = [other for other in made if re.search(rf"{re.escape(other.folder)}(?=['/\s]|$)", text)]
+    if read:
+        raise ValueError(
+            f"stage {stage.name} is complete, and {read[0].name}, which it reads, was made again: delete "
+            f"{stage.folder} and start the pipeline again"
+        )
 
 
 def check(plan: Plan, devices: int | None = None, sharding: str | None = None) -> list[tuple[Stage, dict[str, Any]]]:
@@ -150,13 +171,14 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = F
 
     to_come = tuple(stage.folder for stage, _ in stages)
     by_folder = {stage.folder: config for stage, config in stages}
-    others = [config for _, config in stages if config["trainer"] != "evaluate"]
+    others = [config for _, config in stages if config["trainer"] not in ("evaluate", "pipeline")]
     learned = [config for config in others if not config["dataset_id_or_path"].startswith(to_come)]
     for stage, config in stages:
         if config["trainer"] != "evaluate" or (is_complete(config) and not anew):
             continue
         try:
             check_same_way(config, by_folder.get(config["compare_with"], {}))
-            check_apart(config, rows_of(config).rows, learned)
+            if not config["dataset_id_or_path"].startswith(to_come):  # which has yet to be made
+                check_apart(config, rows_of(config).rows, learned)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from None

@@ -17,8 +17,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import yaml
-
 from checks import (
     JOBS,
     OFFLINE,
@@ -34,6 +32,7 @@ from checks import (
 )
 from data.benchmarks import BENCHMARKS
 from data.formats import load_format
+from data.learned import saved_configuration
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
 from generation.parts import check_sources, models_of
@@ -349,15 +348,6 @@ def check_output(config: dict[str, Any]) -> None:
             f"output_dir={config['output_dir']} holds a different run ({key}: {before.get(key)} there, "
             f"{now.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
         )
-
-
-def saved_configuration(folder: Path) -> dict | None:
-    """What an earlier life of a run here wrote; None where none did, though another's config.yaml may be there."""
-    try:
-        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, dict) and {"trainer", "run_name", "output_dir"} <= found.keys() else None
 
 
 def check_overwriting(config: dict, folder: Path) -> None:

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from configuration import fail
+from data.learned import saved_configuration
 from reports.comparison import comparison
 from reports.completions import completions
 from reports.curves import draw_curves
-from reports.tables import CONFIG, configuration, evaluation, settings_of
+from reports.tables import configuration, evaluation
 
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
 STYLE = (
@@ -56,13 +57,13 @@ def runs_of(folder: Path) -> list[Path]:
     Raises:
         ValueError: it holds no run, or a pipeline that has not begun.
     """
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds no run (no {CONFIG})")
-    config = settings_of(folder)
+    config = saved_configuration(folder)
+    if config is None:
+        raise ValueError(f"{folder} holds no run (no config.yaml of one)")
     if config["trainer"] != "pipeline":
         return [folder]
     stages = [folder / stage["name"] for stage in config["stages"]]
-    begun = [stage for stage in stages if (stage / CONFIG).is_file()]
+    begun = [stage for stage in stages if saved_configuration(stage)]
     if not begun:
         raise ValueError(f"{folder} is a pipeline of which no stage has begun: start it again")
     return [run for stage in begun for run in runs_of(stage)]

@@ -24,13 +24,14 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from checks import check_reward, check_types
 from configuration import fail, read_overrides
 from data.formats import load_format
-from data.sources import read_file
+from data.sources import read_file, readable
 from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
 from traces.ranking import ranks, sources_of, summary, table
 
 DTYPES = ("float32", "bfloat16")
 REQUIRED = ("question", "solution")
+OPTIONAL = ("teacher_system_prompt", "student_system_prompt")
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,15 @@ def read_lines(path: Path) -> Iterator[dict]:
     Raises:
         ValueError: names what cannot be read, or the row, the column that it lacks and those it has.
     """
-    for number, row in enumerate(read_file(path), start=1):
+    with readable(str(path)):
+        rows = list(read_file(path))
+    for number, row in enumerate(rows, start=1):
         for column in REQUIRED:
             if not isinstance(row.get(column), str) or not row[column].strip():
                 raise ValueError(f"input={path} row {number} needs a non-empty text {column!r}; it has {_columns(row)}")
+        for column in OPTIONAL:
+            if not isinstance(row.get(column), str | None):
+                raise ValueError(f"input={path} row {number}: {column} must be text, not {row[column]!r}")
         answers = _answers(row)
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise ValueError(

@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 
 from checks import JOBS
 from configuration import apply_memory_profile, apply_warmup, fail, quoted, rewrite_arguments, sweeps
+from data.learned import saved_configuration
 from launching import PREEMPTED, folder_lock, run_child
 from models.paths import merged_model_path
 from models.versions import check_versions, requirements_file
-from plan import BEFORE_A_RUN, MARKER, SECRET, Plan, hide_secrets, is_complete, make_plan, saved_configuration
+from plan import BEFORE_A_RUN, MARKER, SECRET, Plan, hide_secrets, is_complete, make_plan
 
 ROOT = Path(__file__).resolve().parent
 

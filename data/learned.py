@@ -17,6 +17,15 @@ HELD_OUT = "held_out.jsonl"  # in the output folder of a run that holds question
 logger = logging.getLogger(__name__)
 
 
+def saved_configuration(folder: Path) -> dict | None:
+    """What an earlier life of a run here wrote; None where none did, though another's config.yaml may be there."""
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) and {"trainer", "run_name", "output_dir"} <= found.keys() else None
+
+
 def lineage(model: Path) -> Iterator[dict]:
     """Configurations of the run that made a model, and of those that made what it started from.
 
@@ -27,14 +36,14 @@ def lineage(model: Path) -> Iterator[dict]:
     """
     inside = model.name == "merged" or model.name.startswith("checkpoint-")
     for place in [model, model.parent] if inside else [model]:
-        file = place / "config.yaml"
-        its = yaml.safe_load(file.read_text()) if file.is_file() else None
-        if not isinstance(its, dict) or "trainer" not in its:
+        its = saved_configuration(place)
+        if its is None:
             continue
         if its["trainer"] == "pipeline":
             raise ValueError(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
         if its["trainer"] == "dpo":
             its["dataset_id_or_path"] += "/all/traces.parquet"
+            its["dataset_size"] = None  # of pairs, there
         yield {**its, "output_dir": str(place)}  # where it is now
         yield from lineage(Path(its["model_name_or_path"]).expanduser())
         return
@@ -56,7 +65,7 @@ def learned_rows(config: dict) -> list[dict]:
     """What a training run learns from: its source, without what it holds out."""
     rows, file = rows_of(config).rows, Path(config["output_dir"]) / HELD_OUT
     if file.is_file():
-        held_out = questions_of(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+        held_out = questions_of(_read(file))
         return [row for row in rows if not questions_of([row]) & held_out]
     if config["eval_size"] and config["eval_dataset_id_or_path"] is None:  # it has yet to begin
         return hold_out(rows, config["eval_size"], config["dataset_seed"])[0]
@@ -75,6 +84,24 @@ def learned_questions(model: str) -> set[str]:
         except ValueError as error:
             logger.warning("what %s was trained on is not known: %s", its["output_dir"], error)
     return found
+
+
+def check_held_out(folder: Path, rows: list[dict]) -> None:
+    """That a run which goes on holds out what it held out before, with which its evaluations are paired.
+
+    Raises:
+        ValueError: its source, or that of a run which it started from, has changed.
+    """
+    file = folder / HELD_OUT
+    if file.is_file() and rows and questions_of(rows) != questions_of(_read(file)):
+        raise ValueError(
+            f"output_dir={folder}: the held-out questions are others than when this run began, because the data "
+            "changed: name another output_dir, or overwrite_output_dir=true"
+        )
+
+
+def _read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def write_held_out(folder: Path, rows: list[dict]) -> None:

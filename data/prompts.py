@@ -30,7 +30,7 @@ def _chat(tokenizer, messages: list[dict], add_generation_prompt: bool = False) 
     except TemplateError:
         text = ""
     system = messages[0]["content"]
-    if system not in text:
+    if system.strip() not in text:  # some templates trim
         merged = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
         text = tokenizer.apply_chat_template(
             [merged, *messages[2:]], tokenize=False, add_generation_prompt=add_generation_prompt

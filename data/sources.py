@@ -73,7 +73,7 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
     """
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be positive, or null for all rows")
-    with _readable(source):
+    with readable(source):
         if source.startswith(GENERATOR):
             found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
         elif source.startswith(BENCHMARK):
@@ -84,7 +84,7 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
 
 
 @contextmanager
-def _readable(source: str) -> Iterator[None]:
+def readable(source: str) -> Iterator[None]:
     """What the system refuses to read is input like any other that is wrong."""
     try:
         yield
@@ -118,20 +118,25 @@ def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
     clean = {column: _text(row[column]) for column in REQUIRED}
     trace = _text(row.get("reasoning_trace"))
     clean["reasoning_trace"] = trace if trace.strip() else None
-    clean |= {column: _as_text(row[column]) for column in OPTIONAL if row.get(column) is not None}
+    clean |= {column: _as_text(row[column]) for column in OPTIONAL if _is_there(row.get(column))}
     for column in REQUIRED:
         if not clean[column].strip():
             return None, f"empty {column}"
     return clean, ""
 
 
+def _is_there(value: object) -> bool:
+    """Neither None nor the NaN that tables put in the place of a missing value."""
+    return value is not None and (isinstance(value, (dict, list)) or value == value)
+
+
 def _as_text(value: object) -> str:
-    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
+    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else _text(value)
 
 
 def _text(value: object) -> str:
-    """Empty for None and for the NaN that tables put in the place of a missing value."""
-    return "" if value is None or value != value else str(value)
+    """Halves of a character, which a text that was cut may end in, become question marks; no tokenizer takes them."""
+    return str(value).encode("utf-8", "replace").decode() if _is_there(value) else ""
 
 
 def _check_columns(columns: Iterable[str], place: str) -> None:
@@ -341,7 +346,7 @@ def inspect_source(source: str) -> None:
     if source.startswith(BENCHMARK):
         check_benchmark(source.removeprefix(BENCHMARK))
         return
-    with _readable(source):
+    with readable(source):
         _inspect_files(source)
 
 

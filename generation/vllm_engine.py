@@ -196,7 +196,8 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
 
     Text is made only where strings to stop at have to be found in it.
     """
-    groups = [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
+    greedy = sampling["temperature"] == 0  # of which vLLM takes one a request
+    groups = [(ids, 1) for ids in prompts] if greedy else [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
     firsts = [0, *accumulate(count for _, count in groups)]
     llm.reset_prefix_cache()  # a prompt that is found there is rounded otherwise: numbers depend on this call alone
     outputs = llm.generate(

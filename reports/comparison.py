@@ -3,7 +3,8 @@
 import html
 from pathlib import Path
 
-from reports.tables import estimate, evaluation_of, settings_of, table
+from data.learned import saved_configuration
+from reports.tables import estimate, evaluation_of, table
 
 PLACES = ("output_dir", "run_name")  # differ by themselves
 
@@ -16,7 +17,7 @@ def comparison(runs: dict[str, Path]) -> str:
     """
     by_trainer: dict[str, dict[str, dict]] = {}
     for label, folder in runs.items():
-        settings = settings_of(folder)
+        settings = saved_configuration(folder)
         by_trainer.setdefault(settings["trainer"], {})[label] = settings
     tables = [figures(runs), *(differences(trainer, alike) for trainer, alike in by_trainer.items())]
     return "".join(tables)

@@ -7,12 +7,7 @@ from pathlib import Path
 import yaml
 
 from configuration import compose_config, options
-
-CONFIG = "config.yaml"
-
-
-def settings_of(folder: Path) -> dict:
-    return yaml.safe_load((folder / CONFIG).read_text())
+from data.learned import saved_configuration
 
 
 def evaluation_of(folder: Path) -> dict | None:
@@ -49,7 +44,7 @@ def answers(folder: Path) -> str:
 
 def configuration(folder: Path) -> str:
     """All of it, and first where it differs from its run file; a run of no file is compared with the default run."""
-    config = settings_of(folder)
+    config = saved_configuration(folder)
     name = config.get("run_name")
     default, _ = compose_config([name] if name in options("run_cfg") else [])
     changed = [(k, repr(default.get(k, "—")), repr(v)) for k, v in sorted(config.items()) if default.get(k, "—") != v]

@@ -17,6 +17,7 @@ from data.sources import generator_tasks
 from rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
+AROUND_A_LINE = " \t\r*$`"  # of `**Answer:** $42$`; checks of a generator take an answer as it stands
 BOXED_CHOICE = re.compile(r"\\boxed\s*\{(?:\\\w+\s*\{)?[\s$*(]*([A-J])\s*[).:}]")
 # As options are listed: `B) 3.2 J`.
 FIRST_CHOICE = re.compile(r"\A[\s$*(]*([A-J])(?:[$*]*[).:]|\*\*|[$*\t ]*(?:\n|\Z))")
@@ -59,7 +60,7 @@ def final_answer(text: str, style: ReasoningFormat) -> str | None:
     if tag:
         return rest.partition(end)[0].strip() or None
     lines = ANSWER_LINE.findall(text)
-    return lines[-1].strip() if lines else None
+    return lines[-1].strip(AROUND_A_LINE) or None if lines else None
 
 
 def is_exact(answer: str, row: dict) -> float:

@@ -55,6 +55,14 @@ def test_a_template_without_a_system_role_gets_that_text_before_the_question(tok
         tokenizer.chat_template = kept
 
 
+def test_a_system_prompt_that_a_template_trims_stays_where_it_is(tokenizer, monkeypatch):
+    trims = tokenizer.chat_template.replace("message['content']", "(message['content'] | trim)")
+    assert trims != tokenizer.chat_template
+    plain = render_teacher_prompt(tokenizer, STYLE, "Q?", "2", "Teach.")
+    monkeypatch.setattr(tokenizer, "chat_template", trims)
+    assert render_teacher_prompt(tokenizer, STYLE, "Q?", "2", "Teach.\n") == plain
+
+
 def test_a_token_counts_only_when_it_lies_wholly_inside():
     offsets = [(0, 2), (2, 5), (5, 5), (5, 8), (8, 9)]
     assert tokens_inside(offsets, 2, 8) == [1, 3]

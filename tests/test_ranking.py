@@ -31,6 +31,7 @@ def test_equal_best_completions_share_their_question():
     found = summary([(["a", "b", "b"], [2.0, 2.0, 1.0]), (["a", "b", "b"], [0.0, 3.0, 3.0])])
     assert (found["a"]["won"], found["b"]["won"]) == (0.5, 1.5)
     assert found["b"]["win_share"] == 0.75
+    assert found["a"]["mean_rank"] == (1.5 + 3) / 2
 
 
 def test_without_sources_places_are_named():

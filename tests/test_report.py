@@ -41,7 +41,8 @@ def run(of_a_run):
 def pipeline(folder: Path, *names: str) -> Path:
     folder.mkdir()
     stages = [{"name": name, "run": "evaluate_tiny"} for name in names]
-    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": "pipeline", "stages": stages}))
+    of = {"trainer": "pipeline", "run_name": "pipeline_tiny", "output_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**of, "stages": stages}))
     return folder
 
 
@@ -52,6 +53,13 @@ def headings(page: Path) -> list[str]:
 def test_a_label_is_the_shortest_tail_that_no_other_run_ends_in():
     folders = [Path(name) for name in ("/r/a/teacher", "/r/b/teacher", "/r/b/student", "/s/a/teacher", "/teacher")]
     assert list(labelled(folders)) == ["r/a/teacher", "b/teacher", "student", "s/a/teacher", "/teacher"]
+
+
+@pytest.mark.parametrize("text", ["trainer: {max_epochs: 3}", "a: [", "- 1"])
+def test_a_folder_of_another_program_holds_no_run(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match="holds no run"):
+        runs_of(tmp_path)
 
 
 def test_a_run_that_is_named_twice_comes_once(monkeypatch, tmp_path):

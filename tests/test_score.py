@@ -82,6 +82,12 @@ def test_rows_come_from_parquet_too(rows, tmp_path):
         list(read_lines(tmp_path / "cut.parquet"))
 
 
+def test_a_system_prompt_that_is_no_text_is_refused(rows):
+    rows.write_text(json.dumps({**json.loads(rows.read_text().splitlines()[0]), "student_system_prompt": 3}))
+    with pytest.raises(ValueError, match="row 1: student_system_prompt must be text, not 3"):
+        list(read_lines(rows))
+
+
 def test_none_is_best_where_no_reward_is_finite():
     assert best_index([-math.inf, -1.0], [2, 1]) == 1
     assert best_index([-math.inf, -math.inf], [1, 2]) is None

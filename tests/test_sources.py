@@ -47,6 +47,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     assert load_rows(source).rows == [ROW, second]
 
 
+def test_a_missing_value_is_no_text_and_half_a_character_is_no_characters_end(tmp_path):
+    row = {**ROW, "question": "2 + 2 \ud83d", "student_system_prompt": float("nan"), "system": "Be brief."}
+    (read,) = load_rows(write(tmp_path / "rows.jsonl", [row])).rows
+    assert read == {**ROW, "question": "2 + 2 ?", "system": "Be brief."}
+
+
 def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
     write(tmp_path / "b.csv", [{**ROW, "question": "second"}])
     write(tmp_path / "a.jsonl", [{**ROW, "question": "first"}])

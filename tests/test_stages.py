@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from collect import questions
 from data.formats import FORMATS
-from data.learned import HELD_OUT, learned_questions, lineage, write_held_out
+from data.learned import HELD_OUT, check_held_out, learned_questions, lineage, write_held_out
 from data.sources import load_rows
 from data.splits import questions_of
 from evaluate import check_apart, check_comparable, trained_on
 from launching import PREEMPTED
-from pipeline import Stage, command_of, configuration_of, stages_of
+from pipeline import Stage, check_evaluations, check_fresh, command_of, configuration_of, stages_of
 from plan import MARKER, check_output
 from schema import DataConfig, TraceConfig, pick
 from traces.card import card
@@ -153,6 +153,26 @@ def test_a_pair_keeps_the_system_prompt_that_its_traces_were_sampled_with(tmp_pa
     pandas.DataFrame(traces).to_parquet(tmp_path / "all" / "traces.parquet")
     own, default = preference_pairs(tmp_path, 0.5)
     assert own["teacher_system_prompt"] == "Be brief." and "teacher_system_prompt" not in default
+
+
+def test_a_pair_is_the_best_trace_in_the_format_and_the_worst(tmp_path, caplog):
+    (tmp_path / "all").mkdir()
+    scored = [(0, "a", 3.0, False), (0, "b", 2.0, True), (0, "c", 0.0, False), (1, "d", 1.0, True), (1, "e", 0.9, True)]
+    rows = [
+        {
+            "question_id": n,
+            "question": str(n),
+            "solution": "2",
+            "completion": text,
+            "reward": reward,
+            "matched": matched,
+        }
+        for n, text, reward, matched in scored
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "all" / "traces.parquet")
+    (pair,) = preference_pairs(tmp_path, 0.5)
+    assert (pair["chosen"], pair["rejected"]) == ("b", "c")
+    assert "1 rows left out: questions without traces that are min_margin=0.5 apart" in caplog.text
 
 
 @pytest.mark.slow
@@ -338,10 +358,40 @@ def made_by(folder: Path, **settings) -> str:
 def test_what_a_model_has_learned_from_goes_back_to_where_it_started(tmp_path):
     first = made_by(tmp_path / "first", dataset_id_or_path="reasoning_gym/gcd")
     second = made_by(tmp_path / "second", trainer="dpo", dataset_id_or_path="traces", model_name_or_path=first)
-    assert [its["dataset_id_or_path"] for its in lineage(Path(second) / "checkpoint-2")] == [
-        "traces/all/traces.parquet",
-        "reasoning_gym/gcd",
+    assert [(its["dataset_id_or_path"], its["dataset_size"]) for its in lineage(Path(second) / "checkpoint-2")] == [
+        ("traces/all/traces.parquet", None),  # a dpo run counts pairs, not rows
+        ("reasoning_gym/gcd", 64),
     ]
+
+
+def test_a_model_of_another_program_is_known_to_have_learned_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 3}")
+    assert list(lineage(tmp_path)) == []
+
+
+def test_a_run_that_goes_on_holds_out_what_it_held_out_before(tmp_path):
+    rows = [{"question": "1 + 1?"}, {"question": "1 + 2?"}]
+    check_held_out(tmp_path, rows)
+    write_held_out(tmp_path, rows)
+    check_held_out(tmp_path, rows[::-1])
+    with pytest.raises(ValueError, match="the held-out questions are others than when this run began"):
+        check_held_out(tmp_path, [rows[0], {"question": "1 + 3?"}])
+
+
+def test_a_finished_stage_is_not_kept_when_what_it_read_is_made_again():
+    stages = "stages=[{name:a,run:student_sft_tiny},{name:ab,run:evaluate_tiny,set:{model_name_or_path:'{a}'}}]"
+    first, second = stages_of(config_of("pipeline_tiny", stages, "output_dir=results/p"))
+    check_fresh(second, [])
+    check_fresh(first, [second])  # one name begins with the other
+    with pytest.raises(ValueError, match="stage ab is complete, and a, which it reads, was made again"):
+        check_fresh(second, [first])
+
+
+def test_a_stage_may_ask_what_an_earlier_one_will_have_held_out():
+    asked = "dataset_id_or_path:'{a}/held_out.jsonl',model_name_or_path:'{a}'"
+    stages = f"stages=[{{name:a,run:grpo_verifier_tiny}},{{name:b,run:evaluate_tiny,set:{{{asked}}}}}]"
+    made = stages_of(config_of("pipeline_tiny", stages, "output_dir=results/p"))
+    check_evaluations([(stage, config_of(*stage.arguments)) for stage in made])
 
 
 def test_every_stage_gets_the_pipelines_seed_unless_it_has_its_own(tmp_path):

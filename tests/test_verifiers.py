@@ -37,6 +37,9 @@ def verifier():
         ("<|begin_of_solution|>1<|end_of_solution|> no: <|begin_of_solution|> 2 ", "2"),
         ("<|begin_of_solution|><|end_of_solution|>", None),
         ("Let us see.\nAnswer: 7\nAnswer: 8 ", "8"),
+        ("**Answer:** $42$", "42"),
+        ("**Answer: 42**", "42"),
+        ("Answer: **", None),
         ("I do not know", None),
     ],
 )

@@ -149,6 +149,14 @@ def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_mo
     assert engine.generate_seeded([prompt] * 4, [7, 1, 2, 3])[0] == completions
 
 
+def test_greedy_completions_of_equal_prompts_are_one_and_the_same(engine_and_model, monkeypatch):
+    engine, _ = engine_and_model
+    monkeypatch.setattr(engine, "temperature", 0.0)
+    prompt = encode(engine)[0]
+    first, second = engine.generate_seeded([prompt, prompt], [1, 2])[0]
+    assert first == second and first
+
+
 def test_strings_to_stop_at_are_found(engine_and_model, monkeypatch):
     engine, _ = engine_and_model
     prompts = encode(engine)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data.sources import say_dropped
+
 ALL = Path("all") / "traces.parquet"
 
 
 def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
-    """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair.
-
-    And `teacher_system_prompt` where the row has one of its own.
+    """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair: its best trace in
+    the format, and its worst. And `teacher_system_prompt` where the row has one of its own.
 
     Args:
         folder: of a collection.
@@ -26,11 +27,14 @@ def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
     pairs = []
     table = pandas.read_parquet(folder / ALL)
     for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
-        best, worst = rows.iloc[0], rows.iloc[-1]  # in order of their rank
-        if best["matched"] and best["reward"] - worst["reward"] >= min_margin:
+        good, worst = rows[rows["matched"]], rows.iloc[-1]  # in order of their rank
+        if len(good) and good.iloc[0]["reward"] - worst["reward"] >= min_margin:
+            best = good.iloc[0]
             asked = ("question", "solution", "teacher_system_prompt")  # the prompt that the traces were sampled with
             shared = {key: best[key] for key in asked if isinstance(best.get(key), str)}
             pairs.append({**shared, "chosen": best["completion"], "rejected": worst["completion"]})
+    without = table["question_id"].nunique() - len(pairs)
+    say_dropped({f"questions without traces that are min_margin={min_margin} apart": without}, str(folder))
     if not pairs:
         raise ValueError(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")
     return pairs

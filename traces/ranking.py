@@ -30,18 +30,20 @@ def sources_of(row: dict, count: int) -> list[str]:
 
 def summary(rows: list[tuple[list[str], list[float]]]) -> dict[str, dict[str, float]]:
     """By source: completions, questions won and the share of those it took part in, mean rank, mean finite reward.
-    Equal best completions share a question.
+    Equal completions share a question and their places.
 
     Args:
         rows: of each question the sources and the rewards of its completions.
     """
     places, rewards, won, met = (defaultdict(list), defaultdict(list), defaultdict(float), defaultdict(int))
     for sources, values in rows:
-        best = max(filter(math.isfinite, values), default=None)
+        finite = [value for value in values if math.isfinite(value)]
+        best = max(finite, default=None)
         for source, place, reward in zip(sources, ranks(values), values, strict=True):
-            places[source].append(place)
             if math.isfinite(reward):
                 rewards[source].append(reward)
+                place = 1 + sum(value > reward for value in finite) + (finite.count(reward) - 1) / 2
+            places[source].append(place)
             won[source] += (reward == best) / values.count(best) if best is not None else 0
         for source in set(sources):
             met[source] += 1

@@ -60,6 +60,8 @@ class HeldOutAnswers:
         """Whether each answer to this rank's questions is right, and whether one was given."""
         count, seed = self.config["eval_answers"], self.config["seed"]
         asked = [self.rows[number] for number in mine for _ in range(count)]
+        if not asked:  # with fewer questions than ranks
+            return []
         seeds = [request_seed(seed, "answers", number) + member for number in mine for member in range(count)]
         sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, [row["prompt"] for row in asked]), seeds)
         written = tokenizer.batch_decode(sampled, skip_special_tokens=True)

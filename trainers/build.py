@@ -16,7 +16,7 @@ from trl import DPOConfig
 
 from checks import OFFLINE
 from data.formats import ReasoningFormat, load_format
-from data.learned import learned_questions, write_held_out
+from data.learned import check_held_out, learned_questions, write_held_out
 from data.prompts import render_question, student_answer
 from data.sources import say_dropped
 from memory import token_budget
@@ -35,7 +35,7 @@ from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.host_memory import ReturnFreedMemory
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.ranks import let_fsdp_run_on_cpu
-from trainers.rows import load_split_rows, plain_prompt, question_rows, teaching_rows
+from trainers.rows import load_split_rows, plain_prompt, question_rows, student_system, teaching_rows
 from trainers.sft import SFTConfig, SFTTrainer, example
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -149,9 +149,14 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
 
 
 def split_rows(config: dict[str, Any], style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, of which the model has learned none before where that can be had."""
+    """Training and held-out rows, of which the model has learned none before where that can be had.
+
+    Raises:
+        ValueError: an earlier life of the run held out others.
+    """
     learned = learned_questions(config["model_name_or_path"])
     train_rows, eval_rows, _ = load_split_rows(pick(config, DataConfig), style, learned)
+    check_held_out(Path(config["output_dir"]), eval_rows)
     return train_rows, eval_rows
 
 
@@ -167,7 +172,7 @@ def held_out_answers(config: dict[str, Any], rows: list[dict], tokenizer, style:
         return None
 
     def render(tokenizer, row, data):
-        return render_question(tokenizer, style, row["question"], row.get("student_system_prompt"))
+        return render_question(tokenizer, style, row["question"], student_system(row, data))
 
     check_rows(config["verifier"], rows)
     return HeldOutAnswers(config, question_rows(rows, tokenizer, pick(config, DataConfig), render), style)
@@ -224,7 +229,7 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
     if not traced:
         raise ValueError(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
     if config["trainer"] == "student_sft":
-        examples = [student_example(tokenizer, style, row) for row in traced]
+        examples = [student_example(tokenizer, style, row, pick(config, DataConfig)) for row in traced]
     else:
         end = style.explanation_tags[1]
         examples = [
@@ -238,8 +243,8 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
     return fitting
 
 
-def student_example(tokenizer, style: ReasoningFormat, row: dict) -> dict[str, list[int]]:
-    prompt = render_question(tokenizer, style, row["question"], row.get("student_system_prompt"))
+def student_example(tokenizer, style: ReasoningFormat, row: dict, data: DataConfig) -> dict[str, list[int]]:
+    prompt = render_question(tokenizer, style, row["question"], student_system(row, data))
     return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
 
 
@@ -303,8 +308,7 @@ def question_prompt(config: dict[str, Any], style: ReasoningFormat) -> Callable[
     """How plain GRPO asks: for an `Answer: …` line, for a verifier's sections, or the question alone."""
 
     def prompt(tokenizer, row: dict, data: DataConfig) -> str:
-        system = row.get("system") if data.use_dataset_system_prompt else row.get("student_system_prompt")
-        return render_question(tokenizer, style, row["question"], system, config["answer_line"])
+        return render_question(tokenizer, style, row["question"], student_system(row, data), config["answer_line"])
 
     return prompt if config["answer_line"] or "verifier" in config else plain_prompt
 

@@ -77,6 +77,11 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
     return Rows(kept, dict(dropped))
 
 
+def student_system(row: dict, data: DataConfig) -> str | None:
+    """The system prompt that a row brings for a student; None: the format's."""
+    return (row.get("system") if data.use_dataset_system_prompt else None) or row.get("student_system_prompt")
+
+
 def plain_prompt(tokenizer, row: dict, data: DataConfig) -> str:
     """The question as a conversation, with the row's own system text when asked for."""
     messages = [{"role": "user", "content": row["question"]}]
