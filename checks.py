@@ -6,7 +6,6 @@ plan.py calls these before it looks at the machine. Each raises a `ValueError` o
 import difflib
 import importlib.util
 import json
-import re
 from typing import Any
 
 from memory import model_folder
@@ -42,7 +41,7 @@ TRAINER_KEYS: dict[str, tuple[type, ...]] = {
     "pipeline": (RunConfig, PipelineConfig),
 }
 OFFLINE = ("sft", "student_sft", "dpo")  # they train on what is written already
-JOBS = ("collect", "evaluate", "pipeline")  # they train nothing
+JOBS = ("collect", "evaluate", "pipeline")  # they train nothing themselves
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
 VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
@@ -200,22 +199,32 @@ def check_groups(config: dict[str, Any], devices: int, generation_steps: int) ->
         )
 
 
-def context_length(config: dict[str, Any]) -> int:
-    """The model's longest text, from a local folder's config.json where there is one."""
-    folder = model_folder(config)
+def _context_of(name: str | None) -> int | None:
+    folder = model_folder({"model_name_or_path": name}) if name else None
     found = json.loads((folder / "config.json").read_text()) if folder else {}
-    return found.get("text_config", found).get("max_position_embeddings", config["model_max_length"])
+    return found.get("text_config", found).get("max_position_embeddings")
 
 
-def check_lengths(config: dict[str, Any]) -> None:
+def context_length(config: dict[str, Any]) -> int:
+    """The longest text of the model and of its student, from local folders' config.json where there are any."""
+    own = _context_of(config["model_name_or_path"]) or config["model_max_length"]
+    return min(own, _context_of(config.get("student_model")) or own)
+
+
+def check_context(config: dict[str, Any]) -> None:
     prompt, completion, context = config["max_prompt_length"], config["max_completion_length"], context_length(config)
     if completion is None or completion < 1:
         raise ValueError(f"max_completion_length={completion} must be positive")
     if prompt + completion > context:
         raise ValueError(
-            f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the model's context of "
-            f"{context} tokens: max_completion_length may be up to {context - prompt}"
+            f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the context of {context} "
+            f"tokens, the model's or its student's: max_completion_length may be up to {context - prompt}"
         )
+
+
+def check_lengths(config: dict[str, Any]) -> None:
+    check_context(config)
+    prompt, completion = config["max_prompt_length"], config["max_completion_length"]
     if config["logprob_token_budget"] is not None and config["logprob_token_budget"] < prompt + completion:
         raise ValueError(
             f"logprob_token_budget={config['logprob_token_budget']} is smaller than the longest row, max_prompt_length="
@@ -266,80 +275,12 @@ def check_overlap(config: dict[str, Any]) -> None:
         )
 
 
-def check_job(config: dict[str, Any]) -> None:
-    """Collections, evaluations and pipelines."""
-    if config["trainer"] == "pipeline":
-        return check_stages(config["stages"])
-    for key in ("max_completion_length", "questions_at_once", "max_prompt_length", "logprob_token_budget"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} must be positive")
-    for key in ("use_peft", "load_in_4bit", "load_in_8bit", "eval_dataset_id_or_path"):
-        if config[key]:
-            raise ValueError(f"{key} is for runs that train; a {config['trainer']} run ignores it")
-    context = context_length(config)
-    if config["max_prompt_length"] + config["max_completion_length"] > context:
-        raise ValueError(
-            f"max_prompt_length={config['max_prompt_length']} + max_completion_length="
-            f"{config['max_completion_length']} is longer than the model's context of {context} tokens"
-        )
-    if config["use_vllm_server"] and not config["vllm_server_base_url"]:
-        raise ValueError("use_vllm_server=true needs vllm_server_base_url")
-    if config["vllm_tensor_parallel_size"] > 1 and not config["use_vllm_server"]:
-        raise ValueError(
-            f"vllm_tensor_parallel_size={config['vllm_tensor_parallel_size']}: here every device has questions of its "
-            "own; ./launch_with_server.sh has servers with tensor parallelism"
-        )
-    check_collection(config) if config["trainer"] == "collect" else check_evaluation(config)
-
-
-def check_stages(stages: list) -> None:
-    seen: set[str] = set()
-    for entry in stages:
-        if not isinstance(entry, dict) or not {"name", "run"} <= set(entry) <= {"name", "run", "set"}:
-            raise ValueError(f"stages: {entry} must have name and run, and may have set")
-        for key, value in (entry.get("set") or {}).items():
-            for name in re.findall(r"{(.*?)}", str(value)):
-                if name not in seen:
-                    raise ValueError(f"stages: {key} of {entry['name']} names {name!r}, which is no stage before it")
-        if entry["name"] in seen:
-            raise ValueError(f"stages: the name {entry['name']} is used twice")
-        seen.add(entry["name"])
-
-
-def check_collection(config: dict[str, Any]) -> None:
-    check_reward(config)
-    if config["student_model"] is None:
-        raise ValueError("student_model=null: name the student whose understanding ranks the traces")
-    if config["temperature"] <= 0:
-        raise ValueError(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
-    if config["top_p"] != 1:
-        raise ValueError(f"top_p={config['top_p']}: the log-probs of a cut distribution are not those of the reward")
-    count, kept = config["traces_per_question"], config["keep_per_question"]
-    if not 1 <= kept <= count:
-        raise ValueError(f"keep_per_question={kept} must be in 1 to traces_per_question={count}")
-    for key in ("min_reward_quantile", "min_format_rate", "near_duplicate_similarity"):
-        if not 0 <= config[key] <= 1:
-            raise ValueError(f"{key}={config[key]} must be in [0, 1]")
-
-
 def check_verifier(config: dict[str, Any]) -> None:
     if config["verifier"] not in VERIFIERS:
         raise ValueError(f"verifier={config['verifier']}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
         if config.get(key, 1) <= 0:
             raise ValueError(f"{key}={config[key]} must be positive")
-
-
-def check_evaluation(config: dict[str, Any]) -> None:
-    check_verifier(config)
-    if config["eval_size"]:
-        raise ValueError(f"eval_size={config['eval_size']}: an evaluation asks all rows, none is held out; set it to 0")
-    samples = config["samples_per_question"]
-    if samples < 1 or (samples > 1 and config["temperature"] <= 0):
-        raise ValueError(f"samples_per_question={samples} with temperature={config['temperature']}: all are the same")
-    for k in config["pass_at"]:
-        if not isinstance(k, int) or not 1 <= k <= samples:
-            raise ValueError(f"pass_at={config['pass_at']}: {k} is not in 1 to samples_per_question={samples}")
 
 
 def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:

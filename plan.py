@@ -24,7 +24,6 @@ from checks import (
     check_combinations,
     check_common,
     check_groups,
-    check_job,
     check_keys,
     check_lengths,
     check_reward,
@@ -36,6 +35,7 @@ from data.learned import saved_configuration
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
 from generation.parts import check_sources, models_of
+from job_checks import check_job
 from memory import GIB, ask_nvidia_smi, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
 from models.files import check_files

@@ -83,6 +83,7 @@ BAD = [
     (["max_length=10"], "not a key of a teacher_grpo run"),
     (["temperature=0"], "temperature above 0"),
     (["max_completion_length=8000"], "may be up to 7680"),
+    (["run_cfg=collect_tiny", "max_student_length=9000"], "longer than the context of 8192"),
     (["logprob_token_budget=703"], "the smallest that works is 704"),
     (["use_peft=true", "sync_ref_model=true"], "sync_ref_model=true with use_peft=true"),
     (["load_in_4bit=true"], "set use_peft=true"),
