@@ -44,8 +44,8 @@ class SharedPrefixLayout:
     branches: tuple[Branch, ...]
     length: int
 
-    def last_seen(self) -> torch.Tensor:
-        """(T,): where the tokens end that continue a token, whose descendants stand right behind it."""
+    def subtree_ends(self) -> torch.Tensor:
+        """(T,): where the tokens that continue each token end; they stand right behind it, and no others look at it."""
         ends_T = torch.arange(1, self.length + 1)
         for start, end, before in self.branches:
             for first, last in (*before, (start, end)):
@@ -54,7 +54,7 @@ class SharedPrefixLayout:
 
     def may_look(self, device: torch.device):
         """FlexAttention's rule: which key a query looks at."""
-        ends_T = self.last_seen().to(device)
+        ends_T = self.subtree_ends().to(device)
 
         def rule(batch, head, query, key):
             return (key <= query) & (query < ends_T[key])

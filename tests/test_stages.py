@@ -276,6 +276,8 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
     assert {"average@2", "pass@1", "pass@2"} <= set(result["figures"])
     state = json.loads(next((folder / "student").glob("checkpoint-4/trainer_state.json")).read_text())
     assert state["best_model_checkpoint"] == str(folder / "student" / f"checkpoint-{state['best_global_step']}")
+    held_out = questions_of(lines(folder / "student" / HELD_OUT))
+    assert held_out and held_out < questions_of(load_rows(str(traces)).rows)
     page = (folder / "report.html").read_text()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     for wanted in ("data:image/png;base64", "<h2>student</h2>", "difference, paired"):

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
 MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
 MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, above which something is broken
-MEAN_OF_SEQUENCES = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")  # losses that TRL divides by what is in a micro-batch
+# Losses that TRL divides by what is in a micro-batch.
+MEAN_OF_A_MICRO_BATCH = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")
 
 
 @dataclass
@@ -329,7 +330,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             }
         if not scored.any():
             weight = 0.0  # takes part with a zero loss that reaches every parameter
-        elif self.loss_type in MEAN_OF_SEQUENCES:
+        elif self.loss_type in MEAN_OF_A_MICRO_BATCH:
             weight = (scored.float().mean() / share).item()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * weight
 
