@@ -7,13 +7,14 @@ B rows of a batch (1 when prefixes are shared), T tokens of a row, H hidden size
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
+from trl.models.utils import _ForwardRedirection
 
 from logprobs.head import head_log_probs
 from logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
@@ -100,7 +101,8 @@ def token_log_probs(
     with autocast or nullcontext():
         for inputs, members, wanted in forwards:
             hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
-            flat = _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entropy)
+            read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
+            flat = _with_whole_head(causal, read, hidden_BTH)
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):
                 for member, part in zip(members, values.split(sizes), strict=True):
@@ -111,7 +113,15 @@ def token_log_probs(
     return log_probs, entropies
 
 
-def _counted_log_probs(causal, hidden_BTH, wanted, sequences, temperatures, entropy) -> list[torch.Tensor]:
+def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:
+    """ZeRO-3 gathers a head for every call of it, with all ranks: one call a pass, however much counts on this one."""
+    head = causal.get_output_embeddings()
+    if type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id"):
+        return _ForwardRedirection()(head, head, read, hidden_BTH)
+    return read(hidden_BTH)
+
+
+def _counted_log_probs(causal, wanted, sequences, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
     """Log-probs and entropies of the wanted (row, position, member, index), in their order.
 
     What several members want of a shared token is computed once.

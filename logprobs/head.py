@@ -64,7 +64,9 @@ def _logit_transform(config) -> tuple[float, float | None]:
 
 def _any_head(head, hidden_NH, targets_N, scale: float, cap: float | None, entropy: str):
     """Adapters on the head, shards, soft caps and entropies with gradients: plain operations."""
-    logits_NV = head(hidden_NH)
+    # A call of the module would let ZeRO-3 give back the weight that `_with_whole_head` has gathered.
+    plain = type(head) is torch.nn.Linear and _is_whole(head)
+    logits_NV = torch.nn.functional.linear(hidden_NH, head.weight, head.bias) if plain else head(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if cap is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)

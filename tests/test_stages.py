@@ -471,8 +471,8 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_rows_that_training_held_out_may_be_asked():
-    learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5")
+def test_rows_that_training_held_out_may_be_asked(tmp_path):
+    learned = config_of("grpo_verifier_tiny", "dataset_size=20", "eval_size=5", f"output_dir={tmp_path}")
     kept, held_out, _ = load_split_rows(pick(learned, DataConfig), FORMATS["stratos"])  # as a run splits them
     check_apart(learned, held_out, [learned])
     with pytest.raises(ValueError, match="1 evaluation rows are among the training rows"):
