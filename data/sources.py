@@ -261,15 +261,10 @@ def read_file(path: Path) -> Iterable[dict]:
     Raises:
         ValueError: none of these, or a line or file that cannot be read.
     """
-    if path.suffix == ".jsonl":
-        return _json_lines(path)
-    if path.suffix == ".json":
-        return _json_list(path)
-    if path.suffix == ".csv":
-        return _csv_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+    readers = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+    return readers[path.suffix](path)
 
 
 @contextmanager
