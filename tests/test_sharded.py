@@ -19,7 +19,7 @@ LEARNING_RATE = 0.5
 
 
 def batch_of(rank: int):
-    """Other sequences on each rank; with a budget of 14 the second rank makes one pass fewer, and fewer tokens count."""
+    """Other sequences on each rank; with a budget of 14 the second rank makes one pass fewer, fewer tokens count."""
     sequences = group_of_three(offset=7 * rank)[rank:]
     return sequences, [list(range(len(s) - 1 if rank else 8, len(s))) for s in sequences]
 
