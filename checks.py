@@ -164,7 +164,7 @@ def check_best(config: dict[str, Any]) -> None:
     known = ("loss", *(("accuracy", "format_rate") if config.get("eval_answers") else ()))
     wanted = config.get("metric_for_best_model") or "loss"
     if config["trainer"] in OFFLINE and wanted.removeprefix("eval_") not in known:
-        raise ValueError(f"metric_for_best_model={wanted}: use one of {known}; with eval_answers there are more")
+        raise ValueError(f"metric_for_best_model={wanted}: use {' or '.join(known)}; with eval_answers there are more")
 
 
 def check_batch(config: dict[str, Any], devices: int) -> int:

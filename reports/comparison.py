@@ -4,7 +4,8 @@ import html
 from pathlib import Path
 
 from data.learned import saved_configuration
-from reports.tables import estimate, evaluation_of, table
+from evaluation import Estimate
+from reports.tables import evaluation_of, table
 
 PLACES = ("output_dir", "run_name")  # differ by themselves
 
@@ -28,7 +29,9 @@ def figures(runs: dict[str, Path]) -> str:
     if len(found) < 2:
         return ""
     names = dict.fromkeys(name for of_one in found.values() for name in of_one)
-    rows = [(name, *(estimate(of_one.get(name)) for of_one in found.values())) for name in names]
+    rows = [
+        (name, *(Estimate(**of_one[name]) if name in of_one else "—" for of_one in found.values())) for name in names
+    ]
     return f"<h2>Evaluations</h2>{table(('', *found), rows)}"
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from configuration import compose_config, options
 from data.learned import saved_configuration
+from evaluation import Estimate
 
 
 def evaluation_of(folder: Path) -> dict | None:
@@ -20,9 +21,9 @@ def evaluation(folder: Path) -> str:
     result = evaluation_of(folder)
     if result is None:
         return ""
-    rows = [(name, estimate(value)) for name, value in result["figures"].items()]
+    rows = [(name, Estimate(**value)) for name, value in result["figures"].items()]
     if "difference" in result:
-        rows.append(("difference, paired", estimate(result["difference"], "+")))
+        rows.append(("difference, paired", Estimate(**result["difference"]).signed))
     return f"<p>{result['questions']} questions</p>{table(('', 'mean [95 % interval]'), rows)}{answers(folder)}"
 
 
@@ -55,14 +56,6 @@ def configuration(folder: Path) -> str:
         f"<details><summary>{len(changed)} differences from {html.escape(compared)}</summary>{differences}</details>"
         f"<details><summary>configuration</summary><pre>{everything}</pre></details>"
     )
-
-
-def estimate(value: dict | None, sign: str = "") -> str:
-    """A mean with its interval, as `evaluation.json` has it."""
-    if value is None:
-        return "—"
-    mean, low, high = (format(value[key], f"{sign}.3f") for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
