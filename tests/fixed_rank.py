@@ -1,13 +1,19 @@
 """A rank whose completions are made up from where they stand: `python tests/fixed_rank.py PLAN LAUNCHER`."""
 
 from launching import rank
-from trainers.teacher_grpo import TeacherGRPOTrainer
+from trainers.grpo import GRPOTrainer
 
 
 def completion_of(step: int, place: int) -> str:
     """Another text of another length for each completion of a step; every fifth lacks its end tag."""
     text = " ".join(str(place * 5 + step * 3 + i) for i in range(2 + (7 * place + step) % 5))
     return text if place % 5 == 4 else f"{text}<|end_of_explanation|>"
+
+
+def reward_of_most(completions: list[str], **_) -> list[float | None]:
+    """A text's length in tens of characters, and None where its first number is a multiple of seven."""
+    firsts = [int(text.split("<")[0].split()[0]) for text in completions]
+    return [None if first % 7 == 0 else len(text) / 10 for first, text in zip(firsts, completions, strict=True)]
 
 
 def generate(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
@@ -17,5 +23,5 @@ def generate(self, prompt_ids, images, multimodal_fields, num_generations, **kwa
 
 
 if __name__ == "__main__":
-    TeacherGRPOTrainer._generate_single_turn = generate
+    GRPOTrainer._generate_single_turn = generate
     rank.main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_best_is_kept, config_of, launch
+from conftest import ROOT, TINY_RUN, assert_best_is_kept, config_of, launch
 from safetensors.torch import load_file
 
 from launching import RankPlace, rank_environment, supervise
@@ -28,10 +28,10 @@ def shardings(*often: str) -> list:
 def run_steps(tiny_run, tmp_path_factory, module_environment):
     """Trains on made-up completions, with `processes` under a sharding; the output folder."""
 
-    def run(processes: int, sharding: str, *overrides: str) -> Path:
+    def run(processes: int, sharding: str, *overrides: str, base: list[str] = tiny_run) -> Path:
         folder = tmp_path_factory.mktemp(f"{sharding}-{processes}")
         steps = [f"max_steps={STEPS}", f"save_steps={SAVED}", "save_total_limit=null", "max_completion_length=40"]
-        config = config_of(*tiny_run, *steps, f"output_dir={folder}", "eval_size=0", *overrides)
+        config = config_of(*base, *steps, f"output_dir={folder}", "eval_size=0", *overrides)
         plan = make_plan(config, processes, sharding=sharding)
         prepare_output(config)
         (folder / "plan.json").write_text(json.dumps(asdict(plan)))
@@ -85,6 +85,16 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(together, alone)
     assert_same(run_steps(1, "ddp", f"resume_from={together}/checkpoint-{SAVED}"), alone)
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
+
+
+def test_a_rank_with_fewer_rewards_trains_along(run_steps, tiny_teacher):
+    """One completion of a step has none, on one of the ranks: it is left out on both, and on a single one."""
+    rewards = "reward_functions=[fixed_rank.reward_of_most]"
+    plain = ["run_cfg=grpo_exact", f"model_name_or_path={tiny_teacher}", *TINY_RUN[1:], "use_vllm=false", rewards]
+    together, alone = run_steps(2, "ddp", base=plain), run_steps(1, "ddp", base=plain)
+    records = map(json.loads, (together / "metrics.jsonl").read_text().splitlines())
+    assert [r["completions/unscored"] for r in records if "loss" in r] == [2, 1, 1, 1, 1]
+    assert_same(together, alone)
 
 
 @pytest.mark.parametrize("sharding", shardings())

@@ -36,8 +36,16 @@ logger = logging.getLogger(__name__)
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
 MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
 MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, above which something is broken
-# Losses that TRL divides by what is in a micro-batch.
-MEAN_OF_A_MICRO_BATCH = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo")
+# Losses that TRL divides by the rows of a micro-batch, and by its tokens; others, by those of all micro-batches.
+MEAN_OF_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
+MEAN_OF_TOKENS = "bnpo"
+PER_TOKEN = (
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+)
 
 
 @dataclass
@@ -317,22 +325,21 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         return rewards
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # Overridden to leave unscored completions out of loss, KL and denominators.
+        # Overridden to leave unscored completions out of loss, KL and denominators. Their rows stay, without tokens:
+        # TRL gathers statistics of rows, which are as many on every rank.
         kill_point("backward")
         scored, share = inputs["scored"], inputs["scored_share"]
-        rows = len(scored)
-        weight = 1.0
         if not scored.all():
-            kept = scored if scored.any() else torch.arange(rows, device=scored.device) == 0
-            inputs = {
-                key: value[kept] if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows else value
-                for key, value in inputs.items()
-            }
+            # A batch of nothing else takes part by its first row, with a zero loss that reaches every parameter.
+            left_out = ~scored if scored.any() else torch.arange(len(scored), device=scored.device) != 0
+            masked = {key: inputs[key] for key in PER_TOKEN if inputs.get(key) is not None}
+            inputs = inputs | {key: value.masked_fill(left_out[:, None], 0) for key, value in masked.items()}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not scored.any():
-            weight = 0.0  # takes part with a zero loss that reaches every parameter
-        elif self.loss_type in MEAN_OF_A_MICRO_BATCH:
-            weight = (scored.float().mean() / share).item()
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * weight
+            return loss * 0.0
+        if self.loss_type in MEAN_OF_ROWS:
+            return loss / share
+        return loss * scored.float().mean() / share if self.loss_type == MEAN_OF_TOKENS else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Extended by the alarm on disagreement between engine and trainer, and by what differs between ranks.
