@@ -25,14 +25,24 @@ def comparison(runs: dict[str, Path]) -> str:
 
 
 def figures(runs: dict[str, Path]) -> str:
-    found = {label: result["figures"] for label, folder in runs.items() if (result := evaluation_of(folder))}
+    found = {label: result for label, folder in runs.items() if (result := evaluation_of(folder))}
     if len(found) < 2:
         return ""
-    names = dict.fromkeys(name for of_one in found.values() for name in of_one)
+    names = dict.fromkeys(name for result in found.values() for name in result["figures"])
     rows = [
-        (name, *(Estimate(**of_one[name]) if name in of_one else "—" for of_one in found.values())) for name in names
+        (name, *(Estimate(**r["figures"][name]) if name in r["figures"] else "—" for r in found.values()))
+        for name in names
     ]
+    if any("difference" in result for result in found.values()):
+        rows.append(("difference, paired", *(against(result, runs[label]) for label, result in found.items())))
     return f"<h2>Evaluations</h2>{table(('', *found), rows)}"
+
+
+def against(result: dict, folder: Path) -> str:
+    """An evaluation's difference from the one that its run was compared with."""
+    if "difference" not in result:
+        return "—"
+    return f"{Estimate(**result['difference']).signed} against {saved_configuration(folder)['compare_with']}"
 
 
 def differences(trainer: str, runs: dict[str, dict]) -> str:

@@ -107,9 +107,9 @@ def test_a_page_in_a_runs_folder_leaves_its_pictures_alone(run, own, tmp_path):
     assert (folder / f"{own}-report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def evaluated(folder: Path, accuracy: float) -> Path:
+def evaluated(folder: Path, accuracy: float, **more) -> Path:
     value = {"mean": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
-    (folder / "evaluation.json").write_text(json.dumps({"questions": 2, "figures": {"pass@1": value}}))
+    (folder / "evaluation.json").write_text(json.dumps({"questions": 2, "figures": {"pass@1": value}, **more}))
     answers = [("1 + 1?", "2", "It is <3>.", 0.0), ("1 + 2?", "3", "It is 3.", 1.0)]
     table = pandas.DataFrame(answers, columns=["question", "solution", "text", "right"])
     table.to_parquet(folder / "answers.parquet")
@@ -128,6 +128,17 @@ def test_evaluations_and_keys_that_differ_stand_side_by_side(run, tmp_path):
     assert f"<td>temperature</td><td>{config['temperature']}</td><td>0.1</td>" in text
     write_report([first], page)
     assert "in which the" not in page.read_text()
+
+
+def test_the_difference_of_two_evaluations_stands_under_them(run, tmp_path):
+    before = evaluated(run(tmp_path / "before"), 0.2)
+    gain = {"mean": 0.3, "low": 0.1, "high": 0.5}
+    after = evaluated(run(tmp_path / "after"), 0.5, difference=gain)
+    config = yaml.safe_load((after / "config.yaml").read_text())
+    (after / "config.yaml").write_text(yaml.safe_dump({**config, "compare_with": str(before)}))
+    write_report([before, after], tmp_path / "report.html")
+    cells = f"<td>difference, paired</td><td>—</td><td>+0.300 [+0.100, +0.500] against {before}</td>"
+    assert cells in (tmp_path / "report.html").read_text()
 
 
 def test_an_evaluation_shows_a_right_and_a_wrong_answer(run, tmp_path):
