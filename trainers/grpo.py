@@ -39,13 +39,10 @@ MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, 
 # Losses that TRL divides by the rows of a micro-batch, and by its tokens; others, by those of all micro-batches.
 MEAN_OF_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
 MEAN_OF_TOKENS = "bnpo"
-PER_TOKEN = (
-    "completion_mask",
-    "tool_mask",
-    "old_per_token_logps",
-    "ref_per_token_logps",
-    "sampling_per_token_logps",
-)
+# What of a batch has a value per completion token: emptied where a completion has no reward, so that no log-ratio of a
+# token that is not read is left to overflow.
+LOG_PROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
+PER_TOKEN = ("completion_mask", "tool_mask", *LOG_PROBS)
 
 
 @dataclass
