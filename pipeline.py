@@ -72,7 +72,7 @@ def run(plan: Plan, devices: int | None = None, sharding: str | None = None) -> 
         logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(shown))
         run_child([*command, *stage.arguments])
     names = [stage.name for stage, _ in found]
-    write_report([folder / name for name in names], folder / "report.html")
+    write_report([folder], folder / "report.html")
     (folder / MARKER).write_text(json.dumps({"stages": names}))
     sys.stdout.write(f"{config['run_name']}: {len(names)} stages, report in {folder / 'report.html'}\n")
 

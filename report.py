@@ -36,7 +36,7 @@ def write_report(folders: list[Path], path: Path) -> None:
         ValueError: a folder holds no run.
     """
     runs = labelled([run for folder in folders for run in runs_of(folder)])
-    name = ", ".join(runs)
+    name = ", ".join(labelled(folders))
     parts = [f"<h1>{html.escape(name)}</h1>"]
     if draw_curves(runs, picture_of(path)):
         picture = base64.b64encode(picture_of(path).read_bytes()).decode()

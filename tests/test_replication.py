@@ -58,6 +58,13 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
     assert outcome.of_task(pooled, "sums", {"a": "sums", "b": "other"}) == 0.5
 
 
+def test_the_base_model_and_the_novice_are_asked_once_for_all_seeds(tmp_path):
+    for arm in ("base", "novice"):
+        (tmp_path / arm / "evaluation").mkdir(parents=True)
+        (tmp_path / arm / "evaluation" / "evaluation.json").write_text('{"accuracy": {"a": 1.0}}')
+        assert outcome.accuracies(tmp_path, arm, range(1, 4)) == {"1 a": 1.0}
+
+
 def test_rows_of_other_settings_are_not_overwritten(tmp_path):
     rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])
     rows._write(tmp_path / "a.jsonl", [{"question": "1 + 1"}])

@@ -95,6 +95,7 @@ def test_a_pipelines_folder_shows_the_stages_that_have_begun_in_its_order(run, t
         run(folder / name)
     write_report([folder], tmp_path / "report.html")
     assert headings(tmp_path / "report.html") == ["warmup", "teacher"]
+    assert "<h1>pipeline</h1>" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -43,6 +43,7 @@ def main() -> None:
     os.chdir(ROOT)
     try:
         rows.write_questions(out / "questions", seeds)
+        evaluate(out, rows.MODEL, out / "base" / "evaluation")
         novice = train_novice(out, seeds[0])
         for seed in seeds:
             one_seed(out, seed, novice)
@@ -110,7 +111,7 @@ def learn(folder: Path, traces: Path, seed: int, novice: Path) -> None:
     stage("student_distill_tiny", folder, seed, traces, f"model_name_or_path={novice}", *whole)
 
 
-def evaluate(out: Path, model: Path, folder: Path) -> None:
+def evaluate(out: Path, model: Path | str, folder: Path) -> None:
     """Two answers to each question that no run has seen."""
     asked = ["samples_per_question=2", "pass_at=[1]", "questions_at_once=160", "max_completion_length=160"]
     named = f"model_name_or_path={model}"

@@ -13,12 +13,14 @@ import rows
 from evaluation.metrics import RESAMPLES, Estimate, bootstrap, paired_difference
 
 ARMS = {
+    "base": "the base model, untrained",
     "novice": "the novice that all students start from",
     "early": "student of the teacher's traces early in its warm-up",
     "warmup": "student of the warm-up teacher's traces",
     "rl": "student of the trained teacher's traces",
     "worked": "student of the generator's worked solutions",
 }
+ONCE = ("base", "novice")  # for all seeds
 TEACHERS = ("early", "warmup", "rl")
 
 
@@ -46,10 +48,10 @@ def write(out: Path, seeds: range) -> str:
 
 
 def accuracies(out: Path, arm: str, seeds: range) -> dict[str, float]:
-    """By seed and question; the novice is one for all seeds."""
+    """By seed and question; what is one for all seeds counts as the first's."""
     found = {}
-    for seed in seeds[:1] if arm == "novice" else seeds:
-        place = out / arm if arm == "novice" else out / str(seed) / arm
+    for seed in seeds[:1] if arm in ONCE else seeds:
+        place = out / arm if arm in ONCE else out / str(seed) / arm
         read = json.loads((place / "evaluation" / "evaluation.json").read_text())["accuracy"]
         found |= {f"{seed} {question}": value for question, value in read.items()}
     return found
@@ -109,7 +111,7 @@ def draw(path: Path, pooled: dict, sets: list[dict], r: Estimate) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), constrained_layout=True)
     estimates = [bootstrap(list(values.values())) for values in pooled.values()]
     spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
-    left.bar(["novice", "early", "warm-up", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
+    left.bar(["base", "novice", "early", "warm-up", "trained", "worked"], [e.mean for e in estimates], color="#1f6f8b")
     left.errorbar(range(len(estimates)), [e.mean for e in estimates], yerr=spread, fmt="none", ecolor="#333", capsize=4)
     left.set(title="Students by what they learned from", ylabel="held-out accuracy")
     for arm, colour in zip(TEACHERS, ("#c9822b", "#8a8f98", "#1f6f8b"), strict=True):
