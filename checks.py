@@ -59,12 +59,15 @@ DERIVED = {
 FIXED = frozenset(
     {
         *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),
-        *("remove_unused_columns", "save_strategy", "use_cpu"),
+        *("remove_unused_columns", "save_only_model", "save_strategy", "use_cpu"),
         *("vllm_server_host", "vllm_server_port", "vllm_structured_outputs_regex"),
     }
 )
 # And of those on TRL's SFT trainer, whose loss is computed here (trainers/sft.py).
 SFT_FIXED = ("average_tokens_across_devices", "label_smoothing_factor", "loss_type", "packing", "padding_free")
+# And those of GRPO, whose head (logprobs/head.py) and evaluations (trainers/evaluation.py) are computed here.
+GRPO_FIXED = ("cast_lm_head_to_fp32", "eval_delay", "eval_on_start", "use_transformers_continuous_batching")
+OWN_FIXED = {"sft": SFT_FIXED, "student_sft": SFT_FIXED, "grpo": GRPO_FIXED, "teacher_grpo": GRPO_FIXED}
 
 
 def known_keys(trainer: str) -> dict[str, list[str]]:
@@ -91,7 +94,7 @@ def check_keys(config: dict[str, Any]) -> None:
             raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
             raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
-        if key in FIXED or (key in SFT_FIXED and trainer in ("sft", "student_sft")):
+        if key in FIXED or key in OWN_FIXED.get(trainer, ()):
             raise ValueError(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     for key, choices in read_table()["choices"].items():
@@ -147,6 +150,9 @@ def check_common(config: dict[str, Any]) -> None:
         raise ValueError(f"dataset_size={size} must be positive, or null for all rows")
     if size and held_out >= size and not config["eval_dataset_id_or_path"]:
         raise ValueError(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
+    every = config["eval_steps"]
+    if config["trainer"] not in OFFLINE and every and (every < 1 or every % 1):
+        raise ValueError(f"eval_steps={config['eval_steps']} must be a whole number of steps, or null")
     if config["save_steps"] <= 0:
         raise ValueError(f"save_steps={config['save_steps']} must be positive")
 

@@ -254,6 +254,35 @@ def test_plain_grpo_takes_a_users_reward_function(tiny_run, tmp_path, in_root):
     assert set(evaluated["reward"]) <= {0.0, 0.5, 1.0}
 
 
+def of_another_task(completions, log_extra, **_) -> list[None]:
+    """A reward with nothing to say of these rows, which logs text."""
+    log_extra("answer", completions)
+    return [None] * len(completions)
+
+
+def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(tiny_run, tmp_path, in_root):
+    plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
+    rewards = "reward_functions=[rewards.exact.exact_answer,test_training.of_another_task]"
+    data = "dataset_id_or_path=reasoning_gym/gcd"
+    plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, rewards, "max_steps=1", f"output_dir={tmp_path}"))
+    prepare_output(plan.config)
+    train(plan)
+    evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert evaluated["reward"] == evaluated["exact_answer"]
+    assert "answer" not in evaluated
+
+
+def test_rows_can_be_taken_in_their_order(tiny_run, tmp_path, in_root):
+    trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "shuffle_dataset=false")
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+
+
+def test_fewer_questions_than_a_batch_has_are_refused(tiny_run, tmp_path, in_root):
+    with pytest.raises(ValueError, match="1 usable rows to train on, and a batch has 2 questions"):
+        build(tiny_run, tmp_path, "eval_size=0", "dataset_size=1")
+
+
 def test_the_policys_own_pass_serves_the_teachers_term(tiny_run, tmp_path, in_root):
     """Generations of two steps are made together here, so the policy's pass is needed anyway."""
     trainer, _ = build(tiny_run, tmp_path, "eval_size=0", "generation_aggregation_steps=4")

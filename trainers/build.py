@@ -248,6 +248,20 @@ def student_example(tokenizer, style: ReasoningFormat, row: dict, data: DataConf
     return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
 
 
+def check_batch(rows: list[dict], arguments: GRPOConfig) -> None:
+    """That there are questions for one batch; of fewer the sampler gives none, and no step would be made.
+
+    Raises:
+        ValueError: how many there are, and how many a batch has.
+    """
+    needed = arguments.generation_batch_size // arguments.num_generations
+    if len(rows) < needed:
+        raise ValueError(
+            f"{len(rows)} usable rows to train on, and a batch has {needed} questions: lower train_batch_size or "
+            "raise num_generations"
+        )
+
+
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
@@ -261,11 +275,13 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         return question_rows(rows, tokenizer, data, question_prompt(config, style))
 
     held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
+    asked = with_all_columns(prepare(train_rows))
     evaluation = HeldOutEvaluation(held_out, config["output_dir"])
     completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
     student = build_student(config, tokenizer) if is_teacher else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = GRPOConfig(**trainer_arguments(plan))
+    check_batch(asked, arguments)
     keep_best(arguments, config)
     let_fsdp_run_on_cpu()
     policy, adapter = build_policy(config)
@@ -274,7 +290,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     shared = {
         "model": policy,
         "args": arguments,
-        "train_dataset": Dataset.from_list(with_all_columns(prepare(train_rows))),
+        "train_dataset": Dataset.from_list(asked),
         "processing_class": tokenizer,
         "peft_config": adapter,
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order

@@ -50,13 +50,19 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     columns = {name: gather_object(list(values)) for name, values in columns.items()}
     if len(trainer.reward_func_names) > 1:
         columns |= dict(zip(trainer.reward_func_names, rewards.T.tolist(), strict=True))
-    columns["reward"] = (rewards * trainer.reward_weights.to(rewards.device)).sum(1).tolist()
+    columns["reward"] = _weighted(rewards, trainer.reward_weights.to(rewards.device)).tolist()
     model.train(was_training)
     per_question = {
         name: [_nanmean(values[i : i + repeats]) for i in range(0, len(rows) * repeats, repeats)]
         for name, values in columns.items()
+        if all(isinstance(value, float | int) for value in values)  # rewards may log text
     }
-    return {"step": trainer.state.global_step, **per_question}
+    return {**per_question, "step": trainer.state.global_step}
+
+
+def _weighted(rewards, weights) -> torch.Tensor:
+    """(completions,): as in training, a reward that is missing counts for nothing beside others, and none is NaN."""
+    return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
 
 
 def _share(rows: list[dict], accelerator) -> list[dict]:

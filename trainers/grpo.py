@@ -79,7 +79,8 @@ class EpochRepeatSampler(RepeatSampler):
     """TRL's sampler with a permutation that depends on the epoch's number, not on how often it was iterated."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
 
 
 class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
