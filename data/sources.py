@@ -352,7 +352,7 @@ def _inspect_files(source: str) -> None:
             _check_columns(_columns(_files_of(path)[0]), source)
     elif path.is_file():
         _check_columns(_columns(path), source)
-    elif path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    elif path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~", "results/")):
         raise ValueError(f"{source} does not exist")
 
 

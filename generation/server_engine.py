@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from generation.adapters import adapter_tensors, travels_alone
 from generation.server import Completions, Server, ServerError, own_address
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
-from generation.vllm_engine import VLLMEngine
+from generation.vllm_engine import VLLMEngine, groups_of
 from generation.weight_service import WeightService
 
 REQUESTS_AT_ONCE = 64
@@ -93,8 +92,7 @@ class ServerEngine(VLLMEngine):
         # Overridden: requests go to the server that owes the fewest tokens.
         sampling = self._sampling(max_tokens)
         requests, first = [], 0
-        for ids, equal in groupby(prompts):
-            count = len(list(equal))
+        for ids, count in groups_of(prompts, sampling["temperature"]):
             asked = partial(Server.complete, ids=ids, count=count, seed=seeds[first], sampling=sampling)
             requests.append((asked, len(ids) + count * sampling["max_tokens"]))
             first += count

@@ -191,13 +191,19 @@ def load_weights(llm: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     llm.reset_prefix_cache()
 
 
+def groups_of(prompts: list[list[int]], temperature: float) -> list[tuple[list[int], int]]:
+    """Prompts, and how many completions one request asks of each: equal neighbours share it."""
+    if temperature == 0:  # of which vLLM takes one a request
+        return [(ids, 1) for ids in prompts]
+    return [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
+
+
 def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dict) -> Completions:
     """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`.
 
     Text is made only where strings to stop at have to be found in it.
     """
-    greedy = sampling["temperature"] == 0  # of which vLLM takes one a request
-    groups = [(ids, 1) for ids in prompts] if greedy else [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
+    groups = groups_of(prompts, sampling["temperature"])
     firsts = [0, *accumulate(count for _, count in groups)]
     llm.reset_prefix_cache()  # a prompt that is found there is rounded otherwise: numbers depend on this call alone
     outputs = llm.generate(

@@ -93,6 +93,7 @@ BAD = [
     (["normalize_kl_fn=log"], "none, exp, exp_norm"),
     (["dataset_id_or_path=missing.jsonl"], "missing.jsonl does not exist"),
     (["dataset_id_or_path=reasoning_gym/gsm_symbolik"], "did you mean gsm_symbolic"),
+    (["dataset_id_or_path=results/no_such_collection"], "results/no_such_collection does not exist"),
     (["model_name_or_path=./nowhere"], "model path does not exist"),
     (["model_name_or_path=some/model"], "hub"),
     (["student_model=embedded/other"], "is not embedded"),

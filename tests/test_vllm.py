@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from generation.vllm_engine import VLLMEngine, merged_params
+from generation.vllm_engine import VLLMEngine, groups_of, merged_params
 from logprobs import token_log_probs
 from models.embedded import embedded_model_path
 from models.loading import load_policy, load_tokenizer
@@ -147,6 +147,11 @@ def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_mo
     assert len({tuple(ids) for ids in completions}) > 1
     assert [len(values) for values in log_probs] == [len(ids) for ids in completions]
     assert engine.generate_seeded([prompt] * 4, [7, 1, 2, 3])[0] == completions
+
+
+def test_equal_neighbours_share_a_request_unless_it_is_greedy():
+    assert groups_of([[1], [1], [2], [1]], 0.7) == [([1], 2), ([2], 1), ([1], 1)]
+    assert groups_of([[1], [1], [2]], 0.0) == [([1], 1), ([1], 1), ([2], 1)]
 
 
 def test_greedy_completions_of_equal_prompts_are_one_and_the_same(engine_and_model, monkeypatch):
