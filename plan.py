@@ -39,7 +39,7 @@ from job_checks import check_job
 from memory import GIB, ask_nvidia_smi, estimate_memory, gpu_memory_gib, parameters
 from models.embedded import GGUF_FILES, is_embedded
 from models.files import check_files
-from models.paths import MERGED, adapter_base, is_adapter
+from models.paths import LOCAL_STARTS, MERGED, adapter_base, is_adapter
 
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
 CONTINUABLE = frozenset(
@@ -273,7 +273,7 @@ def check_models_exist(named: dict[str, str]) -> None:
             elif not is_adapter(path) and not (path / "config.json").is_file():
                 raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
             continue
-        if name.startswith((".", "/", "~", "results/")) or name.count("/") != 1:
+        if name.startswith(LOCAL_STARTS) or name.count("/") != 1:
             raise ValueError(f"{key}={name}: model path does not exist")
         _check_hub(key, name, "models")
 
