@@ -8,6 +8,7 @@ import importlib.util
 import json
 from typing import Any
 
+from errors import Refused
 from memory import model_folder
 from schema import (
     AnswersConfig,
@@ -85,22 +86,22 @@ def check_keys(config: dict[str, Any]) -> None:
     """Unknown keys and wrong types are refused."""
     trainer = config.get("trainer")
     if trainer not in TRAINER_KEYS:
-        raise ValueError(f"trainer={trainer}: use one of {', '.join(TRAINER_KEYS)}")
+        raise Refused(f"trainer={trainer}: use one of {', '.join(TRAINER_KEYS)}")
     known = known_keys(trainer)
     for key in config:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise ValueError(f"{key!r} is not a key of a {trainer} run{hint}")
+            raise Refused(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
-            raise ValueError(f"{key} follows from other keys: set {DERIVED[key]} instead")
+            raise Refused(f"{key} follows from other keys: set {DERIVED[key]} instead")
         if key in FIXED or key in OWN_FIXED.get(trainer, ()):
-            raise ValueError(f"{key}: runs here need it as it is; leave it out")
+            raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     for key, choices in read_table()["choices"].items():
         if config.get(key) not in (None, *choices):
             close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
-            raise ValueError(f"{key}={config[key]} does not exist: use {', '.join(close)}")
+            raise Refused(f"{key}={config[key]} does not exist: use {', '.join(close)}")
 
 
 def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
@@ -112,7 +113,7 @@ def _check_values(config: dict[str, Any], known: dict[str, list[str]]) -> None:
     for key, value in config.items():
         if not _admits(value, known[key]):
             kinds = " or ".join("null" if k == "NoneType" else k for k in known[key])
-            raise ValueError(f"{key}={value!r} is a {type(value).__name__}, it must be {kinds}")
+            raise Refused(f"{key}={value!r} is a {type(value).__name__}, it must be {kinds}")
 
 
 def _admits(value: Any, kinds: list[str]) -> bool:
@@ -123,54 +124,52 @@ def _admits(value: Any, kinds: list[str]) -> bool:
 def check_common(config: dict[str, Any]) -> None:
     for key in ("learning_rate", "eval_size", "seed", "max_grad_norm"):
         if config[key] < 0:
-            raise ValueError(f"{key}={config[key]} must not be negative")
+            raise Refused(f"{key}={config[key]} must not be negative")
     if config["max_prompt_length"] < 1:
-        raise ValueError(f"max_prompt_length={config['max_prompt_length']} must be positive")
+        raise Refused(f"max_prompt_length={config['max_prompt_length']} must be positive")
     if config["max_steps"] <= 0 and config["num_train_epochs"] <= 0:
-        raise ValueError(f"max_steps={config['max_steps']}: set it, or num_train_epochs, above 0")
+        raise Refused(f"max_steps={config['max_steps']}: set it, or num_train_epochs, above 0")
     for key in ("load_in_4bit", "load_in_8bit"):
         if config[key] and not config["use_peft"]:
-            raise ValueError(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
+            raise Refused(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if config["load_in_4bit"] and config["load_in_8bit"]:
-        raise ValueError("load_in_4bit=true with load_in_8bit=true: choose one")
+        raise Refused("load_in_4bit=true with load_in_8bit=true: choose one")
     if config.get("load_best_model_at_end"):
         check_best(config)
     if config["trainer"] == "dpo" and config["eval_size"]:
-        raise ValueError(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
+        raise Refused(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
     if config.get("eval_answers"):
         check_verifier(config)
         if not config["eval_size"] or not config["eval_steps"]:
-            raise ValueError(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
+            raise Refused(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
     if config["trainer"] in OFFLINE and config["eval_dataset_id_or_path"] and not config["eval_size"]:
-        raise ValueError("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
+        raise Refused("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
     if config["trainer"] in ("sft", "student_sft") and config["eval_size"] and not config["eval_steps"]:
-        raise ValueError(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
+        raise Refused(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
     size, held_out = config["dataset_size"], config["eval_size"]
     if size is not None and size < 1:
-        raise ValueError(f"dataset_size={size} must be positive, or null for all rows")
+        raise Refused(f"dataset_size={size} must be positive, or null for all rows")
     if size and held_out >= size and not config["eval_dataset_id_or_path"]:
-        raise ValueError(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
+        raise Refused(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
     every = config["eval_steps"]
     if config["trainer"] not in OFFLINE and every and (every < 1 or every % 1):
-        raise ValueError(f"eval_steps={config['eval_steps']} must be a whole number of steps, or null")
+        raise Refused(f"eval_steps={config['eval_steps']} must be a whole number of steps, or null")
     if config["save_steps"] <= 0:
-        raise ValueError(f"save_steps={config['save_steps']} must be positive")
+        raise Refused(f"save_steps={config['save_steps']} must be positive")
 
 
 def check_best(config: dict[str, Any]) -> None:
     """What it takes to end with the best weights."""
     if config["trainer"] == "dpo":
-        raise ValueError("load_best_model_at_end=true: a dpo run ends with its last weights; unset it")
+        raise Refused("load_best_model_at_end=true: a dpo run ends with its last weights; unset it")
     if not config["eval_size"] or not config["eval_steps"]:
-        raise ValueError("load_best_model_at_end=true needs eval_size and eval_steps above 0")
+        raise Refused("load_best_model_at_end=true needs eval_size and eval_steps above 0")
     if config["trainer"] in OFFLINE and config["save_steps"] != config["eval_steps"]:  # GRPO saves when it evaluates
-        raise ValueError(
-            f"save_steps={config['save_steps']} must be eval_steps={config['eval_steps']} to keep the best"
-        )
+        raise Refused(f"save_steps={config['save_steps']} must be eval_steps={config['eval_steps']} to keep the best")
     known = ("loss", *(("accuracy", "format_rate") if config.get("eval_answers") else ()))
     wanted = config.get("metric_for_best_model") or "loss"
     if config["trainer"] in OFFLINE and wanted.removeprefix("eval_") not in known:
-        raise ValueError(f"metric_for_best_model={wanted}: use {' or '.join(known)}; with eval_answers there are more")
+        raise Refused(f"metric_for_best_model={wanted}: use {' or '.join(known)}; with eval_answers there are more")
 
 
 def check_batch(config: dict[str, Any], devices: int) -> int:
@@ -178,11 +177,11 @@ def check_batch(config: dict[str, Any], devices: int) -> int:
     total, each = config["train_batch_size"], config["per_device_train_batch_size"]
     for key in ("train_batch_size", "per_device_train_batch_size"):
         if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} must be positive")
+            raise Refused(f"{key}={config[key]} must be positive")
     if total % (each * devices):
         fits = [d for d in range(1, total + 1) if total % (d * devices) == 0]
         remedy = f"use one of {fits}" if fits else f"train_batch_size must be a multiple of {devices} devices"
-        raise ValueError(
+        raise Refused(
             f"per_device_train_batch_size={each} x {devices} devices does not divide train_batch_size={total}: {remedy}"
         )
     return total // (each * devices)
@@ -193,13 +192,13 @@ def check_groups(config: dict[str, Any], devices: int, generation_steps: int) ->
     total, batch = config["train_batch_size"], config["per_device_train_batch_size"] * devices * generation_steps
     fits = [n for n in range(2, batch + 1) if batch % n == 0 and total % n == 0]
     if size not in fits:
-        raise ValueError(
+        raise Refused(
             f"num_generations={size} does not divide the batch of {batch} completions generated at once "
             f"(train_batch_size={total}): use one of {fits}"
         )
     accumulation = total // (config["per_device_train_batch_size"] * devices)
     if generation_steps < 1 or (accumulation % generation_steps and generation_steps % accumulation):
-        raise ValueError(
+        raise Refused(
             f"generation_aggregation_steps={generation_steps} must divide, or be a multiple of, the {accumulation} "
             "micro-batches of a step"
         )
@@ -220,9 +219,9 @@ def context_length(config: dict[str, Any]) -> int:
 def check_context(config: dict[str, Any]) -> None:
     prompt, completion, context = config["max_prompt_length"], config["max_completion_length"], context_length(config)
     if completion is None or completion < 1:
-        raise ValueError(f"max_completion_length={completion} must be positive")
+        raise Refused(f"max_completion_length={completion} must be positive")
     if prompt + completion > context:
-        raise ValueError(
+        raise Refused(
             f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the context of {context} "
             f"tokens, the model's or its student's: max_completion_length may be up to {context - prompt}"
         )
@@ -232,7 +231,7 @@ def check_lengths(config: dict[str, Any]) -> None:
     check_context(config)
     prompt, completion = config["max_prompt_length"], config["max_completion_length"]
     if config["logprob_token_budget"] is not None and config["logprob_token_budget"] < prompt + completion:
-        raise ValueError(
+        raise Refused(
             f"logprob_token_budget={config['logprob_token_budget']} is smaller than the longest row, max_prompt_length="
             f"{prompt} + max_completion_length={completion}: the smallest that works is {prompt + completion}"
         )
@@ -240,21 +239,21 @@ def check_lengths(config: dict[str, Any]) -> None:
 
 def check_combinations(config: dict[str, Any]) -> None:
     if config["temperature"] <= 0:
-        raise ValueError(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
+        raise Refused(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
     if config["use_peft"] and config["sync_ref_model"]:
-        raise ValueError("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
+        raise Refused("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
     if config["sync_ref_model"] and not config["beta"]:
-        raise ValueError("sync_ref_model=true with beta=0: there is no reference model to move; set beta above 0")
+        raise Refused("sync_ref_model=true with beta=0: there is no reference model to move; set beta above 0")
     if config["trainer"] == "teacher_grpo" and not config["beta"] and config["student_model"] is None:
-        raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
+        raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
     if not 0 <= config["save_completions_probability"] <= 1:
-        raise ValueError(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
+        raise Refused(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
     if config["trainer"] == "teacher_grpo" and config["answer_line"]:
-        raise ValueError("answer_line=true: a teacher explains a solution that it is shown; unset it")
+        raise Refused("answer_line=true: a teacher explains a solution that it is shown; unset it")
     if config["overlap_generation"]:
         check_overlap(config)
     if config["use_vllm_server"] and not config.get("vllm_server_base_url"):
-        raise ValueError(
+        raise Refused(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
     wanted = set(fields_of(VerifiedRewardConfig))
@@ -262,9 +261,9 @@ def check_combinations(config: dict[str, Any]) -> None:
     if wanted <= config.keys():
         check_verifier(config)
         if not any(config[key] for key in ("answer_weight", "format_weight", "length_weight")):
-            raise ValueError("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
+            raise Refused("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
     elif verifies:
-        raise ValueError(f"{verifies[0]} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
+        raise Refused(f"{verifies[0]} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
     if config["reward_functions"] or (config["trainer"] == "grpo" and not verifies):
         check_functions(config["reward_functions"])
 
@@ -274,48 +273,46 @@ def check_overlap(config: dict[str, Any]) -> None:
     wanted = {"use_vllm": True, "use_vllm_server": False, "vllm_enable_sleep_mode": False}
     for key, value in wanted.items():
         if config[key] != value:
-            raise ValueError(f"overlap_generation=true with {key}={config[key]}: set {key}={str(value).lower()}")
+            raise Refused(f"overlap_generation=true with {key}={config[key]}: set {key}={str(value).lower()}")
     if not config.get("vllm_importance_sampling_correction", True):
-        raise ValueError(
+        raise Refused(
             "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
         )
 
 
 def check_verifier(config: dict[str, Any]) -> None:
     if config["verifier"] not in VERIFIERS:
-        raise ValueError(f"verifier={config['verifier']}: use one of {', '.join(VERIFIERS)}")
+        raise Refused(f"verifier={config['verifier']}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
         if config.get(key, 1) <= 0:
-            raise ValueError(f"{key}={config[key]} must be positive")
+            raise Refused(f"{key}={config[key]} must be positive")
 
 
 def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
     if devices > 1 and config.get("overlap_generation"):
-        raise ValueError(f"overlap_generation=true with {devices} devices: it is for one process that trains")
+        raise Refused(f"overlap_generation=true with {devices} devices: it is for one process that trains")
     parallel = config.get("vllm_tensor_parallel_size", 1)
     if config.get("use_vllm") and not config["use_vllm_server"] and devices % parallel:
         fits = [size for size in range(1, devices + 1) if devices % size == 0]
-        raise ValueError(
+        raise Refused(
             f"vllm_tensor_parallel_size={parallel} does not divide the {devices} devices, whose neighbours share an "
             f"engine: use one of {fits}"
         )
     optimizer = str(config.get("optim"))
     if sharding != "ddp" and ("8bit" in optimizer or "paged" in optimizer):
-        raise ValueError(
-            f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp"
-        )
+        raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
         if config[key]:
-            raise ValueError(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
+            raise Refused(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
 
 
 def check_functions(paths: list[str] | None) -> None:
     """Dotted paths must name a module that exists; the function itself is looked up when the run is built."""
     if not paths:
-        raise ValueError("reward_functions is empty: name at least one function, such as rewards.exact.exact_answer")
+        raise Refused("reward_functions is empty: name at least one function, such as rewards.exact.exact_answer")
     for path in paths:
         module, _, function = str(path).rpartition(".")
         try:
@@ -323,7 +320,7 @@ def check_functions(paths: list[str] | None) -> None:
         except ValueError:
             found = False
         if not found:
-            raise ValueError(f"reward_functions: {path!r} is not a dotted path to a function that can be imported")
+            raise Refused(f"reward_functions: {path!r} is not a dotted path to a function that can be imported")
 
 
 def check_reward(config: dict[str, Any]) -> None:
@@ -335,15 +332,15 @@ def check_reward(config: dict[str, Any]) -> None:
         names, coefficients = config[names_key], config[coefficients_key]
         for name in names:
             if name not in REDUCTIONS:
-                raise ValueError(f"{names_key}: {name!r} is not a reduction; use {', '.join(REDUCTIONS)}")
+                raise Refused(f"{names_key}: {name!r} is not a reduction; use {', '.join(REDUCTIONS)}")
         if len(names) != len(coefficients) or not names:
-            raise ValueError(
+            raise Refused(
                 f"{coefficients_key}={coefficients} and {names_key}={names} must be of one length, at least 1"
             )
         if not all(_admits(value, ["float"]) for value in coefficients):
-            raise ValueError(f"{coefficients_key}={coefficients} must hold numbers only")
+            raise Refused(f"{coefficients_key}={coefficients} must hold numbers only")
     for key in ("normalize_log_prob_fn", "normalize_kl_fn"):
         if config[key] is not None and config[key] not in NORMALIZERS:
-            raise ValueError(f"{key}={config[key]!r}: use null or one of {', '.join(NORMALIZERS)}")
+            raise Refused(f"{key}={config[key]!r}: use null or one of {', '.join(NORMALIZERS)}")
     if config["unbias_student_log_probs_temp"] <= 0:
-        raise ValueError(f"unbias_student_log_probs_temp={config['unbias_student_log_probs_temp']} must be above 0")
+        raise Refused(f"unbias_student_log_probs_temp={config['unbias_student_log_probs_temp']} must be above 0")

@@ -1,12 +1,10 @@
 """The configuration of a command line: Hydra's tree with a run's name and keys, a memory profile, a warm-up's model.
 
-Also how keys are read (`read_overrides`, score.py's too) and how a command that cannot go on ends (`fail`).
+Also how keys are read (`read_overrides`, score.py's too).
 """
 
 import difflib
 import logging
-import os
-import sys
 from pathlib import Path
 
 import yaml
@@ -18,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from checks import JOBS, check_keys, key_names, known_keys
+from errors import Refused
 from memory import choose_profile, gpu_memory_gib
 from plan import check_output, is_complete, make_plan
 
@@ -36,7 +35,7 @@ def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str
     """(argument, key without plus signs, value) of each override.
 
     Raises:
-        ValueError: an unknown key, or a value that cannot be read.
+        Refused: an unknown key, or a value that cannot be read.
     """
     found = []
     for argument in arguments:
@@ -45,12 +44,12 @@ def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:
-            raise ValueError(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
+            raise Refused(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
         key, _, value = argument.partition("=")
         name = key.lstrip("+~")
         if name not in known and not name.startswith("hydra"):
             close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+            raise Refused(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
         found.append((argument, name, value))
     return found
 
@@ -59,7 +58,7 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
     """Command line to Hydra overrides: a bare run name becomes `run_cfg=`, and a known key needs no plus sign.
 
     Raises:
-        ValueError: no such run, group option or key, or a value that cannot be read.
+        Refused: no such run, group option or key, or a value that cannot be read.
     """
     flags = [argument for argument in arguments if argument.startswith("-")]
     named = [a if "=" in a else f"run_cfg={Path(a).name.removesuffix('.yaml')}" for a in arguments if a not in flags]
@@ -69,7 +68,7 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
             for choice in value.split(","):
                 choice = Path(choice).name.removesuffix(".yaml")
                 if choice not in options(name) and (name, choice) != ("memory_cfg", "null"):
-                    raise ValueError(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
+                    raise Refused(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
         plain = name in key_names() and not argument.startswith(("+", "~"))
         rewritten.append(f"++{argument}" if plain else argument)
     return flags + rewritten
@@ -79,12 +78,12 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
     """The resolved, flat configuration of a command line, and its overrides.
 
     Raises:
-        ValueError: as `rewrite_arguments`, or a key has several values.
+        Refused: as `rewrite_arguments`, or a key has several values.
     """
     overrides = rewrite_arguments(arguments)
     for several in filter(sweeps, overrides):
         key, _, value = several.lstrip("+").partition("=")
-        raise ValueError(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
+        raise Refused(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
     GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
     with initialize_config_dir(str(CFGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
@@ -114,7 +113,7 @@ def apply_memory_profile(config: dict, given: list[str], devices: int = 1, shard
     if chosen is None:
         return
     if config["trainer"] in JOBS:
-        raise ValueError(f"memory_cfg with {config['run_name']}: it is for runs that train")
+        raise Refused(f"memory_cfg with {config['run_name']}: it is for runs that train")
     check_keys(config)
     named = named_keys(given)
     if named & WEIGHT_KEYS:
@@ -150,7 +149,7 @@ def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str
     Of the run's own keys it takes only where results and logs go, and its micro-batch has to fit the devices.
 
     Raises:
-        ValueError: it cannot run on these devices, or another run stands in its folder.
+        Refused: it cannot run on these devices, or another run stands in its folder.
     """
     if config["warmup_run"] is None or named_keys(given) & {"model_name_or_path", "model_cfg"}:
         return None
@@ -168,8 +167,8 @@ def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str
             arguments.append(f"per_device_train_batch_size={fits[-1]}")
             own["per_device_train_batch_size"] = fits[-1]
         plan = make_plan({**own, "dry_run": config["dry_run"]}, devices, sharding=sharding)
-    except ValueError as error:
-        raise ValueError(f"warm-up {name}: {error}") from None
+    except Refused as error:
+        raise Refused(f"warm-up {name}: {error}") from None
     for line in plan.missing:  # of a dry run: any other was refused for the first of them
         logger.warning("missing for warm-up %s: %s", name, line)
     return arguments
@@ -178,10 +177,3 @@ def apply_warmup(config: dict, given: list[str], devices: int = 1, sharding: str
 def quoted(path: str) -> str:
     """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
     return "'" + path.replace("'", "\\'") + "'"
-
-
-def fail(error: Exception) -> None:
-    """One clear line; the traceback only on request."""
-    if os.environ.get("RLT_TRACEBACK"):
-        raise error
-    sys.exit(f"error: {' '.join(str(error).split())}")

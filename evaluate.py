@@ -19,6 +19,7 @@ from data.learned import learned_rows, lineage, rows_of
 from data.prompts import prompt_token_ids, render_question
 from data.sources import say_dropped
 from data.splits import check_disjoint
+from errors import Refused
 from evaluation.metrics import Estimate, bootstrap, paired_difference, pass_at_k
 from generation import request_seed
 from generation.parts import Parts
@@ -77,14 +78,14 @@ def questions(config: dict) -> list[dict]:
     """The rows to answer.
 
     Raises:
-        ValueError: there are none, the model was trained on some of them, or they cannot be checked.
+        Refused: there are none, the model was trained on some of them, or they cannot be checked.
     """
     from rewards.verifiers import check_rows
 
     loaded = rows_of(config)
     say_dropped(loaded.dropped, config["dataset_id_or_path"])
     if not loaded.rows:
-        raise ValueError(f"dataset_id_or_path={config['dataset_id_or_path']}: no usable row, {loaded.dropped}")
+        raise Refused(f"dataset_id_or_path={config['dataset_id_or_path']}: no usable row, {loaded.dropped}")
     check_apart(config, loaded.rows, list(lineage(Path(config["model_name_or_path"]).expanduser())))
     check_apart(config, loaded.rows, trained_on(config), must_be_there=True)
     check_rows(config["verifier"], loaded.rows)
@@ -95,14 +96,14 @@ def check_comparable(config: dict) -> None:
     """That the evaluation to compare with asked and judged in the same way.
 
     Raises:
-        ValueError: the first key that differs, with both values; or nothing says how it asked.
+        Refused: the first key that differs, with both values; or nothing says how it asked.
     """
     other = config["compare_with"]
     if other is None:
         return
     file = Path(other) / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"compare_with={other} holds no config.yaml: name the output folder of an evaluation")
+        raise Refused(f"compare_with={other} holds no config.yaml: name the output folder of an evaluation")
     check_same_way(config, yaml.safe_load(file.read_text()))
 
 
@@ -110,11 +111,11 @@ def check_same_way(config: dict, its: dict) -> None:
     """Refuse to compare an evaluation with one that asked or judged otherwise.
 
     Raises:
-        ValueError: the first key that differs, with both values.
+        Refused: the first key that differs, with both values.
     """
     for key in COMPARABLE:
         if key in its and its[key] != config[key]:
-            raise ValueError(
+            raise Refused(
                 f"compare_with={config['compare_with']}: {key} is {its[key]} there and {config[key]} here, so the "
                 "difference would not be the model's: evaluate both in the same way"
             )
@@ -124,10 +125,10 @@ def check_shared(config: dict, rows: list[dict]) -> None:
     """Refuse a comparison of evaluations without a common question.
 
     Raises:
-        ValueError: there is nothing to compare with.
+        Refused: there is nothing to compare with.
     """
     if config["compare_with"] and not compared(config, {row["question"] for row in rows}):
-        raise ValueError(f"compare_with={config['compare_with']}: the two evaluations share no question")
+        raise Refused(f"compare_with={config['compare_with']}: the two evaluations share no question")
 
 
 def compared(config: dict, questions: Iterable[str]) -> set[str]:
@@ -145,21 +146,21 @@ def check_apart(config: dict, rows: list[dict], learned: list[dict], must_be_the
         must_be_there: their sources; else one that is gone since is said.
 
     Raises:
-        ValueError: how many are, and the first.
+        Refused: how many are, and the first.
     """
     for its in learned:
         try:
             seen = learned_rows(its)
-        except ValueError as error:
+        except Refused as error:
             if must_be_there:
                 raise
             logger.warning("not checked against %s: %s", its["dataset_id_or_path"], error)
             continue
         try:
             check_disjoint(seen, rows)
-        except ValueError as error:
+        except Refused as error:
             sources = f"{config['dataset_id_or_path']} against {its['dataset_id_or_path']}"
-            raise ValueError(f"dataset_id_or_path={sources}: {error}") from None
+            raise Refused(f"dataset_id_or_path={sources}: {error}") from None
 
 
 def trained_on(config: dict) -> list[dict]:
@@ -167,13 +168,13 @@ def trained_on(config: dict) -> list[dict]:
     those that it started from; or of a file or a hub's dataset.
 
     Raises:
-        ValueError: a task is named, of which a run has drawn rows of its own, or a pipeline.
+        Refused: a task is named, of which a run has drawn rows of its own, or a pipeline.
     """
     named = config["trained_on"]
     if named is None:
         return []
     if named.startswith("reasoning_gym/"):
-        raise ValueError(f"trained_on={named}: which questions were drawn is in a run's output folder, name that")
+        raise Refused(f"trained_on={named}: which questions were drawn is in a run's output folder, name that")
     everything = {"dataset_split": "train", "dataset_seed": 0, "dataset_size": None, "eval_size": 0}
     return list(lineage(Path(named).expanduser())) or [{**config, **everything, "dataset_id_or_path": named}]
 

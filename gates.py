@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from errors import Refused
+
 DIRECTIONS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 PASS, FAIL, UNDECIDABLE = 0, 1, 2
 USAGE = "usage: python gates.py GATES.yaml RESULT.json"
@@ -37,22 +39,22 @@ def read_gates(path: Path) -> list[Gate]:
     """The gates of a file.
 
     Raises:
-        ValueError: the file cannot be read, or an entry is no gate.
+        Refused: the file cannot be read, or an entry is no gate.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise Refused(f"{path} cannot be read: {error}") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of gates")
+        raise Refused(f"{path} must hold a list of gates")
     return [_gate(entry, f"{path} gate {number}") for number, entry in enumerate(entries, start=1)]
 
 
 def _gate(entry: Any, place: str) -> Gate:
     if not isinstance(entry, dict) or set(entry) != {"metric", "direction", "threshold"}:
-        raise ValueError(f"{place} must have metric, direction and threshold, and nothing else")
+        raise Refused(f"{place} must have metric, direction and threshold, and nothing else")
     if not isinstance(entry["direction"], str) or entry["direction"] not in DIRECTIONS:
-        raise ValueError(f"{place}: direction={entry['direction']!r} is none of {', '.join(DIRECTIONS)}")
+        raise Refused(f"{place}: direction={entry['direction']!r} is none of {', '.join(DIRECTIONS)}")
     return Gate(str(entry["metric"]), entry["direction"], _number(entry["threshold"], place))
 
 
@@ -63,7 +65,7 @@ def _number(threshold: Any, place: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{place}: threshold={threshold!r} is not a number")
+        raise Refused(f"{place}: threshold={threshold!r} is not a number")
     return number
 
 
@@ -98,8 +100,8 @@ def main() -> None:
         try:
             result = json.loads(result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{result_file} cannot be read: {error}") from None
-    except ValueError as error:
+            raise Refused(f"{result_file} cannot be read: {error}") from None
+    except Refused as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(UNDECIDABLE)
     code, report = decide(gates, result)

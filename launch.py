@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checks import JOBS, check_keys
-from configuration import apply_memory_profile, apply_warmup, compose_config, fail
+from configuration import apply_memory_profile, apply_warmup, compose_config
+from errors import Refused, fail
 from generation.guard import KEY_VARIABLE
 from generation.shared_memory import WEIGHTS_VARIABLE, weights_folder
 from launching import SHARDINGS, RankPlace, folder_lock, rank_environment, supervise
@@ -37,13 +38,13 @@ def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
     """(devices of servers, the other arguments); launch_with_server.sh puts `--servers=N` first.
 
     Raises:
-        ValueError: N is no number above 0.
+        Refused: N is no number above 0.
     """
     if not arguments or not arguments[0].startswith("--servers="):
         return 0, arguments
     number = arguments[0].removeprefix("--servers=")
     if not number.isdigit() or int(number) < 1:
-        raise ValueError(f"{number!r} is no number of devices: ./launch_with_server.sh SERVER_DEVICES DEVICES ...")
+        raise Refused(f"{number!r} is no number of devices: ./launch_with_server.sh SERVER_DEVICES DEVICES ...")
     return int(number), arguments[1:]
 
 
@@ -51,17 +52,15 @@ def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
     """(devices of this machine, sharding if one is named, what is left for the run).
 
     Raises:
-        ValueError: the first word is not a number of devices, or two shardings are named.
+        Refused: the first word is not a number of devices, or two shardings are named.
     """
     if not arguments or not arguments[0].isdigit():
-        raise ValueError("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
+        raise Refused("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
     named = [word for word in arguments[1:] if word in SHARDINGS]
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)}: name one sharding")
+        raise Refused(f"{' and '.join(named)}: name one sharding")
     if flags := [word for word in arguments if word.startswith("-")]:
-        raise ValueError(
-            f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]"
-        )
+        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]")
     return int(arguments[0]), named[0] if named else None, [word for word in arguments[1:] if word not in SHARDINGS]
 
 
@@ -69,34 +68,34 @@ def check_devices(devices: int, gpus: int, requires: str | None) -> None:
     """Refuse more devices than this machine has.
 
     Raises:
-        ValueError: more devices than this machine has.
+        Refused: more devices than this machine has.
     """
     if gpus or requires == "gpu":
         if devices > gpus:
-            raise ValueError(f"{devices} devices asked for, and {gpus} GPUs are visible on this machine")
+            raise Refused(f"{devices} devices asked for, and {gpus} GPUs are visible on this machine")
     elif devices > len(cores := os.sched_getaffinity(0)):
-        raise ValueError(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
+        raise Refused(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
 
 
 def check_servers(config: dict, server_devices: int, nodes: int = 1) -> None:
     """Refuse servers that do not fit the run.
 
     Raises:
-        ValueError: servers do not fit the run, or tensor parallelism does not fit them.
+        Refused: servers do not fit the run, or tensor parallelism does not fit them.
     """
     if nodes > 1:
-        raise ValueError(
+        raise Refused(
             f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
             "and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
         )
     if config["trainer"] == "pipeline":
-        raise ValueError("a pipeline with servers: start its stages one by one")
+        raise Refused("a pipeline with servers: start its stages one by one")
     if not config.get("use_vllm", config["trainer"] in JOBS):
-        raise ValueError(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
+        raise Refused(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
     parallel = config.get("vllm_tensor_parallel_size", 1)
     fits = [size for size in range(1, server_devices + 1) if server_devices % size == 0]
     if parallel not in fits:
-        raise ValueError(
+        raise Refused(
             f"vllm_tensor_parallel_size={parallel} does not divide the {server_devices} devices of the servers: "
             f"use one of {fits}"
         )
@@ -116,13 +115,13 @@ def address_of_servers(environment: dict[str, str]) -> dict:
     """Where servers listen: `host` and `first_port`.
 
     Raises:
-        ValueError: other machines could reach them, and no key is set.
+        Refused: other machines could reach them, and no key is set.
     """
     host, port = environment.get(HOST_VARIABLE, LOOPBACK), environment.get(PORT_VARIABLE, "0")
     if not port.isdigit() or int(port) >= 2**16:
-        raise ValueError(f"{PORT_VARIABLE}={port} is no port")
+        raise Refused(f"{PORT_VARIABLE}={port} is no port")
     if not host.startswith("127.") and not environment.get(KEY_VARIABLE):
-        raise ValueError(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
+        raise Refused(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
     return {"host": host, "first_port": int(port)}
 
 
@@ -133,7 +132,7 @@ def serve(devices: int, arguments: list[str]) -> int:
     check_keys(config)
     check_servers(config, devices)
     if apply_warmup(config, given):
-        raise ValueError(
+        raise Refused(
             f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
         )
     check_devices(devices, count_gpus(), config["requires"])
@@ -181,23 +180,21 @@ def check_shared(folder: str) -> None:
     """Refuse an output folder that the machines do not share.
 
     Raises:
-        ValueError: node 0 has written its configuration elsewhere.
+        Refused: node 0 has written its configuration elsewhere.
     """
     if not (Path(folder) / "config.yaml").is_file():
-        raise ValueError(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
+        raise Refused(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
 
 
 def sharding_of(config: dict, named: str | None) -> str:
     """The sharding of a run: as named, else what suits its devices.
 
     Raises:
-        ValueError: one is named where nothing is trained.
+        Refused: one is named where nothing is trained.
     """
     if config["trainer"] in JOBS and config["trainer"] != "pipeline":
         if named not in (None, "ddp"):
-            raise ValueError(
-                f"{named} with {config['run_name']}: nothing is trained, and every device has whole models"
-            )
+            raise Refused(f"{named} with {config['run_name']}: nothing is trained, and every device has whole models")
         return "ddp"
     return named or ("zero3" if count_gpus() or config["requires"] == "gpu" else "ddp")
 
@@ -213,7 +210,7 @@ def launch(devices: int, sharding: str | None, arguments: list[str], server_devi
     link.meet({**hide_secrets(config), "sharding": sharding, "devices": devices})
     try:
         return launch_here(config, given, devices, sharding, server_devices, machines, link)
-    except ValueError as error:
+    except Refused as error:
         link.announce(str(error))
         raise
 
@@ -248,7 +245,7 @@ def launch_here(
             return code
     if config["trainer"] == "pipeline":
         if machines.nodes > 1:
-            raise ValueError(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
+            raise Refused(f"{config['run_name']} with NNODES={machines.nodes}: start its stages one by one")
         check_pipeline(plan, devices, sharding)
     first = machines.node == 0
     with folder_lock(config["output_dir"]) if first else nullcontext():
@@ -271,9 +268,9 @@ def main() -> None:
         if servers and not devices:
             sys.exit(serve(servers, rest))
         if not devices:
-            raise ValueError("0 devices: only servers can do without (./launch_with_server.sh SERVER_DEVICES 0 RUN)")
+            raise Refused("0 devices: only servers can do without (./launch_with_server.sh SERVER_DEVICES 0 RUN)")
         sys.exit(launch(devices, sharding, rest, servers))
-    except ValueError as error:
+    except Refused as error:
         fail(error)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from checks import JOBS
 from configuration import apply_memory_profile, apply_warmup, compose_config, quoted
+from errors import Refused
 from launching import run_child
 from plan import MARKER, SECRET, Plan, is_complete, make_plan
 
@@ -84,12 +85,12 @@ def check_fresh(stage: Stage, made: list[Stage]) -> None:
         made: stages that ran in this life.
 
     Raises:
-        ValueError: one that it reads.
+        Refused: one that it reads.
     """
     text = " ".join(stage.arguments)
     read = [other for other in made if re.search(rf"{re.escape(other.folder)}(?=['/\s]|$)", text)]
     if read:
-        raise ValueError(
+        raise Refused(
             f"stage {stage.name} is complete, and {read[0].name}, which it reads, was made again: delete "
             f"{stage.folder} and start the pipeline again"
         )
@@ -99,7 +100,7 @@ def check(plan: Plan, devices: int | None = None, sharding: str | None = None) -
     """Every stage with its configuration, before any starts. Arguments as in `run`.
 
     Raises:
-        ValueError: a stage cannot work, its folder holds another run, or an evaluation asks what another stage reads.
+        Refused: a stage cannot work, its folder holds another run, or an evaluation asks what another stage reads.
     """
     stages, anew = stages_of(plan.config), plan.config["overwrite_output_dir"]
     found = [(stage, configuration_of(stage, stages, devices or 1, sharding, anew)) for stage in stages]
@@ -126,7 +127,7 @@ def configuration_of(
         anew: what stands in its folder is deleted.
 
     Raises:
-        ValueError: the stage cannot work, or its folder holds another run.
+        Refused: the stage cannot work, or its folder holds another run.
     """
     config, given = compose_config(stage.arguments)
     word = _sharding_word(config, sharding) or ["ddp"]
@@ -136,12 +137,12 @@ def configuration_of(
         missing = make_plan(
             {**config, "dry_run": True, "overwrite_output_dir": anew}, devices, warmup is not None, *word
         ).missing
-    except ValueError as error:
-        raise ValueError(f"stage {stage.name}: {error}") from None
+    except Refused as error:
+        raise Refused(f"stage {stage.name}: {error}") from None
     to_come = [s.folder for s in stages]
     for line in missing:  # what names an earlier stage's folder will be there; of its own, all has to be right now
         if line.startswith("output_dir=") or not any(folder in line for folder in to_come):
-            raise ValueError(f"stage {stage.name}: {line}")
+            raise Refused(f"stage {stage.name}: {line}")
     return config
 
 
@@ -151,7 +152,7 @@ def problems(plan: Plan, sharding: str | None) -> list[str]:
     for stage in stages:
         try:
             configuration_of(stage, stages, plan.devices, sharding, plan.config["overwrite_output_dir"])
-        except ValueError as error:
+        except Refused as error:
             found.append(str(error))
     return found
 
@@ -164,7 +165,7 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = F
         anew: finished ones are to come again.
 
     Raises:
-        ValueError: how many questions are read, and the first; or what differs.
+        Refused: how many questions are read, and the first; or what differs.
     """
     from data.learned import rows_of
     from evaluate import check_apart, check_same_way
@@ -180,5 +181,5 @@ def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = F
             check_same_way(config, by_folder.get(config["compare_with"], {}))
             if not config["dataset_id_or_path"].startswith(to_come):  # which has yet to be made
                 check_apart(config, rows_of(config).rows, learned)
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name}: {error}") from None
+        except Refused as error:
+            raise Refused(f"stage {stage.name}: {error}") from None

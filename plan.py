@@ -34,6 +34,7 @@ from data.formats import load_format
 from data.learned import saved_configuration
 from data.sources import inspect_source, load_rows
 from data.splits import check_disjoint
+from errors import Refused
 from generation.parts import check_sources, models_of
 from job_checks import check_job
 from memory import GIB, ask_nvidia_smi, estimate_memory, gpu_memory_gib, parameters
@@ -139,7 +140,7 @@ def make_plan(config: dict[str, Any], devices: int = 1, warms_up_first: bool = F
         sharding: over the devices, one of `launching.SHARDINGS`.
 
     Raises:
-        ValueError: one line on the first thing that cannot work. What this machine merely lacks (files, network, a
+        Refused: one line on the first thing that cannot work. What this machine merely lacks (files, network, a
             GPU) is in `Plan.missing` when `dry_run` is set, and raised like everything else when it is not.
     """
     check_keys(config)
@@ -172,7 +173,7 @@ def _on_this_machine(plan: Plan) -> Plan:
     for check in (*of_the_plan, *of_its_folders):
         try:
             check()
-        except ValueError as error:
+        except Refused as error:
             if not config["dry_run"]:
                 raise
             plan.missing.append(str(error))
@@ -197,7 +198,7 @@ def is_complete(config: dict) -> bool:
 
 def check_device(plan: Plan) -> None:
     if plan.config["requires"] == "gpu" and not plan.gpus:
-        raise ValueError(f"run {plan.config['run_name']} needs a GPU and none is visible (requires=null tries the CPU)")
+        raise Refused(f"run {plan.config['run_name']} needs a GPU and none is visible (requires=null tries the CPU)")
 
 
 def check_servers(plan: Plan) -> None:
@@ -206,11 +207,11 @@ def check_servers(plan: Plan) -> None:
     for url in [named] if isinstance(named, str) else named or []:
         address = urlsplit(url)
         if address.hostname is None or address.port is None:
-            raise ValueError(f"vllm_server_base_url={url} is no address such as http://host:8000")
+            raise Refused(f"vllm_server_base_url={url} is no address such as http://host:8000")
         if address.port and not _answers(address.hostname, address.port):
-            raise ValueError(f"vllm_server_base_url={url} does not answer")
+            raise Refused(f"vllm_server_base_url={url} does not answer")
         if address.port and not os.environ.get("RLT_SERVER_KEY"):
-            raise ValueError(f"vllm_server_base_url={url}: set RLT_SERVER_KEY to the servers' key")
+            raise Refused(f"vllm_server_base_url={url}: set RLT_SERVER_KEY to the servers' key")
 
 
 def check_data(plan: Plan) -> None:
@@ -221,14 +222,14 @@ def check_data(plan: Plan) -> None:
             continue
         try:
             inspect_source(source)
-        except ValueError as error:
-            raise ValueError(f"{key}={source}: {error}") from None
+        except Refused as error:
+            raise Refused(f"{key}={source}: {error}") from None
         if source.startswith("benchmark/"):
             _check_hub(key, BENCHMARKS[source.removeprefix("benchmark/")].hub_name, "datasets")
         elif not source.startswith("reasoning_gym/") and not Path(source).expanduser().exists():
             _check_hub(key, source, "datasets")
     if sources[1] and sources[0] == sources[1]:
-        raise ValueError(
+        raise Refused(
             f"eval_dataset_id_or_path={sources[1]}: the evaluation rows are among the training rows; name another "
             "source, or set eval_size to hold some out"
         )
@@ -242,13 +243,13 @@ def check_data(plan: Plan) -> None:
     elif sources[1] is None and held_out:
         found = len(load_rows(files[0], size=held_out + 1, tags=tags).rows)
         if found <= held_out:
-            raise ValueError(f"eval_size={held_out} leaves nothing of {found} rows to train on")
+            raise Refused(f"eval_size={held_out} leaves nothing of {found} rows to train on")
 
 
 def check_comparison(config: dict[str, Any]) -> None:
     other = config.get("compare_with")
     if other is not None and not (Path(other) / "evaluation.json").is_file():
-        raise ValueError(f"compare_with={other} holds no evaluation.json: name the output folder of an evaluation")
+        raise Refused(f"compare_with={other} holds no evaluation.json: name the output folder of an evaluation")
 
 
 def check_models(plan: Plan) -> None:
@@ -263,7 +264,7 @@ def check_models_exist(named: dict[str, str]) -> None:
     for key, name in named.items():
         if is_embedded(name):
             if name not in GGUF_FILES:
-                raise ValueError(f"{key}={name} is not embedded: use one of {', '.join(GGUF_FILES)}")
+                raise Refused(f"{key}={name} is not embedded: use one of {', '.join(GGUF_FILES)}")
             continue
         path = Path(name).expanduser()
         if path.is_dir():
@@ -271,18 +272,18 @@ def check_models_exist(named: dict[str, str]) -> None:
             if is_adapter(path) and not (path / MERGED).is_dir():
                 check_models_exist({f"{key}={name}, base": _base_of(key, path)})
             elif not is_adapter(path) and not (path / "config.json").is_file():
-                raise ValueError(f"{key}={name}: the folder holds no model (no config.json)")
+                raise Refused(f"{key}={name}: the folder holds no model (no config.json)")
             continue
         if name.startswith(LOCAL_STARTS) or name.count("/") != 1:
-            raise ValueError(f"{key}={name}: model path does not exist")
+            raise Refused(f"{key}={name}: model path does not exist")
         _check_hub(key, name, "models")
 
 
 def _base_of(key: str, adapter: Path) -> str:
     try:
         return adapter_base(adapter)
-    except ValueError as error:
-        raise ValueError(f"{key}={adapter}: {error}") from None
+    except Refused as error:
+        raise Refused(f"{key}={adapter}: {error}") from None
 
 
 def _check_hub(key: str, name: str, kind: str) -> None:
@@ -297,7 +298,7 @@ def _check_hub(key: str, name: str, kind: str) -> None:
         if address.scheme in getproxies() or _answers(address.hostname, address.port or PORTS[address.scheme]):
             return
         reason = "is no local path, is not in the local cache, and the hub does not answer"
-    raise ValueError(f"{key}={name} {reason}")
+    raise Refused(f"{key}={name} {reason}")
 
 
 def _answers(host: str, port: int) -> bool:
@@ -328,13 +329,13 @@ def check_output(config: dict[str, Any]) -> None:
     folder = Path(config["output_dir"])
     begun = any(folder.glob("checkpoint-*"))  # and no longer in need of the checkpoint that it began with
     if config["resume_from"] is not None and not begun and not Path(config["resume_from"]).is_dir():
-        raise ValueError(f"resume_from={config['resume_from']} is not a checkpoint folder")
+        raise Refused(f"resume_from={config['resume_from']} is not a checkpoint folder")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file: choose another output_dir")
+        raise Refused(f"output_dir={folder} is a file: choose another output_dir")
     before, now = saved_configuration(folder), hide_secrets(config)
     if before is None:
         if folder.is_dir() and any(path.name not in BEFORE_A_RUN for path in folder.iterdir()):
-            raise ValueError(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
+            raise Refused(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
         return
     if config["overwrite_output_dir"]:
         check_overwriting(config, folder.resolve())
@@ -344,7 +345,7 @@ def check_output(config: dict[str, Any]) -> None:
     changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
     if changed:
         key = changed[0]
-        raise ValueError(
+        raise Refused(
             f"output_dir={config['output_dir']} holds a different run ({key}: {before.get(key)} there, "
             f"{now.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
         )
@@ -355,7 +356,7 @@ def check_overwriting(config: dict, folder: Path) -> None:
         named = config.get(key)
         places = [Path(named).expanduser().resolve()] if isinstance(named, str) else []
         if any(place == folder or folder in place.parents for place in places if place.exists()):
-            raise ValueError(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
+            raise Refused(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
 
 
 def check_parts(config: dict[str, Any]) -> None:
@@ -374,7 +375,7 @@ def check_disk(config: dict[str, Any]) -> None:
     needed = per_checkpoint * ((config["save_total_limit"] or 5) + 1) + parameters(config) * 4
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise Refused(
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )

@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from configuration import fail
 from data.learned import saved_configuration
+from errors import Refused, fail
 from reports.comparison import comparison
 from reports.completions import completions
 from reports.curves import draw_curves
@@ -33,7 +33,7 @@ def write_report(folders: list[Path], path: Path) -> None:
     """Write the page of some runs, and its picture beside it.
 
     Raises:
-        ValueError: a folder holds no run.
+        Refused: a folder holds no run.
     """
     runs = labelled([run for folder in folders for run in runs_of(folder)])
     name = ", ".join(labelled(folders))
@@ -55,17 +55,17 @@ def runs_of(folder: Path) -> list[Path]:
     """The folder itself; of a pipeline those of its stages that have begun, in its order.
 
     Raises:
-        ValueError: it holds no run, or a pipeline that has not begun.
+        Refused: it holds no run, or a pipeline that has not begun.
     """
     config = saved_configuration(folder)
     if config is None:
-        raise ValueError(f"{folder} holds no run (no config.yaml of one)")
+        raise Refused(f"{folder} holds no run (no config.yaml of one)")
     if config["trainer"] != "pipeline":
         return [folder]
     stages = [folder / stage["name"] for stage in config["stages"]]
     begun = [stage for stage in stages if saved_configuration(stage)]
     if not begun:
-        raise ValueError(f"{folder} is a pipeline of which no stage has begun: start it again")
+        raise Refused(f"{folder} is a pipeline of which no stage has begun: start it again")
     return [run for stage in begun for run in runs_of(stage)]
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         sys.exit(f"error: {USAGE}")
     try:
         write_report([Path(name) for name in named], Path(out))
-    except (ValueError, OSError) as error:  # OSError: a place that cannot be written to
+    except (Refused, OSError) as error:  # OSError: a place that cannot be written to
         fail(error)
     sys.stdout.write(f"{out}\n")
 

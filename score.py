@@ -22,9 +22,10 @@ import hydra
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from checks import check_reward, check_types
-from configuration import fail, read_overrides
+from configuration import read_overrides
 from data.formats import load_format
 from data.sources import read_file, readable
+from errors import Refused, fail
 from plan import check_models_exist
 from schema import TeacherRewardConfig, pick
 from traces.ranking import ranks, sources_of, summary, table
@@ -55,16 +56,16 @@ def check(config: dict) -> None:
     check_reward(config)
     load_format(config["reasoning_format"])
     if config["temperature"] <= 0:
-        raise ValueError(f"temperature={config['temperature']} must be above 0")
+        raise Refused(f"temperature={config['temperature']} must be above 0")
     if config["dtype"] not in DTYPES:
-        raise ValueError(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
+        raise Refused(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
     if not Path(config["input"]).is_file():
-        raise ValueError(f"input={config['input']} does not exist")
+        raise Refused(f"input={config['input']} does not exist")
     for path in (Path(config["output"]), ranking_file(Path(config["output"]))):
         if path.exists():
-            raise ValueError(f"output={config['output']}: {path} exists and would be overwritten: name another file")
+            raise Refused(f"output={config['output']}: {path} exists and would be overwritten: name another file")
     if not Path(config["output"]).absolute().parent.is_dir():
-        raise ValueError(f"output={config['output']}: its folder does not exist")
+        raise Refused(f"output={config['output']}: its folder does not exist")
     check_models_exist({key: config[key] for key in ("teacher_model", "student_model")})
 
 
@@ -72,27 +73,27 @@ def read_lines(path: Path) -> Iterator[dict]:
     """The input's rows, each checked.
 
     Raises:
-        ValueError: names what cannot be read, or the row, the column that it lacks and those it has.
+        Refused: names what cannot be read, or the row, the column that it lacks and those it has.
     """
     with readable(str(path)):
         rows = list(read_file(path))
     for number, row in enumerate(rows, start=1):
         for column in REQUIRED:
             if not isinstance(row.get(column), str) or not row[column].strip():
-                raise ValueError(f"input={path} row {number} needs a non-empty text {column!r}; it has {_columns(row)}")
+                raise Refused(f"input={path} row {number} needs a non-empty text {column!r}; it has {_columns(row)}")
         for column in OPTIONAL:
             if not isinstance(row.get(column), str | None):
-                raise ValueError(f"input={path} row {number}: {column} must be text, not {row[column]!r}")
+                raise Refused(f"input={path} row {number}: {column} must be text, not {row[column]!r}")
         answers = _answers(row)
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise ValueError(
+            raise Refused(
                 f"input={path} row {number} needs a text 'completion' or a list of texts 'completions'; "
                 f"it has {_columns(row)}"
             )
         try:
             sources_of(row, len(answers))
-        except ValueError as error:
-            raise ValueError(f"input={path} row {number}: {error}") from None
+        except Refused as error:
+            raise Refused(f"input={path} row {number}: {error}") from None
         yield row
 
 
@@ -147,7 +148,7 @@ def score_file(config: dict) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(config["input"])))
     if not rows:
-        raise ValueError(f"input={config['input']} has no line to score")
+        raise Refused(f"input={config['input']} has no line to score")
     reward = build_reward(config)
     for row in rows:  # refused before the first is scored
         reward.read([row], [""])
@@ -193,7 +194,7 @@ def job(cfg) -> None:
         said = score_file(config)
     except MissingMandatoryValue as error:
         fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
-    except ValueError as error:
+    except Refused as error:
         fail(error)
     sys.stdout.write(said)
 
@@ -202,7 +203,7 @@ def main() -> None:
     known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
         read_overrides(sys.argv[1:], known)
-    except ValueError as error:
+    except Refused as error:
         fail(error)
     job()
 

@@ -20,8 +20,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from checks import JOBS
-from configuration import apply_memory_profile, apply_warmup, fail, quoted, rewrite_arguments, sweeps
+from configuration import apply_memory_profile, apply_warmup, quoted, rewrite_arguments, sweeps
 from data.learned import saved_configuration
+from errors import Refused, fail
 from launching import PREEMPTED, folder_lock, run_child
 from models.paths import merged_model_path
 from models.versions import check_versions, requirements_file
@@ -129,7 +130,7 @@ def _train(plan: Plan, stop):
     checkpoint = newest(plan.config["resume_from"], last_checkpoint(plan.config["output_dir"]))
     if checkpoint:
         if damage := damage_of(Path(checkpoint)):
-            raise ValueError(f"resume_from={checkpoint} is damaged: {damage}")
+            raise Refused(f"resume_from={checkpoint} is damaged: {damage}")
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer, evaluation
@@ -180,7 +181,7 @@ def job(cfg) -> None:
         return
     try:
         run(config, overrides)
-    except ValueError as error:
+    except Refused as error:
         fail(error)
 
 
@@ -188,11 +189,11 @@ def check_sweep(arguments: list[str]) -> None:
     """Refuse to sweep with a secret.
 
     Raises:
-        ValueError: Hydra would write a secret into its record of a sweep.
+        Refused: Hydra would write a secret into its record of a sweep.
     """
     keys = [argument.lstrip("+").partition("=")[0] for argument in arguments if "=" in argument]
     if {"-m", "--multirun"} & set(arguments) and (secret := [key for key in keys if key.endswith(SECRET)]):
-        raise ValueError(f"{secret[0]} with -m: a sweep's overrides are written to disk; log in to the hub instead")
+        raise Refused(f"{secret[0]} with -m: a sweep's overrides are written to disk; log in to the hub instead")
 
 
 def prepare() -> None:
@@ -213,7 +214,7 @@ def main() -> None:
     try:
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
         check_sweep(sys.argv[1:])
-    except ValueError as error:
+    except Refused as error:
         fail(error)
     job()
 

@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from errors import Refused
+
 PREFIX = "benchmark/"
 LETTERS = "ABCD"
 
@@ -38,17 +40,17 @@ def check_benchmark(name: str) -> None:
     """Refuse a name that is no benchmark.
 
     Raises:
-        ValueError: no such benchmark.
+        Refused: no such benchmark.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"there is no benchmark {name!r}: use one of {', '.join(BENCHMARKS)}")
+        raise Refused(f"there is no benchmark {name!r}: use one of {', '.join(BENCHMARKS)}")
 
 
 def benchmark_rows(name: str) -> Iterable[dict]:
     """Rows of `question` and `solution`; options of multiple choice in an order that their question's place fixes.
 
     Raises:
-        ValueError: no such benchmark, or the hub does not have it for us.
+        Refused: no such benchmark, or the hub does not have it for us.
     """
     check_benchmark(name)
     from datasets import load_dataset
@@ -58,7 +60,7 @@ def benchmark_rows(name: str) -> Iterable[dict]:
         rows = load_dataset(known.hub_name, known.config, split=known.split)
     except OSError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{PREFIX}{name} ({known.hub_name}) could not be loaded from the hub: {reason}") from error
+        raise Refused(f"{PREFIX}{name} ({known.hub_name}) could not be loaded from the hub: {reason}") from error
     for number, row in enumerate(rows):
         yield _with_options(row, known, number) if known.wrong else _plain(row, known)
 

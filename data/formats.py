@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from errors import Refused
+
 TEACHER_PROMPT = (
     "You are a teacher. You are given a question together with its solution, which stands between {solution_start} "
     "and {solution_end}. Write, between {explanation_start} and {explanation_end}, the chain of thought that leads a "
@@ -39,12 +41,12 @@ class ReasoningFormat:
         for field in ("name", "delimiter", "teacher_system_prompt", "student_system_prompt"):
             text = getattr(self, field)
             if not isinstance(text, str):
-                raise ValueError(f"format {self.name!r}: {field} must be text, not {text!r}")
+                raise Refused(f"format {self.name!r}: {field} must be text, not {text!r}")
         for field in ("explanation_tags", "thought_tags", "solution_tags"):
             pair = getattr(self, field)
             listed = isinstance(pair, (list, tuple)) and len(pair) == 2
             if not listed or not all(isinstance(tag, str) and tag for tag in pair):
-                raise ValueError(f"format {self.name!r}: {field} must be two non-empty strings, not {pair!r}")
+                raise Refused(f"format {self.name!r}: {field} must be two non-empty strings, not {pair!r}")
             object.__setattr__(self, field, tuple(pair))
 
     def _fill(self, prompt: str) -> str:
@@ -77,24 +79,24 @@ def load_format(name_or_path: str) -> ReasoningFormat:
     """A shipped format by name, or one from a YAML file.
 
     Raises:
-        ValueError: neither a known name nor an existing YAML file, or a file that is no YAML or has other fields.
+        Refused: neither a known name nor an existing YAML file, or a file that is no YAML or has other fields.
     """
     if name_or_path in FORMATS:
         return FORMATS[name_or_path]
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise ValueError(f"reasoning_format={name_or_path}: use one of {sorted(FORMATS)} or an existing .yaml file")
+        raise Refused(f"reasoning_format={name_or_path}: use one of {sorted(FORMATS)} or an existing .yaml file")
     try:
         values = yaml.safe_load(path.read_bytes()) or {}
     except OSError as error:
-        raise ValueError(f"reasoning_format={name_or_path} cannot be read ({error.strerror})") from error
+        raise Refused(f"reasoning_format={name_or_path} cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise Refused(
             f"reasoning_format={name_or_path} is not YAML ({reason}): put a text with a colon in quotes"
         ) from error
     known = {field.name for field in fields(ReasoningFormat)}
     if not isinstance(values, dict) or set(values) - known:
         wrong = sorted(map(str, set(values) - known)) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"reasoning_format={name_or_path}: {wrong} not among the fields {sorted(known)}")
+        raise Refused(f"reasoning_format={name_or_path}: {wrong} not among the fields {sorted(known)}")
     return ReasoningFormat(**{"name": path.stem, **values})

@@ -11,6 +11,7 @@ import yaml
 from data.formats import load_format
 from data.sources import Rows, load_rows
 from data.splits import hold_out, questions_of
+from errors import Refused
 
 HELD_OUT = "held_out.jsonl"  # in the output folder of a run that holds questions out
 
@@ -32,7 +33,7 @@ def lineage(model: Path) -> Iterator[dict]:
     A run's output folder is a model, and so are its `merged` and `checkpoint-N`.
 
     Raises:
-        ValueError: a pipeline's folder, which is no model.
+        Refused: a pipeline's folder, which is no model.
     """
     inside = model.name == "merged" or model.name.startswith("checkpoint-")
     for place in [model, model.parent] if inside else [model]:
@@ -40,7 +41,7 @@ def lineage(model: Path) -> Iterator[dict]:
         if its is None:
             continue
         if its["trainer"] == "pipeline":
-            raise ValueError(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
+            raise Refused(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
         if its["trainer"] == "dpo":
             its["dataset_id_or_path"] += "/all/traces.parquet"
             its["dataset_size"] = None  # of pairs, there
@@ -81,7 +82,7 @@ def learned_questions(model: str) -> set[str]:
     for its in lineage(Path(model).expanduser()):
         try:
             found |= questions_of(learned_rows(its))
-        except ValueError as error:
+        except Refused as error:
             logger.warning("what %s was trained on is not known: %s", its["output_dir"], error)
     return found
 
@@ -90,11 +91,11 @@ def check_held_out(folder: Path, rows: list[dict]) -> None:
     """That a run which goes on holds out what it held out before, with which its evaluations are paired.
 
     Raises:
-        ValueError: its source, or that of a run which it started from, has changed.
+        Refused: its source, or that of a run which it started from, has changed.
     """
     file = folder / HELD_OUT
     if file.is_file() and rows and questions_of(rows) != questions_of(_read(file)):
-        raise ValueError(
+        raise Refused(
             f"output_dir={folder}: the held-out questions are others than when this run began, because the data "
             "changed: name another output_dir, or overwrite_output_dir=true"
         )

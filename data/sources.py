@@ -23,6 +23,7 @@ import yaml
 from data.benchmarks import PREFIX as BENCHMARK
 from data.benchmarks import benchmark_rows, check_benchmark
 from data.worked import worked_solution
+from errors import Refused
 
 GENERATOR = "reasoning_gym/"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -69,10 +70,10 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
         rows of text in the order of the source, and how many were left out for which reason.
 
     Raises:
-        ValueError: missing source, column, task or split, or a file or line that cannot be read; says which.
+        Refused: missing source, column, task or split, or a file or line that cannot be read; says which.
     """
     if size is not None and size < 1:
-        raise ValueError(f"size={size} must be positive, or null for all rows")
+        raise Refused(f"size={size} must be positive, or null for all rows")
     with readable(source):
         if source.startswith(GENERATOR):
             found = _generate(source.removeprefix(GENERATOR), seed, size or GENERATED_ROWS)
@@ -89,7 +90,7 @@ def readable(source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{source} cannot be read ({error})") from error
+        raise Refused(f"{source} cannot be read ({error})") from error
 
 
 def _usable(found: Iterable[dict], source: str, size: int | None, tags: Tags) -> Rows:
@@ -114,7 +115,7 @@ def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
     _check_columns(row, place)
     for column in (*REQUIRED, "reasoning_trace"):
         if isinstance(row.get(column), (dict, list)):
-            raise ValueError(f"{place}: {column} must be text, it is a {type(row[column]).__name__}")
+            raise Refused(f"{place}: {column} must be text, it is a {type(row[column]).__name__}")
     clean = {column: _text(row[column]) for column in REQUIRED}
     trace = _text(row.get("reasoning_trace"))
     clean["reasoning_trace"] = trace if trace.strip() else None
@@ -145,7 +146,7 @@ def _check_columns(columns: Iterable[str], place: str) -> None:
         return
     for column in REQUIRED:
         if column not in found:
-            raise ValueError(f"{place} has no column {column!r}; found {', '.join(sorted(found)) or 'none'}")
+            raise Refused(f"{place} has no column {column!r}; found {', '.join(sorted(found)) or 'none'}")
 
 
 def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
@@ -182,7 +183,7 @@ def _generate(name: str, seed: int, size: int) -> Iterable[dict]:
     try:
         entries = reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE, size=size, **options)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"{GENERATOR}{name}: {error}") from None
+        raise Refused(f"{GENERATOR}{name}: {error}") from None
     for entry in entries:
         trace = worked_solution(task, entry["metadata"])
         known = {**entry["metadata"], "task_options": options} if options else entry["metadata"]  # a check needs them
@@ -195,7 +196,7 @@ def _task_and_options(name: str) -> tuple[str, dict]:
     """`gcd/max_value:20` gives ("gcd", {"max_value": 20}).
 
     Raises:
-        ValueError: no such task, or an option without a value.
+        Refused: no such task, or an option without a value.
     """
     task, *settings = name.split("/")
     _check_task(task)
@@ -203,7 +204,7 @@ def _task_and_options(name: str) -> tuple[str, dict]:
     for option in settings:
         key, colon, value = option.partition(":")
         if not colon:
-            raise ValueError(f"{GENERATOR}{name}: {option!r} is no option:value")
+            raise Refused(f"{GENERATOR}{name}: {option!r} is no option:value")
         options[key] = yaml.safe_load(value)
     return task, options
 
@@ -221,7 +222,7 @@ def _read(source: str, split: str) -> Iterable[dict]:
         return load_dataset(source, split=split)
     except OSError as error:  # not found, gated, or no network
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{source} is no local file and could not be loaded from the hub: {reason}") from error
+        raise Refused(f"{source} is no local file and could not be loaded from the hub: {reason}") from error
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -230,12 +231,12 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _files_of(folder: Path) -> list[Path]:
     """Raises:
-    ValueError: the folder holds no file of a known kind.
+    Refused: the folder holds no file of a known kind.
     """
     found = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
     files = sorted({path.stem: path for path in sorted(found)}.values())  # of the same rows in several forms, one
     if not files:
-        raise ValueError(f"{folder} holds no file of {', '.join(SUFFIXES)}, and no dataset saved to disk")
+        raise Refused(f"{folder} holds no file of {', '.join(SUFFIXES)}, and no dataset saved to disk")
     return files
 
 
@@ -247,11 +248,11 @@ def _read_folder(folder: Path, split: str) -> Iterable[dict]:
     try:
         loaded = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds a saved dataset that cannot be loaded ({error})") from error
+        raise Refused(f"{folder} holds a saved dataset that cannot be loaded ({error})") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if split not in loaded:
-        raise ValueError(f"{folder} has no split {split!r}; found {', '.join(sorted(loaded))}")
+        raise Refused(f"{folder} has no split {split!r}; found {', '.join(sorted(loaded))}")
     return loaded[split]
 
 
@@ -259,11 +260,11 @@ def read_file(path: Path) -> Iterable[dict]:
     """Rows as they stand in a JSONL, JSON, CSV or Parquet file.
 
     Raises:
-        ValueError: none of these, or a line or file that cannot be read.
+        Refused: none of these, or a line or file that cannot be read.
     """
     readers = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+        raise Refused(f"{path} is none of {', '.join(SUFFIXES)}")
     return readers[path.suffix](path)
 
 
@@ -275,7 +276,7 @@ def _parquet(path: Path) -> Iterator:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file, or a damaged one ({error})") from None
+        raise Refused(f"{path} is not a Parquet file, or a damaged one ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterable[dict]:
@@ -291,14 +292,14 @@ def _json_lines(path: Path) -> Iterable[dict]:
                 continue
             row = _json(line, f"{path} line {number}")
             if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is not a JSON object")
+                raise Refused(f"{path} line {number} is not a JSON object")
             yield row
 
 
 def _json_list(path: Path) -> list[dict]:
     rows = _json(path.read_bytes(), str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold one list of objects; one object a line is a .jsonl file")
+        raise Refused(f"{path} must hold one list of objects; one object a line is a .jsonl file")
     return rows
 
 
@@ -306,9 +307,9 @@ def _json(text: bytes, place: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg})") from None
+        raise Refused(f"{place} is not JSON ({error.msg})") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{place} is not UTF-8 text") from None
+        raise Refused(f"{place} is not UTF-8 text") from None
 
 
 @contextmanager
@@ -319,7 +320,7 @@ def _csv(path: Path) -> Iterator[csv.DictReader]:
         try:
             yield reader
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} line {reader.line_num + 1} cannot be read as CSV ({error})") from None
+            raise Refused(f"{path} line {reader.line_num + 1} cannot be read as CSV ({error})") from None
 
 
 def _csv_rows(path: Path) -> Iterable[dict]:
@@ -333,7 +334,7 @@ def inspect_source(source: str) -> None:
     Reads the generator's task names, a file's header or first row, or nothing of a hub name.
 
     Raises:
-        ValueError: missing file or column, a file that cannot be read, or a task that the generator does not have.
+        Refused: missing file or column, a file that cannot be read, or a task that the generator does not have.
     """
     if source.startswith(GENERATOR):
         _task_and_options(source.removeprefix(GENERATOR))
@@ -353,7 +354,7 @@ def _inspect_files(source: str) -> None:
     elif path.is_file():
         _check_columns(_columns(path), source)
     elif path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith((".", "/", "~", "results/")):
-        raise ValueError(f"{source} does not exist")
+        raise Refused(f"{source} does not exist")
 
 
 def _columns(path: Path) -> Iterable[str]:
@@ -365,7 +366,7 @@ def _columns(path: Path) -> Iterable[str]:
             return reader.fieldnames or []
     first = next(iter(read_file(path)), None)
     if first is None:
-        raise ValueError(f"{path} holds no row")
+        raise Refused(f"{path} holds no row")
     return first
 
 
@@ -374,7 +375,7 @@ def _check_task(task: str) -> None:
     if task not in tasks:
         close = difflib.get_close_matches(task, tasks, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(tasks)}"
-        raise ValueError(f"reasoning_gym has no task {task!r}{hint}")
+        raise Refused(f"reasoning_gym has no task {task!r}{hint}")
 
 
 @cache
@@ -382,11 +383,11 @@ def generator_tasks() -> list[str]:
     """Names of reasoning_gym's tasks, read from its source, because importing it takes seconds.
 
     Raises:
-        ValueError: the package is not installed.
+        Refused: the package is not installed.
     """
     found = importlib.util.find_spec("reasoning_gym")
     if found is None:
-        raise ValueError("the package reasoning-gym is not installed: run ./setup.sh")
+        raise Refused("the package reasoning-gym is not installed: run ./setup.sh")
     literal = re.compile(r"register_dataset\(\s*\"(\w+)\"")
     constant = re.compile(r"^DATASET_NAME\s*=\s*\"(\w+)\"", re.MULTILINE)
     names = set()

@@ -6,6 +6,8 @@ Two questions are the same when they differ in nothing but case and white space.
 import random
 from collections.abc import Iterable
 
+from errors import Refused
+
 
 def normalised(question: str) -> str:
     """What is the same for all ways to write a question."""
@@ -33,7 +35,7 @@ def hold_out(
         they repeat an evaluation question.
 
     Raises:
-        ValueError: there are fewer different questions than asked for, or none would be left to train on.
+        Refused: there are fewer different questions than asked for, or none would be left to train on.
     """
     questions = [normalised(row["question"]) for row in rows]
     order = list(range(len(rows)))
@@ -46,7 +48,7 @@ def hold_out(
         chosen.setdefault(questions[index], rows[index])
     train = [row for row, question in zip(rows, questions, strict=True) if question not in chosen]
     if len(chosen) < eval_size or not train:
-        raise ValueError(f"eval_size={eval_size} leaves nothing of {len(set(questions))} questions to train on")
+        raise Refused(f"eval_size={eval_size} leaves nothing of {len(set(questions))} questions to train on")
     return train, list(chosen.values()), len(rows) - len(train) - len(chosen)
 
 
@@ -54,9 +56,9 @@ def check_disjoint(train: Iterable[dict], evaluation: list[dict]) -> None:
     """Refuse evaluation questions that are trained on.
 
     Raises:
-        ValueError: how many evaluation rows are among the training rows, and the first of them.
+        Refused: how many evaluation rows are among the training rows, and the first of them.
     """
     seen = questions_of(train)
     shared = [row["question"] for row in evaluation if normalised(row["question"]) in seen]
     if shared:
-        raise ValueError(f"{len(shared)} evaluation rows are among the training rows, the first: {shared[0][:80]!r}")
+        raise Refused(f"{len(shared)} evaluation rows are among the training rows, the first: {shared[0][:80]!r}")

@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
+from errors import Refused
+
 A, B = ".lora_A", ".lora_B"
 
 
@@ -58,7 +60,7 @@ def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tu
         factors: as `adapter_tensors` gave them.
 
     Raises:
-        ValueError: the model's files hold no weights, or none for some factor.
+        Refused: the model's files hold no weights, or none for some factor.
     """
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns="*.safetensors*"))
     names: set[str] = set()
@@ -75,6 +77,6 @@ def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tu
                 embedding = value if name.endswith("embed_tokens.weight") else embedding
                 yield name, value
     if left or not names:
-        raise ValueError(f"{model} is not the base of this adapter: no weights for {sorted(left)[:1] or 'any layer'}")
+        raise Refused(f"{model} is not the base of this adapter: no weights for {sorted(left)[:1] or 'any layer'}")
     if "lm_head.weight" not in names and embedding is not None:  # tied
         yield "lm_head.weight", embedding

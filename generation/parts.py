@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.formats import ReasoningFormat
+from errors import Refused
 
 FOLDER = "parts"
 SOURCES = "sources.json"
@@ -47,7 +48,7 @@ class Parts:
         """Together with all ranks: note what the parts are made from, or see that it is still the same.
 
         Raises:
-            ValueError: on every rank, as `check_sources`.
+            Refused: on every rank, as `check_sources`.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -57,11 +58,11 @@ class Parts:
             try:
                 check_sources(config, now)
                 _write(self.folder / SOURCES, json.dumps(now, indent=1))
-            except ValueError as error:
+            except Refused as error:
                 refusal = [str(error)]
         broadcast_object_list(refusal)
         if refusal[0] is not None:
-            raise ValueError(refusal[0])
+            raise Refused(refusal[0])
 
     def missing(self, accelerator) -> list[int]:
         """Numbers of this rank's parts that are not there yet."""
@@ -120,7 +121,7 @@ def check_sources(config: dict[str, Any], now: dict[str, Any]) -> None:
         now: of `sources_of`, or of `models_of` to ask for the weights alone.
 
     Raises:
-        ValueError: they were not; names the first key behind which something else stands, and the remedy.
+        Refused: they were not; names the first key behind which something else stands, and the remedy.
     """
     folder = Path(config["output_dir"]) / FOLDER
     noted = folder / SOURCES
@@ -130,7 +131,7 @@ def check_sources(config: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key, what in now.items() if what and before.get(key) != what]  # nothing: a hub's, or deleted
     if changed:
         what = WHAT.get(changed[0], "the weights")
-        raise ValueError(
+        raise Refused(
             f"output_dir={config['output_dir']}: {what} of {changed[0]}={config[changed[0]]} changed after its first "
             "part was made: overwrite_output_dir=true starts again, or choose another output_dir"
         )

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from errors import Refused
 from generation.adapters import adapted_weights
 from generation.guard import KEY_VARIABLE
 
@@ -172,7 +173,7 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
 
     def _check_base(self, theirs: str) -> None:
         if theirs != self.model_config.model:
-            raise ValueError(
+            raise Refused(
                 f"an adapter of {theirs} was sent to a server of {self.model_config.model}: start it with the same "
                 "model_name_or_path"
             )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from errors import Refused
+
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 SHARDINGS = {
     "ddp": "ddp",
@@ -80,12 +82,10 @@ def interface_to(address: str) -> str | None:
         try:
             probe.connect((address, 9))  # sends nothing
         except OSError:
-            raise ValueError(f"MASTER_ADDR={address} cannot be reached from this machine") from None
+            raise Refused(f"MASTER_ADDR={address} cannot be reached from this machine") from None
         mine = probe.getsockname()[0]
     if mine.startswith("127."):
-        raise ValueError(
-            f"MASTER_ADDR={address} is this machine's loopback address: name one that the others can reach"
-        )
+        raise Refused(f"MASTER_ADDR={address} is this machine's loopback address: name one that the others can reach")
     found = (name for name, places in psutil.net_if_addrs().items() if any(p.address == mine for p in places))
     return next(found, None)
 
@@ -94,12 +94,12 @@ def free_port(wanted: int = 0, host: str = "") -> int:
     """A port that nobody listens at; any when 0 is wanted.
 
     Raises:
-        ValueError: the one that is wanted cannot be had.
+        Refused: the one that is wanted cannot be had.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, wanted))
         except OSError as error:
-            raise ValueError(f"{host or 'port'}:{wanted} cannot be had ({error.strerror}): name another") from None
+            raise Refused(f"{host or 'port'}:{wanted} cannot be had ({error.strerror}): name another") from None
         return probe.getsockname()[1]

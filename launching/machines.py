@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from errors import Refused
+
 DEFAULT_PORT = 29500
 BEAT_S = 5.0
 SILENCE_S = 30.0  # after which a machine counts as gone
@@ -36,28 +38,28 @@ def read_machines(environment: dict[str, str]) -> Machines:
     """The machines of a run, from the environment.
 
     Raises:
-        ValueError: NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT do not go together.
+        Refused: NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT do not go together.
     """
 
     def number(name: str, default: int) -> int:
         text = environment.get(name, str(default))
         if not text.isdigit():
-            raise ValueError(f"{name}={text} is not a number")
+            raise Refused(f"{name}={text} is not a number")
         return int(text)
 
     nodes, node, port = number("NNODES", 1), number("NODE_RANK", 0), number("MASTER_PORT", 0)
     if nodes < 1:
-        raise ValueError(f"NNODES={nodes} must be above 0")
+        raise Refused(f"NNODES={nodes} must be above 0")
     if port >= 2**16:
-        raise ValueError(f"MASTER_PORT={port} must be below {2**16}")
+        raise Refused(f"MASTER_PORT={port} must be below {2**16}")
     if not 0 <= node < nodes:
-        raise ValueError(f"NODE_RANK={node} with NNODES={nodes}: it must be in 0 to {nodes - 1}")
+        raise Refused(f"NODE_RANK={node} with NNODES={nodes}: it must be in 0 to {nodes - 1}")
     if nodes == 1:
         return Machines(1, 0, "127.0.0.1", port)
     if "MASTER_ADDR" not in environment:
-        raise ValueError(f"NNODES={nodes} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
+        raise Refused(f"NNODES={nodes} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
     if "NODE_RANK" not in environment:
-        raise ValueError(f"NNODES={nodes} needs NODE_RANK, 0 to {nodes - 1}, another on each machine")
+        raise Refused(f"NNODES={nodes} needs NODE_RANK, 0 to {nodes - 1}, another on each machine")
     return Machines(nodes, node, environment["MASTER_ADDR"], port or DEFAULT_PORT)
 
 
@@ -102,7 +104,7 @@ class Link:
         """Node 0 waits for all others and compares what they were started with; the others introduce themselves.
 
         Raises:
-            ValueError: somebody is missing, or was started with something else.
+            Refused: somebody is missing, or was started with something else.
         """
         if self.machines.node == 0:
             self._wait_for_others(started_with)
@@ -112,7 +114,7 @@ class Link:
         line.say(json.dumps({"node": self.machines.node, "started_with": started_with}))
         self.lines[0] = line
         if (said := self._hear_first()) != ALIVE:
-            raise ValueError(said)
+            raise Refused(said)
 
     def _hear_first(self) -> str:
         return self.lines[0].hear() or "NODE_RANK=0 ended before the run began"
@@ -154,7 +156,7 @@ class Link:
             with suppress(OSError):
                 line.say(reason)
             line.close()
-        raise ValueError(reason)
+        raise Refused(reason)
 
     def _reach_first(self) -> socket.socket:
         give_up = time.monotonic() + self.limit_s
@@ -165,14 +167,14 @@ class Link:
             except OSError as error:
                 if time.monotonic() > give_up:
                     name = f"MASTER_ADDR={place[0]}, MASTER_PORT={place[1]}"
-                    raise ValueError(f"{name} did not answer within {self.limit_s:.0f} s: {error}") from None
+                    raise Refused(f"{name} did not answer within {self.limit_s:.0f} s: {error}") from None
             time.sleep(RETRY_S)
 
     def agree(self, port: int) -> int:
         """The port at which ranks meet: node 0 names it to the others, once nothing stands in the way.
 
         Raises:
-            ValueError: node 0 refused, or is gone.
+            Refused: node 0 refused, or is gone.
         """
         if self.machines.node == 0:
             for line in self.lines.values():
@@ -180,7 +182,7 @@ class Link:
             return port
         said = self._hear_first()
         if not said.isdigit():
-            raise ValueError(said)
+            raise Refused(said)
         return int(said)
 
     def start(self) -> None:
@@ -225,4 +227,4 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port))
     except OSError as error:
-        raise ValueError(f"MASTER_PORT={port} cannot be had on this machine ({error.strerror}): name another") from None
+        raise Refused(f"MASTER_PORT={port} cannot be had on this machine ({error.strerror}): name another") from None

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from configuration import fail
+from errors import Refused, fail
 from launching.lifetime import end_with
 from plan import Plan
 from train import prepare, train
@@ -18,7 +18,7 @@ def main() -> None:
     prepare()
     try:
         train(Plan(**json.loads(Path(sys.argv[1]).read_text())))
-    except ValueError as error:
+    except Refused as error:
         fail(error)
     except SystemExit:  # asked to stop, and saved
         leave_group()

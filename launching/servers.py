@@ -13,6 +13,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from errors import Refused
 from generation.guard import KEY_VARIABLE
 from launching.environment import free_port
 from launching.lifetime import end_followers, end_group, end_of, stop_signals
@@ -137,7 +138,7 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
             if servers.given_up.is_set() or stopped.wait(1.0):
                 break
             if time.monotonic() > give_up:
-                raise ValueError(f"servers are not ready after vllm_server_timeout={limit_s:.0f} seconds")
+                raise Refused(f"servers are not ready after vllm_server_timeout={limit_s:.0f} seconds")
         else:
             logger.warning("ready; train with use_vllm_server=true vllm_server_base_url=[%s]", ",".join(servers.urls))
         while not servers.given_up.is_set() and not stopped.wait(0.5):

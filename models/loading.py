@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from errors import Refused
 from models.attention import NAME, can_share_prefixes
 from models.files import check_files
 
@@ -49,11 +50,11 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     """A tokenizer that pads on the left with a token that does not end a turn; the vocabulary stays as it is.
 
     Raises:
-        ValueError: it cannot be loaded, is not a fast one, or has no token to pad with.
+        Refused: it cannot be loaded, is not a fast one, or has no token to pad with.
     """
     tokenizer = told(AutoTokenizer.from_pretrained, name_or_path, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which character offsets need")
+        raise Refused(f"{name_or_path}: its tokenizer has no fast version, which character offsets need")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _free_pad_token(tokenizer, name_or_path)
@@ -66,7 +67,7 @@ def _free_pad_token(tokenizer: PreTrainedTokenizerFast, name_or_path: str) -> st
     for token in (*PAD_CANDIDATES, tokenizer.unk_token):
         if token in special and token not in (None, tokenizer.eos_token, tokenizer.bos_token):
             return token
-    raise ValueError(
+    raise Refused(
         f"{name_or_path}: no special token is free to pad with (it must differ from {tokenizer.eos_token!r}); set "
         "pad_token in the tokenizer_config.json of a local copy"
     )
@@ -95,7 +96,7 @@ def load_policy(
         device: where it goes; None is left to transformers and the launcher.
 
     Raises:
-        ValueError: it cannot be loaded, is an adapter alone, or bitsandbytes is missing.
+        Refused: it cannot be loaded, is an adapter alone, or bitsandbytes is missing.
     """
     options = {}
     if load_in_4bit:
@@ -115,7 +116,7 @@ def load_policy(
         **options,
     )
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers would train on with the adapter inside
-        raise ValueError(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
+        raise Refused(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
     if attn_implementation == NAME and can_share_prefixes(model):
         model.set_attn_implementation(NAME)
     return model
@@ -150,13 +151,13 @@ def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **option
     """A frozen model that reads the ids of a teacher's tokenizer. Options as of `load_frozen`.
 
     Raises:
-        ValueError: its own tokenizer has other tokens under these ids.
+        Refused: its own tokenizer has other tokens under these ids.
     """
     own = load_tokenizer(name_or_path, options.get("trust_remote_code", False)).get_vocab()
     tokens = {number: token for token, number in own.items()}
     for token, number in tokenizer.get_vocab().items():
         if tokens.get(number, token) != token:
-            raise ValueError(
+            raise Refused(
                 f"student {name_or_path} has another tokenizer than the teacher (id {number} is {tokens[number]!r} to "
                 f"it and {token!r} to the teacher): one has to serve both"
             )
@@ -171,9 +172,9 @@ def told(load: Callable, name_or_path: str, **options: Any):
         # Missing, unreachable, gated, without safetensors; or with a file that is not whole, which is named.
         check_files(Path(name_or_path))
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise Refused(
             f"{name_or_path} could not be loaded ({reason}): name a folder with safetensors weights and a tokenizer, "
             "or a hub model that is in the local cache or can be downloaded"
         ) from error
     except ImportError as error:  # bitsandbytes or flash attention
-        raise ValueError(f"{name_or_path} needs a package that is missing: {str(error).strip()}") from error
+        raise Refused(f"{name_or_path} needs a package that is missing: {str(error).strip()}") from error

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from errors import Refused
 from models.embedded import embedded_model_path, is_embedded, locked
 
 LOCAL_STARTS = (".", "/", "~", "results/")
@@ -16,7 +17,7 @@ def resolve_model_path(name: str) -> str:
     """Where to load a model from; of an adapter's folder, `merged_model_path`.
 
     Raises:
-        ValueError: a path that does not exist, an unknown embedded model, or as `merged_model_path`.
+        Refused: a path that does not exist, an unknown embedded model, or as `merged_model_path`.
     """
     if is_embedded(name):
         return str(embedded_model_path(name))
@@ -24,7 +25,7 @@ def resolve_model_path(name: str) -> str:
     if path.is_dir():
         return str(merged_model_path(path) if is_adapter(path) else path)
     if name.startswith(LOCAL_STARTS):
-        raise ValueError(f"model path {name} does not exist")
+        raise Refused(f"model path {name} does not exist")
     return name
 
 
@@ -37,18 +38,18 @@ def adapter_base(folder: Path) -> str:
     """The name of the model that a folder's adapter belongs to.
 
     Raises:
-        ValueError: it names none, or its weights are missing.
+        Refused: it names none, or its weights are missing.
     """
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = None
     if not base or not isinstance(base, str):
-        raise ValueError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
+        raise Refused(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
     if not any(folder.glob("adapter_model.*")):
-        raise ValueError(f"{folder} has an adapter's settings and no weights of it (adapter_model.safetensors)")
+        raise Refused(f"{folder} has an adapter's settings and no weights of it (adapter_model.safetensors)")
     if Path(base).expanduser().absolute() == folder.absolute():
-        raise ValueError(f"{folder}/adapter_config.json names its own folder as base")
+        raise Refused(f"{folder}/adapter_config.json names its own folder as base")
     return base
 
 
@@ -58,13 +59,13 @@ def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
     Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
 
     Raises:
-        ValueError: the folder cannot be written to, the base cannot be loaded, or the adapter does not fit it.
+        Refused: the folder cannot be written to, the base cannot be loaded, or the adapter does not fit it.
         TimeoutError: another process has held the lock for 10 minutes.
     """
     merged = folder / MERGED
     if not _is_newer(merged, folder):
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"{folder} has an adapter alone, and its merged model cannot be written there: copy it")
+            raise Refused(f"{folder} has an adapter alone, and its merged model cannot be written there: copy it")
         with locked(folder / f"{MERGED}.lock"):
             if not _is_newer(merged, folder):
                 aside = folder / f"{MERGED}.partial"
@@ -112,9 +113,9 @@ def _put_on(model, folder: Path, base: str):
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
-        raise ValueError(f"{folder}: its adapter cannot be put on its base, {base} ({reason})") from error
+        raise Refused(f"{folder}: its adapter cannot be put on its base, {base} ({reason})") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     unmatched = sorted(name for name in wanted.keys() ^ written.keys() if "lora_" in name)
     if unmatched:
-        raise ValueError(f"{folder}: its adapter is not one of its base, {base} (for one, {unmatched[0]})")
+        raise Refused(f"{folder}: its adapter is not one of its base, {base} (for one, {unmatched[0]})")
     return adapted

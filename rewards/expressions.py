@@ -4,6 +4,8 @@ import ast
 import operator
 from fractions import Fraction
 
+from errors import Refused
+
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
@@ -29,4 +31,4 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
             return SIGNS[type(op)](_value(operand, numbers))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](_value(left, numbers), _value(right, numbers))
-    raise ValueError(f"{ast.unparse(node)!r} is no arithmetic of whole numbers")
+    raise Refused(f"{ast.unparse(node)!r} is no arithmetic of whole numbers")

@@ -9,6 +9,7 @@ alike; so both keep the same tokens.
 from dataclasses import dataclass
 
 from data.prompts import Rendered
+from errors import Refused
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ def tokenize_with_spans(tokenizer, texts: list[Rendered]) -> list[TokenizedText]
     """Tokenise rendered texts (which carry their own special tokens) without truncation.
 
     Raises:
-        ValueError: the tokenizer cannot give character offsets.
+        Refused: the tokenizer cannot give character offsets.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, this one gives no character offsets")
+        raise Refused(f"{tokenizer.name_or_path}: a fast tokenizer is needed, this one gives no character offsets")
     # verbose=False: longer than the tokenizer's limit is for the caller to judge, not to cut.
     options = {"add_special_tokens": False, "return_attention_mask": False, "truncation": False, "verbose": False}
     encoded = tokenizer([rendered.text for rendered in texts], return_offsets_mapping=True, **options)

@@ -19,6 +19,7 @@ import torch
 
 from data.formats import ReasoningFormat
 from data.prompts import render_student_reading, render_teacher_prompt, render_teacher_reading, split_completion
+from errors import Refused
 from rewards.reductions import NORMALIZERS, kl_estimate, weighted_reductions
 from rewards.spans import TokenizedText, align_spans, tokenize_with_spans
 from schema import TeacherRewardConfig
@@ -142,7 +143,7 @@ class TeacherReward:
             One `Scored` per completion. Any string gets one; its numbers are finite when the models' log-probs are.
 
         Raises:
-            ValueError: a solution without a token that lies wholly inside its tags (rows are checked at load).
+            Refused: a solution without a token that lies wholly inside its tags (rows are checked at load).
         """
         return self.score_readings(self.read(rows, completions))
 
@@ -182,7 +183,7 @@ class TeacherReward:
         readings = []
         for row, teacher, student, fine in zip(rows, teachers, students, matched, strict=True):
             if not student.spans["solution"]:
-                raise ValueError(f"solution {row['solution']!r} has no token wholly inside its tags")
+                raise Refused(f"solution {row['solution']!r} has no token wholly inside its tags")
             pairs = align_spans(teacher, "explanation", student, "thought") if fine or self._has_text(teacher) else []
             readings.append(Reading(teacher, student, pairs, fine and bool(pairs)))
         return readings

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from data.formats import ReasoningFormat
 from data.sources import generator_tasks
+from errors import Refused
 from rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
@@ -110,10 +111,10 @@ def is_for_generator(answer: str, row: dict) -> float:
     """The task's own score of reasoning-gym, in [0, 1]; full marks only, where a task gives points for less.
 
     Raises:
-        ValueError: the task's check would run the answer, or is wrong.
+        Refused: the task's check would run the answer, or is wrong.
     """
     if row["task"] in CHECKED_OTHERWISE:
-        raise ValueError(f"reasoning_gym's check of {row['task']} is not used: {CHECKED_OTHERWISE[row['task']]} is")
+        raise Refused(f"reasoning_gym's check of {row['task']} is not used: {CHECKED_OTHERWISE[row['task']]} is")
     import reasoning_gym
 
     metadata = json.loads(row["metadata"])
@@ -142,14 +143,14 @@ def check_rows(kind: str, rows: list[dict]) -> None:
     """Refuse rows that a named check cannot be used on.
 
     Raises:
-        ValueError: rows are to be checked by a generator that they do not name, or whose check is not used, or as
+        Refused: rows are to be checked by a generator that they do not name, or whose check is not used, or as
             puzzles of numbers that they do not have.
     """
     if kind not in ("generator", "expression"):
         return
     for number, row in enumerate(rows, start=1):
         if kind_of(row) != kind:
-            raise ValueError(
+            raise Refused(
                 f"verifier={kind}: row {number} (task {row.get('task')}) has nothing that this check can use; "
                 "verifier=auto takes another for such rows"
             )
@@ -165,7 +166,7 @@ class Verifier:
 
     def __init__(self, kind: str = "auto", limit_s: float = 5.0):
         if kind != "auto" and kind not in CHECKS:
-            raise ValueError(f"verifier={kind}: use auto or one of {', '.join(CHECKS)}")
+            raise Refused(f"verifier={kind}: use auto or one of {', '.join(CHECKS)}")
         self.kind, self.limit_s = kind, limit_s
         self.failures = 0  # checks that hung or broke
         self._process, self._pipe, self._end = None, None, None

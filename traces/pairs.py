@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data.sources import say_dropped
+from errors import Refused
 
 ALL = Path("all") / "traces.parquet"
 
@@ -18,12 +19,12 @@ def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
         min_margin: of the rewards of a pair.
 
     Raises:
-        ValueError: the folder is not a collection's, or has no such pair.
+        Refused: the folder is not a collection's, or has no such pair.
     """
     import pandas
 
     if not (folder / ALL).is_file():
-        raise ValueError(f"dataset_id_or_path={folder} holds no {ALL}: name the output folder of a collection")
+        raise Refused(f"dataset_id_or_path={folder} holds no {ALL}: name the output folder of a collection")
     pairs = []
     table = pandas.read_parquet(folder / ALL)
     for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
@@ -36,5 +37,5 @@ def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
     without = table["question_id"].nunique() - len(pairs)
     say_dropped({f"questions without traces that are min_margin={min_margin} apart": without}, str(folder))
     if not pairs:
-        raise ValueError(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")
+        raise Refused(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")
     return pairs

@@ -3,6 +3,8 @@
 import math
 from collections import defaultdict
 
+from errors import Refused
+
 
 def ranks(rewards: list[float]) -> list[int]:
     """Each completion's place among those of its question: 1 for the highest reward, ties as they came; what has no
@@ -18,13 +20,13 @@ def sources_of(row: dict, count: int) -> list[str]:
     """Who wrote each completion: the row's list `sources`, else their places in the list.
 
     Raises:
-        ValueError: as many sources as completions are needed.
+        Refused: as many sources as completions are needed.
     """
     sources = row.get("sources")
     if sources is None:
         return [f"completion {place}" for place in range(count)]
     if not isinstance(sources, list) or len(sources) != count:
-        raise ValueError(f"{count} completions need a list of {count} 'sources', not {sources!r}")
+        raise Refused(f"{count} completions need a list of {count} 'sources', not {sources!r}")
     return [str(source) for source in sources]
 
 

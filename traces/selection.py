@@ -11,6 +11,7 @@ from math import sqrt
 import numpy as np
 
 from data.splits import normalised
+from errors import Refused
 from schema import TraceConfig
 from traces.ranking import ranks
 
@@ -66,7 +67,7 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
         rows: ranked, those of a question in order of their rank.
 
     Raises:
-        ValueError: the teacher hardly ever has the format, or nothing is left.
+        Refused: the teacher hardly ever has the format, or nothing is left.
     """
     matched = sum(row["matched"] for row in rows)
     check_format(matched, len(rows), config.min_format_rate)
@@ -86,7 +87,7 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
         seen.add(_identity(row))
         kept.append(row)
     if not kept:
-        raise ValueError(f"none of {len(rows)} traces is left: {dict(dropped)}")
+        raise Refused(f"none of {len(rows)} traces is left: {dict(dropped)}")
     return Selection(
         kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), matched / len(rows)
     )
@@ -101,10 +102,10 @@ def check_format(matched: int, count: int, least: float, deviations: float = 0.0
         deviations: by how many standard deviations of such a count they may be fewer, because more are to come.
 
     Raises:
-        ValueError: it hardly ever has.
+        Refused: it hardly ever has.
     """
     if matched < least * count - deviations * sqrt(count * least * (1 - least)):
-        raise ValueError(
+        raise Refused(
             f"{matched / count:.1%} of {count} completions have the asked format (an explanation and its end tag), "
             f"below min_format_rate={least}: warm the teacher up, or use its own reasoning_format"
         )

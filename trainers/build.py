@@ -19,6 +19,7 @@ from data.formats import ReasoningFormat, load_format
 from data.learned import check_held_out, learned_questions, write_held_out
 from data.prompts import render_question, student_answer
 from data.sources import say_dropped
+from errors import Refused
 from memory import token_budget
 from models.loading import load_policy, load_student, load_tokenizer, supports_bfloat16
 from models.paths import resolve_model_path
@@ -152,7 +153,7 @@ def split_rows(config: dict[str, Any], style: ReasoningFormat) -> tuple[list[dic
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
-        ValueError: an earlier life of the run held out others.
+        Refused: an earlier life of the run held out others.
     """
     learned = learned_questions(config["model_name_or_path"])
     train_rows, eval_rows, _ = load_split_rows(pick(config, DataConfig), style, learned)
@@ -201,7 +202,7 @@ def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dic
     """Prompt, chosen and rejected text of the pairs that TRL would not cut at `max_length`.
 
     Raises:
-        ValueError: there is none.
+        Refused: there is none.
     """
     bos, length = tokenizer.bos_token, config["max_length"]
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
@@ -214,7 +215,7 @@ def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dic
             kept.append({"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]})
     say_dropped({f"longer than max_length={length}": len(rows) - len(kept)}, config["dataset_id_or_path"])
     if not kept:
-        raise ValueError(f"max_length={length}: every pair has a longer side")
+        raise Refused(f"max_length={length}: every pair has a longer side")
     return kept
 
 
@@ -222,12 +223,12 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
     """A teacher learns to explain, a student to think and answer; both from `reasoning_trace`.
 
     Raises:
-        ValueError: no row has one, or all are too long.
+        Refused: no row has one, or all are too long.
     """
     traced, source = [row for row in rows if row.get("reasoning_trace")], config["dataset_id_or_path"]
     say_dropped({"no reasoning_trace": len(rows) - len(traced)}, source)
     if not traced:
-        raise ValueError(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
+        raise Refused(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
     if config["trainer"] == "student_sft":
         examples = [student_example(tokenizer, style, row, pick(config, DataConfig)) for row in traced]
     else:
@@ -239,7 +240,7 @@ def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: Rea
     fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
     say_dropped({f"longer than max_length={config['max_length']}": len(examples) - len(fitting)}, source)
     if not fitting:
-        raise ValueError(f"max_length={config['max_length']}: every row is longer")
+        raise Refused(f"max_length={config['max_length']}: every row is longer")
     return fitting
 
 
@@ -252,11 +253,11 @@ def check_batch(rows: list[dict], arguments: GRPOConfig) -> None:
     """That there are questions for one batch; of fewer the sampler gives none, and no step would be made.
 
     Raises:
-        ValueError: how many there are, and how many a batch has.
+        Refused: how many there are, and how many a batch has.
     """
     needed = arguments.generation_batch_size // arguments.num_generations
     if len(rows) < needed:
-        raise ValueError(
+        raise Refused(
             f"{len(rows)} usable rows to train on, and a batch has {needed} questions: lower train_batch_size or "
             "raise num_generations"
         )
@@ -359,10 +360,10 @@ def load_function(path: str):
     """A reward function by its dotted path.
 
     Raises:
-        ValueError: the module has no such function.
+        Refused: the module has no such function.
     """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_functions: {path!r} cannot be imported ({error})") from error
+        raise Refused(f"reward_functions: {path!r} cannot be imported ({error})") from error

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from errors import Refused
 from evaluation import Estimate, bootstrap
 
 FILE = "evaluations.jsonl"
@@ -110,7 +111,7 @@ class HeldOutEvaluation(TrainerCallback):
         trainer, wanted = self.trainer, self.trainer.args.metric_for_best_model
         if f"eval/{wanted}" not in means:
             known = ", ".join(key.removeprefix("eval/") for key in means)
-            raise ValueError(f"metric_for_best_model={wanted}: held-out questions have {known}")
+            raise Refused(f"metric_for_best_model={wanted}: held-out questions have {known}")
         if step:  # before the first there is nothing to go back to
             trainer._determine_best_metric({f"eval_{wanted}": means[f"eval/{wanted}"]}, trial=None)
             trainer.control.should_save = True

@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from data.prompts import prompt_token_ids
+from errors import Refused
 from generation import request_seed
 from logprobs import token_log_probs
 from logprobs.packing import pad_rows
@@ -386,7 +387,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             self._buffered_inputs = mine["buffer"]
             self._take_up(mine["ahead"])
         elif before["buffer"] is not None:
-            raise ValueError(
+            raise Refused(
                 f"{folder} stands between two optimizer steps of one generation batch: continue on "
                 f"{before['processes']} processes with {before['accumulation']} micro-batches a step, not on {now} "
                 f"with {self.args.gradient_accumulation_steps}"

@@ -8,6 +8,7 @@ from data.formats import ReasoningFormat
 from data.prompts import prompt_token_ids, render_student_reading, render_teacher_prompt
 from data.sources import Rows, load_rows, say_dropped
 from data.splits import check_disjoint, hold_out, questions_of
+from errors import Refused
 from rewards.spans import tokenize_with_spans
 from schema import DataConfig
 
@@ -28,7 +29,7 @@ def load_split_rows(
         training rows, evaluation rows, and how many rows of the source are not trained on, by reason.
 
     Raises:
-        ValueError: nothing is left to train on, or both sources share questions.
+        Refused: nothing is left to train on, or both sources share questions.
     """
     tags = (style.thought_tags, style.solution_tags)
     options = {"split": data.dataset_split, "seed": data.dataset_seed, "tags": tags}
@@ -42,12 +43,12 @@ def load_split_rows(
         check_disjoint(rows, held_out)
     elif data.eval_size:
         if data.eval_size >= len(rows):
-            raise ValueError(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
+            raise Refused(f"eval_size={data.eval_size} leaves nothing of {len(rows)} rows to train on")
         rows, held_out, repeated = hold_out(rows, data.eval_size, data.dataset_seed, learned)
         say_dropped({REPEATED: repeated}, data.dataset_id_or_path)
         left_out += Counter({"held out": len(held_out), REPEATED: repeated})
     if not rows:
-        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
+        raise Refused(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(loaded.dropped)}")
     if known := len(questions_of(held_out) & learned):
         logger.warning("%d of %d held-out questions: the model was trained on them before", known, len(held_out))
     return rows, held_out, dict(left_out)
@@ -73,7 +74,7 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
         kept.append(row)
     say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
-        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
+        raise Refused(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
     return Rows(kept, dict(dropped))
 
 
@@ -105,5 +106,5 @@ def question_rows(rows: list[dict], tokenizer, data: DataConfig, render: Callabl
         kept.append({**row, "prompt": prompt})
     say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
-        raise ValueError(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
+        raise Refused(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
     return kept

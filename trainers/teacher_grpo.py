@@ -11,6 +11,7 @@ import torch
 from trl.trainer.utils import use_adapter
 
 from data.formats import ReasoningFormat
+from errors import Refused
 from logprobs import token_log_probs
 from models.residence import resident
 from rewards import Reading, Scored, TeacherReward
@@ -42,7 +43,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         self._forget_batch()
         super().__init__(*args, reward_funcs=[self.teacher_reward, *more_rewards], **kwargs)
         if student is None and self.beta == 0.0:
-            raise ValueError("student_model=null takes the reference model, which beta=0 does not load: name a student")
+            raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
         if student is None and self.args.sync_ref_model:
             logger.warning("the student is the reference model and sync_ref_model moves it: rewards drift with it")
         self.reward = TeacherReward(

@@ -15,6 +15,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from errors import Refused
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -47,7 +49,7 @@ def main() -> None:
         novice = train_novice(out, seeds[0])
         for seed in seeds:
             one_seed(out, seed, novice)
-    except ValueError as error:
+    except Refused as error:
         fail(error)
     sys.stdout.write(outcome.write(out, seeds))
 

@@ -9,6 +9,7 @@ import pandas
 from data.formats import load_format
 from data.prompts import student_answer
 from data.sources import load_rows
+from errors import Refused
 from models.embedded import embedded_model_path
 from models.loading import load_tokenizer
 
@@ -91,4 +92,4 @@ def _write(path: Path, rows: list[dict]) -> None:
     if not path.exists():
         path.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} holds other rows than these settings make: name another --out")
+        raise Refused(f"{path} holds other rows than these settings make: name another --out")

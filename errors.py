@@ -1,0 +1,16 @@
+"""What a user did that cannot work, and how a command that cannot go on ends."""
+
+import os
+import sys
+from typing import NoReturn
+
+
+class Refused(ValueError):
+    """A request that cannot work: its message is one line with the bad value and the remedy."""
+
+
+def fail(error: Exception) -> NoReturn:
+    """One clear line; the traceback only on request."""
+    if os.environ.get("RLT_TRACEBACK"):
+        raise error
+    sys.exit(f"error: {' '.join(str(error).split())}")
