@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 MODEL = "embedded/smollm2-135m-instruct"
 WORKER_LIMIT_S = 1800
 
@@ -61,8 +60,8 @@ def rows_of(setting: Setting, tokenizer) -> list[dict[str, str]]:
     """Questions whose teacher's prompts have about `prompt_tokens` tokens, with worked solutions of 20 or more."""
     import reasoning_gym
 
-    from data.formats import load_format
-    from data.prompts import prompt_token_ids, render_teacher_prompt
+    from rlt.prompts.rendering import prompt_token_ids, render_teacher_prompt
+    from rlt.prompts.styles import load_format
 
     style = load_format("stratos")
     items = iter(reasoning_gym.create_dataset("gsm_symbolic", size=500, seed=7))
@@ -127,7 +126,7 @@ def matrix_rate() -> float:
     """FLOP/s of large bfloat16 products (float32 where the device has no bfloat16), the best of six."""
     import torch
 
-    from models.loading import supports_bfloat16
+    from rlt.models.devices import supports_bfloat16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 3072

@@ -20,10 +20,10 @@ VARIANTS = {
 
 def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
     """A tiny teacher run whose every prompt and completion is as long as the plan reckons with."""
-    from configuration import compose_config
-    from data.prompts import prompt_token_ids
-    from models.embedded import embedded_model_path
-    from models.loading import load_tokenizer
+    from rlt.models.embedded import embedded_model_path
+    from rlt.models.loading import load_tokenizer
+    from rlt.planning.configuration import compose_config
+    from rlt.prompts.rendering import prompt_token_ids
 
     tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
     rows = rows_of(setting, tokenizer)
@@ -49,9 +49,10 @@ def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
 def worker(variant: str, setting: Setting) -> dict:
     import torch
 
-    from plan import make_plan
-    from train import prepare_output
-    from trainers.build import build_trainer, quiet_libraries
+    from rlt.models.loading import quiet_libraries
+    from rlt.planning.plan import make_plan
+    from rlt.runs.folder import prepare_output
+    from trainers.build import build_trainer
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

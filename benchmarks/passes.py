@@ -11,10 +11,11 @@ from harness import MODEL, Setting, forward_flops, matrix_rate, now, peak_memory
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
-from data.prompts import prompt_token_ids
-from logprobs import token_log_probs
-from models.embedded import embedded_model_path
-from models.loading import load_frozen, load_policy, load_tokenizer, supports_bfloat16
+from rlt.logprobs import token_log_probs
+from rlt.models.devices import supports_bfloat16
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_frozen, load_policy, load_tokenizer
+from rlt.prompts.rendering import prompt_token_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if supports_bfloat16(DEVICE) else torch.float32

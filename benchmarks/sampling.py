@@ -13,7 +13,7 @@ def worker(variant: str, setting: Setting) -> dict:
     from harness import now
     from trainers_under_test import build
 
-    from generation import cpu_sampling
+    from rlt.generation.cpu import sampling as cpu_sampling
 
     if variant == "vllm":
         cpu_sampling.install = lambda: None

@@ -16,14 +16,14 @@ from harness import MODEL, ROOT, Setting, Stopwatch, floor_of, matrix_rate, now,
 from passes import DEVICE, HALF, one_at_a_time
 from transformers import TrainerCallback
 
-from data.formats import load_format
-from generation.vllm_engine import VLLMEngine
-from models.embedded import embedded_model_path
-from models.loading import load_frozen, load_policy, load_tokenizer
-from rewards import TeacherReward
-from schema import TeacherRewardConfig, pick
+from rlt.generation.sampler import build_engine
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_frozen, load_policy, load_tokenizer
+from rlt.prompts.styles import load_format
+from rlt.rewards import TeacherReward
+from rlt.schema import TeacherRewardConfig, pick
+from rlt.survival.host_memory import ReturnFreedMemory
 from trainers.grpo import GRPOConfig
-from trainers.host_memory import ReturnFreedMemory
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 
@@ -119,11 +119,10 @@ class PerSampleReward:
 def put_engine_in(trainer: trl.GRPOTrainer) -> None:
     """Stock generation through vLLM, with the log-probs that its importance sampling correction needs."""
     config = trainer.args
-    trainer.vllm_generation = VLLMEngine(
+    trainer.vllm_generation = build_engine(
         model=trainer.model,
         accelerator=trainer.accelerator,
         processing_class=trainer.processing_class,
-        mode="colocate",
         engine_dtype=str(HALF).removeprefix("torch."),
         max_model_length=config.vllm_max_model_length,
         max_num_seqs=128,

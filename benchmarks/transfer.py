@@ -19,11 +19,11 @@ def worker(variant: str, setting: Setting) -> dict:
     import torch
     from accelerate import Accelerator
 
-    from configuration import compose_config
-    from generation.server_engine import ServerEngine
-    from launching.servers import Servers
-    from models.embedded import embedded_model_path
-    from models.loading import load_policy, load_tokenizer
+    from rlt.generation.served.engine import ServerEngine
+    from rlt.launching.servers import Servers
+    from rlt.models.embedded import embedded_model_path
+    from rlt.models.loading import load_policy, load_tokenizer
+    from rlt.planning.configuration import compose_config
 
     torch.set_num_threads(1)
     path = str(embedded_model_path(MODEL))

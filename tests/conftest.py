@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configuration import compose_config
-from models.embedded import embedded_model_path
-from models.loading import load_tokenizer
-from plan import make_plan
-from train import prepare_output
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_tokenizer
+from rlt.planning.configuration import compose_config
+from rlt.planning.plan import make_plan
+from rlt.runs.folder import prepare_output
 from trainers.build import build_trainer
 
 ROOT = Path(__file__).resolve().parent.parent

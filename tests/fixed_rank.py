@@ -1,6 +1,6 @@
 """A rank whose completions are made up from where they stand: `python tests/fixed_rank.py PLAN LAUNCHER`."""
 
-from launching import rank
+from rlt.commands import rank
 from trainers.grpo import GRPOTrainer
 
 

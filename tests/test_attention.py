@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from models.attention import Branch, SharedPrefixLayout, block_mask, shared_prefix_attention
+from rlt.models.attention import Branch, SharedPrefixLayout, block_mask, shared_prefix_attention
 
 
 class Attention(torch.nn.Module):

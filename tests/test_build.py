@@ -6,10 +6,10 @@ import pytest
 from conftest import build, config_of
 from datasets import Dataset
 
-from data.formats import load_format
-from data.prompts import ANSWER_LINE
-from schema import DataConfig, pick
-from trainers.build import question_prompt, whole_pairs, with_all_columns
+from rlt.prompts.rendering import ANSWER_LINE
+from rlt.prompts.styles import load_format
+from rlt.schema import DataConfig, pick
+from trainers.examples import question_prompt, whole_pairs, with_all_columns
 
 STYLE = load_format("stratos")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm import ir
 
-from generation import cpu_norms
+from rlt.generation.cpu import norms as cpu_norms
 
 RMS = math.sqrt((3.0**2 + 4.0**2) / 2)
 

@@ -4,8 +4,8 @@ import torch
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
-from generation import cpu_sampling
-from generation.cpu_sampling import BLOCK, inverse_transform
+from rlt.generation.cpu import sampling as cpu_sampling
+from rlt.generation.cpu.sampling import BLOCK, inverse_transform
 
 
 def test_a_number_falls_into_its_tokens_share():

@@ -1,18 +1,14 @@
-"""Paired bootstrap, metrics and the plot."""
+"""Paired bootstrap, seeds and the exact reward."""
 
-import json
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
-from evaluation.metrics import DRAWS_AT_ONCE, RESAMPLES, bootstrap
-from generation import request_seed
-from rewards.exact import exact_answer
-from trainers.evaluation import paired_bootstrap
-from trainers.outputs import plot_curves
+from rlt.estimates import DRAWS_AT_ONCE, RESAMPLES, bootstrap, paired_bootstrap
+from rlt.generation.seeds import request_seed
+from rlt.rewards.exact import exact_answer
 
 
 def test_a_constant_gain_has_an_interval_of_no_width():
@@ -63,25 +59,3 @@ def test_exact_answers():
     texts = ["3 + 9 = 12.", "12 or 13", "twelve", [{"role": "assistant", "content": "It is 12.0"}], "-12"]
     assert exact_answer(texts, ["12"] * 5) == [1.0, 0.0, 0.0, 1.0, 0.0]
     assert exact_answer(["no number"], ["none"]) == [0.0]
-
-
-PANELS_OF = {"reward": [0], "eval/reward": [0], "kl": [1], "completions/mean_length": [2], "loss": []}
-
-
-def picture(folder, **metrics):
-    """The pixels that are drawn of two steps, in three panels side by side."""
-    steps = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
-    lines = [json.dumps({"step": number, **step}) + "\n" for number, step in enumerate(steps, start=1)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    return np.split(imread(plot_curves(folder)), 3, axis=1)
-
-
-@pytest.mark.parametrize(("metric", "panels"), PANELS_OF.items())
-def test_the_plot_shows_each_metric_in_its_panel(metric, panels, tmp_path):
-    assert plot_curves(tmp_path) is None
-    rising = dict.fromkeys(PANELS_OF, (1.0, 2.0))
-    before, again = picture(tmp_path, **rising), picture(tmp_path, **rising)
-    after = picture(tmp_path, **{**rising, metric: (2.0, 1.0)})  # within the same axes
-    assert before[0].shape == (416, 546, 4)  # 4.2 x 3.2 inches at 130 dots
-    assert [np.array_equal(*pair) for pair in zip(before, again, strict=True)] == [True] * 3
-    assert [place for place in range(3) if not np.array_equal(before[place], after[place])] == panels

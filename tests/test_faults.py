@@ -19,8 +19,8 @@ from conftest import launch
 from safetensors.torch import load_file
 from test_launch import END_LIMIT_S, LIMIT_S, ranks_of, reached, start, wait_until
 
-from generation.server import Server, ServerError
-from launching import PREEMPTED
+from rlt.generation.served.client import Server, ServerError
+from rlt.launching.lifetime import PREEMPTED
 from trainers.checkpoints import damage_of
 
 pytestmark = pytest.mark.slow

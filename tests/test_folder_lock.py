@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from launching import folder_lock
+from rlt.runs.folder import folder_lock
 
 
 @pytest.fixture

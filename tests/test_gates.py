@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import launch
 
-from gates import decide, read_gates
+from rlt.commands.gates import decide, read_gates
 
 RESULT = {"accuracy": 0.5, "difference": {"low": 0.01}, "broken": float("nan"), "endless": float("inf")}
 

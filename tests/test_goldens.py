@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.formats import load_format
-from data.prompts import render_teacher_prompt
-from logprobs import token_log_probs
-from models.embedded import embedded_model_path
-from models.loading import load_frozen, load_tokenizer
-from rewards import TeacherReward
-from schema import TeacherRewardConfig
+from rlt.logprobs import token_log_probs
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_frozen, load_tokenizer
+from rlt.prompts.rendering import render_teacher_prompt
+from rlt.prompts.styles import load_format
+from rlt.rewards import TeacherReward
+from rlt.schema import TeacherRewardConfig
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "teacher_rewards.json").read_text())
 NAMES = ("reward", "solution_log_prob_reward", "kl_reward", "match_reward")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, launch
 
-from launch import address_of_servers, read_arguments, read_machines
-from launching import PREEMPTED, supervise
-from launching.lifetime import stop_signals
+from rlt.commands.launch import address_of_servers, read_arguments, read_machines
+from rlt.launching.lifetime import PREEMPTED, stop_signals
+from rlt.launching.supervisor import supervise
 
 LIMIT_S = 240
 END_LIMIT_S = 60  # from a failure to the end of all that was started
@@ -42,7 +42,7 @@ def ranks_of(launcher: int) -> list[int]:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "launching.rank" in words and str(launcher) in words:
+        if "rlt.commands.rank" in words and str(launcher) in words:
             found.append(int(path.parent.name))
     return found
 

@@ -24,10 +24,10 @@ from transformers import (
 from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 
-from logprobs import token_log_probs
-from logprobs.head import _LinearHead
-from logprobs.packing import common_prefix, fill_rows, lay_out
-from models.attention import NAME, takes_layout
+from rlt.logprobs import token_log_probs
+from rlt.logprobs.head import _LinearHead
+from rlt.logprobs.packing import common_prefix, fill_rows, lay_out
+from rlt.models.attention import NAME, takes_layout
 
 VOCABULARY = 53
 
@@ -136,7 +136,7 @@ def test_gradients_equal_one_row_at_a_time(name, variant, chunk, monkeypatch):
     sequences = [*group_of_three(), *group_of_three(offset=7), equal, equal[:11], [5, 6, 7]]
     counted = [list(range(8, len(s))) for s in sequences[:-1]] + [[2]]
     expected = gradients(variant, one_row_at_a_time(variant, sequences, counted, 1.0))
-    monkeypatch.setattr("logprobs.head.HEAD_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("rlt.logprobs.head.HEAD_CHUNK_ELEMENTS", chunk)
     ours = gradients(variant, token_log_probs(variant, sequences, counted, token_budget=40)[0])
     for a, b in zip(ours, expected, strict=True):
         # RMSNorm computes in float32 in transformers, which bounds what float64 can show.
@@ -173,7 +173,7 @@ def test_models_that_look_elsewhere_share_nothing_and_say_so_once(other, caplog)
         ours, _ = token_log_probs(other, sequences, counted, token_budget=64)
     for a, b in zip(ours, one_row_at_a_time(other, sequences, counted, 1.0), strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=1e-6, rtol=0)
-    said = [record.getMessage() for record in caplog.records if record.name == "logprobs.engine"]
+    said = [record.getMessage() for record in caplog.records if record.name == "rlt"]
     assert [line.split()[0] for line in said] == [type(other).__name__]
 
 

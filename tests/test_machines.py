@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from launching.environment import free_port
-from launching.machines import Link, Machines
+from rlt.launching.environment import free_port
+from rlt.launching.machines import Link, Machines
 
 RUN = {"beta": 0.04, "devices": 8}
 

@@ -8,17 +8,16 @@ import torch
 from conftest import EMBEDDED, config_of
 from safetensors.torch import save_file
 
-from configuration import apply_memory_profile, memory_profiles
-from memory import GIB, choose_profile, estimate_memory, gpu_memory_gib, parameters, shape_of, token_budget
-from plan import check_models_exist, make_plan
+from rlt.planning.machine import check_models_exist, gpu_memory_gib
+from rlt.planning.memory import GIB, estimate_memory, parameters, shape_of, token_budget
+from rlt.planning.plan import make_plan
+from rlt.planning.profiles import choose_profile, memory_profiles, with_memory_profile
 
 PROFILES = sorted(memory_profiles())
 
 
 def profiled(*overrides: str) -> dict:
-    config = config_of(*overrides)
-    apply_memory_profile(config, list(overrides))
-    return config
+    return with_memory_profile(config_of(*overrides), list(overrides))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -72,7 +71,7 @@ def test_naming_one_kind_of_weights_leaves_all_of_them_to_the_command_line():
 def test_a_profile_changes_the_micro_batch_and_not_how_many_completions_are_made_at_once():
     run = config_of("teacher_rlt_mono", "generation_aggregation_steps=8")
     config = config_of("teacher_rlt_mono", "memory_cfg=12gb", "generation_aggregation_steps=8")
-    apply_memory_profile(config, ["teacher_rlt_mono", "memory_cfg=12gb"])  # as if the run's file said eight
+    config = with_memory_profile(config, ["teacher_rlt_mono", "memory_cfg=12gb"])  # as if the run's file said eight
     for c in (run, config):
         assert c["per_device_train_batch_size"] * c["generation_aggregation_steps"] == 32
 
@@ -102,7 +101,7 @@ def test_a_gpu_that_does_not_answer_in_time_is_not_seen(tmp_path, monkeypatch, c
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr("memory.NVIDIA_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("rlt.planning.machine.NVIDIA_SMI_TIMEOUT_S", 0.2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_memory_gib() is None
     assert "nvidia-smi did not answer within 0.2 s: no GPU is seen" in caplog.text
@@ -153,9 +152,9 @@ def test_a_model_with_other_names_in_its_configuration_is_estimated_by_its_size(
 
 
 def test_auto_takes_the_profile_of_the_gpu_and_leaves_the_cpu_alone(monkeypatch):
-    monkeypatch.setattr("configuration.gpu_memory_gib", lambda: 12.0)
+    monkeypatch.setattr("rlt.planning.profiles.gpu_memory_gib", lambda: 12.0)
     assert profiled("teacher_rlt_mono", "memory_cfg=auto") == profiled("teacher_rlt_mono", "memory_cfg=12gb")
-    monkeypatch.setattr("configuration.gpu_memory_gib", lambda: None)
+    monkeypatch.setattr("rlt.planning.profiles.gpu_memory_gib", lambda: None)
     assert profiled("teacher_rlt_mono", "memory_cfg=auto") == config_of("teacher_rlt_mono")
 
 

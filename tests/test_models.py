@@ -22,11 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from models import embedded
-from models.embedded import embedded_model_path, is_embedded
-from models.loading import load_frozen, load_policy, load_student, load_tokenizer, supports_bfloat16
-from models.paths import resolve_model_path
-from models.residence import resident, send_for
+from rlt.models import embedded
+from rlt.models.devices import supports_bfloat16
+from rlt.models.embedded import embedded_model_path, is_embedded
+from rlt.models.loading import load_frozen, load_policy, load_student, load_tokenizer
+from rlt.models.paths import resolve_model_path
+from rlt.models.residence import resident, send_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "embedded/smollm2-135m-instruct"

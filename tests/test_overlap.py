@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from conftest import config_of, launch
 from test_resume import succeed, weights
 
-from generation.engine_process import EngineProcess
-from generation.vllm_engine import VLLMEngine
-from models.embedded import embedded_model_path
-from models.loading import load_policy, load_tokenizer
-from plan import make_plan
+from rlt.generation.engine_process import EngineProcess
+from rlt.generation.vllm_engine import VLLMEngine
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_policy, load_tokenizer
+from rlt.planning.plan import make_plan
 
 
 @pytest.fixture(scope="module")

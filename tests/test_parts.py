@@ -9,8 +9,8 @@ import pytest
 from accelerate import Accelerator
 from conftest import config_of, launch, save_tiny, spawn_ranks
 
-from data.formats import FORMATS, ReasoningFormat
-from generation.parts import Parts, check_sources, models_of
+from rlt.prompts.styles import FORMATS, ReasoningFormat
+from rlt.runs.parts import Parts, check_parts, models_of
 
 STYLE = FORMATS["stratos"]
 ROWS = [{"question": f"{n} + 1?", "solution": str(n + 1), "prompt": "rendered"} for n in range(4)]
@@ -55,7 +55,7 @@ def test_a_copy_of_the_weights_goes_on_and_so_does_what_is_complete_without_them
     moved = {**job, "model_name_or_path": str(tmp_path / "moved")}
     assert live(moved).read() == ROWS
     (tmp_path / "moved" / "model.safetensors").unlink()
-    check_sources(moved, models_of(moved))
+    check_parts(moved, models_of(moved))
 
 
 def test_weights_that_changed_between_two_lives_are_refused(job, tmp_path):
@@ -71,11 +71,11 @@ def test_weights_that_changed_between_two_lives_are_refused(job, tmp_path):
 
 def test_weights_that_changed_since_the_last_part_are_seen_from_the_configuration_alone(job, tmp_path):
     live(job)
-    check_sources(job, models_of(job))
+    check_parts(job, models_of(job))
     weights_of(tmp_path / "model", version=101)
     with pytest.raises(ValueError, match="the weights of model_name_or_path"):
-        check_sources(job, models_of(job))
-    check_sources({**job, "overwrite_output_dir": True}, models_of(job))
+        check_parts(job, models_of(job))
+    check_parts({**job, "overwrite_output_dir": True}, models_of(job))
 
 
 def test_the_students_weights_count_where_there_is_one(job, tmp_path):
@@ -134,7 +134,7 @@ def refused_together(rank: int, job: dict, port: int) -> None:
 
 
 def test_all_ranks_are_refused_together(job):
-    from launching.environment import free_port
+    from rlt.launching.environment import free_port
 
     live(job, count=2)
     spawn_ranks(refused_together, (job, free_port()))

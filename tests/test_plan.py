@@ -9,10 +9,14 @@ import pytest
 from conftest import ROOT, config_of, launch
 from omegaconf import OmegaConf
 
-from configuration import GROUPS, apply_warmup, options, rewrite_arguments
-from plan import hide_secrets, make_plan
-from train import check_sweep, prepare_output, show
-from trainers.config_fields import TABLE, build_table, read_table
+from rlt.commands.begin import show
+from rlt.commands.train import check_sweep
+from rlt.planning.configuration import GROUPS, options, rewrite_arguments
+from rlt.planning.plan import make_plan
+from rlt.planning.resolve import with_warmup
+from rlt.planning.trl_fields import TABLE, read_table
+from rlt.runs.folder import hide_secrets, prepare_output
+from trainers.field_table import build_table
 
 EMBEDDED = "model_name_or_path=embedded/smollm2-135m-instruct"
 HUB_OFF = {"HF_HUB_OFFLINE": "1"}
@@ -44,11 +48,11 @@ def test_every_option_is_planned_in_the_default_run(group, option, monkeypatch):
 def test_a_plain_grpo_run_is_planned(profile, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the sft profile is teacher_sft_tiny's
     plan = make_plan(config_of("run_cfg=grpo_exact", f"trainer_cfg={profile}", "dry_run=true"))
-    assert plan.config["reward_functions"] == ["rewards.exact.exact_answer"]
+    assert plan.config["reward_functions"] == ["rlt.rewards.exact.exact_answer"]
 
 
 def test_the_table_of_trainer_fields_is_that_of_the_installed_trl():
-    assert read_table() == build_table(), f"run python -m trainers.config_fields to renew {TABLE.name}"
+    assert read_table() == build_table(), f"run python -m trainers.field_table to renew {TABLE.name}"
 
 
 def test_the_paper_run_has_the_papers_values():
@@ -218,7 +222,7 @@ def test_a_folder_that_no_run_wrote_is_left_alone(tmp_path):
 
 def test_not_enough_disk_is_said_before_the_run(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr("plan.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("rlt.planning.machine.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="GiB are free"):
         make_plan(config_of(f"output_dir={tmp_path / 'run'}", EMBEDDED))
 
@@ -251,18 +255,17 @@ def test_a_warm_up_runs_unless_it_is_complete_or_a_model_is_named(tmp_path):
     given = [f"results_dir={tmp_path}", "report_to=null", "seed=2"]
     config, folder = config_of(*given), tmp_path / "teacher_sft_tiny"
     shared = ["run_cfg=teacher_sft_tiny", f"results_dir='{tmp_path}'", "report_to=null"]
-    assert apply_warmup(config, given) == [*shared, "per_device_train_batch_size=4"]
-    assert apply_warmup(config, given, devices=4) == [*shared, "per_device_train_batch_size=2"]
-    assert config["model_name_or_path"] == str(folder)
+    started, arguments = with_warmup(config, given)
+    assert arguments == [*shared, "per_device_train_batch_size=4"]
+    assert with_warmup(config, given, devices=4)[1] == [*shared, "per_device_train_batch_size=2"]
+    assert started == {**config, "model_name_or_path": str(folder)} != config
     with pytest.raises(ValueError, match="warm-up teacher_sft_tiny: .*multiple of 16 devices"):
-        apply_warmup(config, given, devices=16)
+        with_warmup(config, given, devices=16)
     for named in ("++model_name_or_path=mine", "model_cfg=qwen05bi"):
         own = {**config, "model_name_or_path": "mine"}
-        assert apply_warmup(own, [named]) is None
-        assert own["model_name_or_path"] == "mine"
+        assert with_warmup(own, [named]) == (own, None)
     complete(config_of(*shared), steps=42)
-    assert apply_warmup(config, given, devices=16) is None  # it is there, whatever could make it
-    assert config["model_name_or_path"] == str(folder)
+    assert with_warmup(config, given, devices=16) == (started, None)  # it is there, whatever could make it
 
 
 @pytest.mark.parametrize(("steps", "says"), [(42, "holds a different run .learning_rate: 1.0 there"), (2, None)])
@@ -270,10 +273,10 @@ def test_what_stands_in_a_warm_ups_folder_must_be_that_warm_up_and_whole(steps, 
     given = [f"results_dir={tmp_path}", "report_to=null"]
     complete(config_of("teacher_sft_tiny", *given, *(["learning_rate=1.0"] if says else ["max_steps=2"])), steps)
     if not says:
-        assert apply_warmup(config_of(*given), given)
+        assert with_warmup(config_of(*given), given)[1]
         return
     with pytest.raises(ValueError, match=f"warm-up teacher_sft_tiny: .*{says}"):
-        apply_warmup(config_of(*given), given)
+        with_warmup(config_of(*given), given)
 
 
 def complete(config: dict, steps: int) -> None:

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from data.formats import FORMATS, load_format
-from data.prompts import Rendered, render_student_reading, render_teacher_prompt, render_teacher_reading
-from rewards.spans import align_spans, common_ends, tokenize_with_spans, tokens_inside
+from rlt.prompts.rendering import Rendered, render_student_reading, render_teacher_prompt, render_teacher_reading
+from rlt.prompts.spans import align_spans, common_ends, tokenize_with_spans, tokens_inside
+from rlt.prompts.styles import FORMATS, load_format
 
 STYLE = load_format("stratos")
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from test_score import rows, score  # noqa: F401  (rows is a fixture)
 
-from traces.ranking import ranks, sources_of, summary
+from rlt.traces.ranking import ranks, sources_of, summary
 
 
 def test_ranks_follow_the_reward_and_what_has_none_comes_last():

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, TINY_RUN, assert_best_is_kept, config_of, launch
 from safetensors.torch import load_file
 
-from launching import RankPlace, rank_environment, supervise
-from launching.environment import free_port
-from plan import make_plan
-from train import prepare_output
+from rlt.launching.environment import RankPlace, free_port, rank_environment
+from rlt.launching.supervisor import supervise
+from rlt.planning.plan import make_plan
+from rlt.runs.folder import prepare_output
 
 STEPS, SAVED = 5, 3
 ALL = ("zero3", "fsdp", "ddp", "zero1", "zero2", "offload")
@@ -52,7 +52,6 @@ def module_environment():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setenv("PYTHONPATH", str(ROOT))
         yield str(os.getpid())
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rewards.reductions import NORMALIZERS, REDUCTIONS, kl_estimate, weighted_reductions
-from rewards.teacher import kl_part, naturalness, solution_part
-from schema import TeacherRewardConfig
+from rlt.rewards.reductions import NORMALIZERS, REDUCTIONS, kl_estimate, weighted_reductions
+from rlt.rewards.teacher import kl_part, naturalness, solution_part
+from rlt.schema import TeacherRewardConfig
 
 VALUES = torch.tensor([-4.0, -1.0, -2.0, -3.0])
 PAPER = TeacherRewardConfig(

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import config_of
 
-from report import labelled, picture_of, runs_of, write_report
-from reports.curves import curves
-from reports.dashboard import log_figures
-from reports.tables import configuration, evaluation
+from rlt.reports.curves import curves
+from rlt.reports.page import labelled, picture_of, runs_of, write_report
+from rlt.reports.tables import configuration, evaluation
+from rlt.runs.dashboard import log_figures
 from trainers.outputs import weighted_sum
 
 OWN = b"the run's own"

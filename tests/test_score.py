@@ -7,7 +7,7 @@ import pandas
 import pytest
 from conftest import launch
 
-from score import best_index, read_lines
+from rlt.commands.score import best_index, read_lines
 
 
 @pytest.fixture

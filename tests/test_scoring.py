@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_reductions import PAPER
 
-from data.formats import load_format
-from data.prompts import prompt_token_ids, render_teacher_prompt
-from models.loading import load_frozen
-from traces.scoring import TraceScorer
+from rlt.models.loading import load_frozen
+from rlt.prompts.rendering import prompt_token_ids, render_teacher_prompt
+from rlt.prompts.styles import load_format
+from rlt.traces.scoring import TraceScorer
 
 TEXTS = ["Three fours are 12.<|end_of_explanation|>", "It is 12."]
 ROW = {"question": "What is 3 * 4?", "solution": "12"}

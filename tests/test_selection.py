@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from evaluation import bootstrap, paired_difference, pass_at_k
-from schema import TraceConfig
-from traces.selection import check_format, rank, select, similarity
+from rlt.data.duplicates import similarity
+from rlt.estimates import bootstrap, paired_difference, pass_at_k
+from rlt.schema import TraceConfig
+from rlt.traces.selection import check_format, rank, select
 
 CONFIG = TraceConfig(
     traces_per_question=3,

@@ -16,11 +16,11 @@ from conftest import ROOT, config_of, launch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation.server_engine import ServerEngine
-from generation.vllm_engine import VLLMEngine
-from generation.weight_files import ChunkFiles, checksum, read_chunk
-from generation.weight_service import WeightService
-from launching.servers import Servers
+from rlt.generation.served.engine import ServerEngine
+from rlt.generation.served.weight_files import ChunkFiles, checksum, read_chunk
+from rlt.generation.served.weight_service import WeightService
+from rlt.generation.vllm_engine import VLLMEngine
+from rlt.launching.servers import Servers
 
 PROMPTS = [[100, 200, 300, 400]] * 3 + [[500, 600]] * 2
 SEEDS = [11, 12, 13, 7, 8]
@@ -131,7 +131,7 @@ def test_a_completion_of_other_weights_is_refused(served):
 
 
 def test_chunks_carry_all_weights_and_their_sums(tmp_path, monkeypatch):
-    monkeypatch.setattr("generation.weight_files.CHUNK_BYTES", 128)
+    monkeypatch.setattr("rlt.generation.served.weight_files.CHUNK_BYTES", 128)
     weights = {f"w{i}": torch.arange(10, dtype=torch.float32) + i for i in range(5)}  # 40 bytes each, padded to 64
     tied = {**weights, "w5": weights["w4"]}
     files = ChunkFiles(tmp_path)
@@ -158,7 +158,7 @@ def test_chunks_are_fetched_with_the_key_where_memory_is_not_shared(tmp_path, mo
         torch.testing.assert_close(read_chunk(away)[:40].view(torch.float32), weights)
         with pytest.raises(requests.HTTPError, match="404"):
             read_chunk(replace(away, source=f"{service.url}/1.chunk"))
-        monkeypatch.setattr("generation.weight_files.KEY_VARIABLE", "NO_SUCH_VARIABLE")
+        monkeypatch.setattr("rlt.generation.served.weight_files.KEY_VARIABLE", "NO_SUCH_VARIABLE")
         with pytest.raises(requests.HTTPError, match="401"):
             read_chunk(away)
     finally:

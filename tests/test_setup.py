@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from conftest import ROOT
 
-from models.versions import check_versions, requirements_file
+from rlt.planning.versions import check_versions, requirements_file
 
 PIN = re.compile(r"^[A-Za-z0-9._-]+==[^\s=]+$")
 

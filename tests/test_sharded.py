@@ -11,8 +11,7 @@ from conftest import spawn_ranks
 from test_logprobs import group_of_three, llama, one_row_at_a_time
 from trl.models.utils import _ForwardRedirection
 
-import logprobs.head
-from logprobs import token_log_probs
+from rlt.logprobs import head, token_log_probs
 
 RANKS = 2
 LEARNING_RATE = 0.5
@@ -77,7 +76,7 @@ SHARDINGS = {"zero3": zero3, "fsdp2": fsdp2}
 
 def run_rank(rank: int, sharding: str, tied: bool, folder: str) -> None:
     torch.set_num_threads(1)
-    logprobs.head.HEAD_CHUNK_ELEMENTS = 1  # a position at a time: the ranks have other numbers of them
+    head.HEAD_CHUNK_ELEMENTS = 1  # a position at a time: the ranks have other numbers of them
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))

@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from data.benchmarks import BENCHMARKS, _with_options
-from data.sources import generator_tasks, inspect_source, load_rows
-from data.splits import check_disjoint, hold_out, questions_of
+from rlt.data.benchmarks import BENCHMARKS, _with_options
+from rlt.data.generator import generator_tasks
+from rlt.data.sources import inspect_source, load_rows
+from rlt.data.splits import check_disjoint, hold_out, questions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"question": "2 + 2?", "solution": "4", "reasoning_trace": "Two and two."}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -11,20 +12,21 @@ import yaml
 from conftest import EMBEDDED, config_of, launch
 from safetensors.torch import load_file
 
-from collect import questions
-from data.formats import FORMATS
-from data.learned import HELD_OUT, check_held_out, learned_questions, lineage, write_held_out
-from data.sources import load_rows
-from data.splits import questions_of
-from evaluate import check_apart, check_comparable, trained_on
-from launching import PREEMPTED
-from pipeline import Stage, check_evaluations, check_fresh, command_of, configuration_of, stages_of
-from plan import MARKER, check_output
-from schema import DataConfig, TraceConfig, pick
-from traces.card import card
-from traces.pairs import preference_pairs
-from traces.selection import rank, select
-from trainers.rows import load_split_rows
+from rlt.data.sources import load_rows
+from rlt.data.splits import questions_of
+from rlt.jobs.collect import questions
+from rlt.jobs.evaluate import check_apart, check_comparable, trained_on
+from rlt.jobs.pipeline import Stage, check_evaluations, check_fresh, command_of, configuration_of, stages_of
+from rlt.launching.lifetime import PREEMPTED
+from rlt.planning.plan import Plan
+from rlt.prompts.rows import load_split_rows
+from rlt.prompts.styles import FORMATS
+from rlt.runs.folder import HELD_OUT, MARKER, check_output
+from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out
+from rlt.schema import DataConfig, TraceConfig, pick
+from rlt.traces.card import card
+from rlt.traces.pairs import preference_pairs
+from rlt.traces.selection import rank, select
 
 FORMAT = {"name": "short", "explanation_tags": ["<explain>", "."]}  # any sentence ends an explanation
 
@@ -417,10 +419,11 @@ def test_only_stages_that_train_are_sharded(tmp_path):
         str(tmp_path / "b"),
         ["student_sft_tiny", f"output_dir={tmp_path / 'b'}", "use_peft=true", "save_merged_model=true"],
     )
-    assert command_of(configuration_of(collection, [], 2, "zero3"), 2, "zero3") == ["launch.py", "2"]
+    pipeline = Plan({}, 2, 0, 0, 0, sharding="zero2")
+    assert command_of(configuration_of(collection, [], 2, "zero3"), pipeline) == ["launch.py", "2"]
     config = configuration_of(student, [], 2, "zero2")
-    assert command_of(config, 2, "zero2") == ["launch.py", "2", "zero2"]
-    assert command_of(config, None, None) == ["train.py"]
+    assert command_of(config, pipeline) == ["launch.py", "2", "zero2"]
+    assert command_of(config, replace(pipeline, sharding=None)) == ["train.py"]
     with pytest.raises(ValueError, match="stage student: save_merged_model=true with zero3"):
         configuration_of(student, [], 2, "zero3")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_reductions import PAPER
 
-from data.formats import load_format
-from rewards import TeacherReward
+from rlt.prompts.styles import load_format
+from rlt.rewards import TeacherReward
 
 END = "<|end_of_explanation|>"
 ROW = {"question": "What is 3 * 4?", "solution": "12"}

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_teacher_reward import reward  # noqa: F401  (a fixture)
 
-from reports.completions import completion, token
-from rewards.tokens import best_median_worst, token_columns
+from rlt.reports.completions import completion, token
+from rlt.rewards.tokens import best_median_worst, token_columns
 
 
 def test_best_median_and_worst_are_of_the_finite():

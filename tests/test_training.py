@@ -11,10 +11,11 @@ import torch
 from conftest import assert_best_is_kept, build, config_of
 from peft import LoraConfig, get_peft_model
 
-from models.loading import load_frozen
-from models.residence import resident
-from plan import make_plan
-from train import prepare_output, train
+from rlt.jobs import run_plan
+from rlt.models.loading import load_frozen
+from rlt.models.residence import resident
+from rlt.planning.plan import make_plan
+from rlt.runs.folder import prepare_output
 from trainers.build import build_trainer
 from trainers.outputs import update_seconds
 from trainers.sft import example
@@ -148,7 +149,7 @@ def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in
     merged = [] if bits else ["save_merged_model=true"]
     plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", *overrides, *merged))
     prepare_output(plan.config)
-    train(plan)
+    run_plan(plan)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(merged)
 
@@ -167,7 +168,7 @@ def test_what_a_run_leaves_behind(tiny_run, tmp_path, in_root, capsys):
         config_of(*tiny_run, f"output_dir={tmp_path}", "max_steps=3", "save_steps=1", "save_total_limit=2")
     )
     prepare_output(plan.config)
-    train(plan)
+    run_plan(plan)
     left = {p.name for p in tmp_path.iterdir()}
     assert {"config.yaml", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png", "COMPLETE"} <= left
     assert {name for name in left if name.startswith("checkpoint")} == {"checkpoint-2", "checkpoint-3"}
@@ -203,11 +204,11 @@ def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, t
     steps = ["eval_steps=1", "max_steps=3", "save_steps=100", "save_total_limit=1", "learning_rate=1e-2"]
     plan = make_plan(config_of(*tiny_run, *kept, *steps, f"output_dir={tmp_path}"))
     prepare_output(plan.config)
-    train(plan)
+    run_plan(plan)
     assert_best_is_kept(tmp_path, greater_is_better, capsys.readouterr().out)
     with pytest.raises(ValueError, match="metric_for_best_model=accuracy: held-out questions have .*reward"):
         other = {"metric_for_best_model": "accuracy", "output_dir": str(tmp_path / "other")}
-        train(replace(plan, config={**plan.config, **other}))
+        run_plan(replace(plan, config={**plan.config, **other}))
 
 
 def test_the_reference_can_be_the_student_and_waits_with_the_frozen_models(
@@ -249,7 +250,7 @@ def test_plain_grpo_takes_a_users_reward_function(tiny_run, tmp_path, in_root):
     data = "dataset_id_or_path=reasoning_gym/gcd"
     plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, "max_steps=1", f"output_dir={tmp_path}"))
     prepare_output(plan.config)
-    train(plan)
+    run_plan(plan)
     evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert set(evaluated["reward"]) <= {0.0, 0.5, 1.0}
 
@@ -266,7 +267,7 @@ def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(ti
     data = "dataset_id_or_path=reasoning_gym/gcd"
     plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, rewards, "max_steps=1", f"output_dir={tmp_path}"))
     prepare_output(plan.config)
-    train(plan)
+    run_plan(plan)
     evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert evaluated["reward"] == evaluated["exact_answer"]
     assert "answer" not in evaluated

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from reasoning_gym.factory import DATASETS, ProceduralDataset
 
-from data.formats import FORMATS
-from data.sources import load_rows
-from rewards.verified import verified_rewards
-from rewards.verifiers import (
+from rlt.data.sources import load_rows
+from rlt.prompts.styles import FORMATS
+from rlt.rewards.verified import verified_rewards
+from rlt.rewards.verifiers import (
     CHECKED_OTHERWISE,
     Verifier,
     check_rows,
@@ -20,7 +20,7 @@ from rewards.verifiers import (
     is_for_generator,
     kind_of,
 )
-from schema import VerifiedRewardConfig
+from rlt.schema import VerifiedRewardConfig
 
 STYLE = FORMATS["stratos"]
 

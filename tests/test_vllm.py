@@ -6,10 +6,10 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from generation.vllm_engine import VLLMEngine, groups_of, merged_params
-from logprobs import token_log_probs
-from models.embedded import embedded_model_path
-from models.loading import load_policy, load_tokenizer
+from rlt.generation.vllm_engine import VLLMEngine, groups_of, merged_params
+from rlt.logprobs import token_log_probs
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_policy, load_tokenizer
 
 MODEL = "embedded/smollm2-135m-instruct"
 QWEN = {

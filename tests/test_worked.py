@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.sources import load_rows
-from data.worked import worked_solution
+from rlt.data.sources import load_rows
+from rlt.data.worked import worked_solution
 
 
 def test_a_sum_is_taken_term_by_term():

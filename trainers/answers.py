@@ -4,10 +4,10 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from data.formats import ReasoningFormat
-from data.prompts import prompt_token_ids
-from generation import request_seed
-from rewards.verifiers import Verifier, final_answer
+from rlt.generation.seeds import request_seed
+from rlt.prompts.rendering import prompt_token_ids
+from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards.verifiers import Verifier, final_answer
 
 
 class HeldOutAnswers:
@@ -37,11 +37,10 @@ class HeldOutAnswers:
         }
 
     def _build(self, trainer):
-        from generation.sampler import MAX_SEQUENCES
-        from generation.vllm_engine import VLLMEngine
+        from rlt.generation.sampler import MAX_SEQUENCES, build_engine  # vLLM, which takes seconds
 
         on_gpu = trainer.accelerator.device.type == "cuda"
-        return VLLMEngine(
+        return build_engine(
             model=trainer.model,
             accelerator=trainer.accelerator,
             processing_class=trainer.processing_class,
@@ -52,8 +51,6 @@ class HeldOutAnswers:
             enable_sleep_mode=on_gpu,  # its memory is the update's in between
             temperature=self.config["temperature"],
             max_completion_length=self.config["max_completion_length"],
-            mode="colocate",
-            generation_kwargs={},
         )
 
     def _answer(self, tokenizer, mine: range) -> list[tuple[bool, bool]]:

@@ -1,71 +1,50 @@
 """From a plan to a trainer: models, tokenizer, rows, callbacks. Everything heavy is imported from here on."""
 
 import importlib
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
-from checks import OFFLINE
-from data.formats import ReasoningFormat, load_format
-from data.learned import check_held_out, learned_questions, write_held_out
-from data.prompts import render_question, student_answer
-from data.sources import say_dropped
-from errors import Refused
-from memory import token_budget
-from models.loading import load_policy, load_student, load_tokenizer, supports_bfloat16
-from models.paths import resolve_model_path
-from plan import Plan
-from rewards.verified import verified_rewards
-from rewards.verifiers import check_rows
-from schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
-from traces.pairs import preference_pairs
+from backends.collective import let_fsdp_run_on_cpu
+from rlt.errors import Refused
+from rlt.models.devices import device_type, uses_bfloat16
+from rlt.models.loading import load_policy, load_student, load_tokenizer
+from rlt.models.paths import resolve_model_path
+from rlt.planning.memory import token_budget
+from rlt.planning.plan import Plan
+from rlt.planning.trl_fields import read_table
+from rlt.prompts.rendering import render_question
+from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
+from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.rewards.verified import verified_rewards
+from rlt.rewards.verifiers import check_rows
+from rlt.runs.learned import check_held_out, learned_questions, write_held_out
+from rlt.schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
+from rlt.survival.host_memory import ReturnFreedMemory
+from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
-from trainers.config_fields import read_table
 from trainers.dpo import DPOTrainer
-from trainers.evaluation import HeldOutEvaluation
+from trainers.examples import check_batch, question_prompt, sft_examples, whole_pairs, with_all_columns
 from trainers.grpo import GRPOConfig, GRPOTrainer
-from trainers.host_memory import ReturnFreedMemory
+from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
-from trainers.ranks import let_fsdp_run_on_cpu
-from trainers.rows import load_split_rows, plain_prompt, question_rows, student_system, teaching_rows
-from trainers.sft import SFTConfig, SFTTrainer, example
+from trainers.sft import SFTConfig, SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
-
-
-def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries note about themselves is not about the run."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\.")
-
-
-def device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def uses_bfloat16(config: dict[str, Any]) -> bool:
-    """Whether forward passes run in bfloat16; `bf16: null` asks the device."""
-    return supports_bfloat16(device_type()) if config["bf16"] is None else config["bf16"]
 
 
 def trainer_arguments(plan: Plan) -> dict[str, Any]:
     """Every key that names a field of the trainer's configuration, and those that follow from others."""
     config = plan.config
-    table = read_table()[config["trainer"]]
+    table = read_table()[plan.profile.config]
     arguments = {key: value for key, value in config.items() if key in table}
     arguments |= {
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "bf16": uses_bfloat16(config),
+        "bf16": uses_bfloat16(config["bf16"]),
         "report_to": config["report_to"] or "none",
         "use_cpu": device_type() == "cpu",
         "disable_tqdm": True,
@@ -75,9 +54,9 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     }
     if "logprob_token_budget" in table:
         arguments["logprob_token_budget"] = token_budget(config)
-    if config["trainer"] in OFFLINE and config["eval_size"] and config["eval_steps"]:
+    if not plan.profile.generates and config["eval_size"] and config["eval_steps"]:
         arguments["eval_strategy"] = "steps"
-    if plan.is_grpo:
+    if plan.profile.generates:
         arguments.pop("load_best_model_at_end", None)  # see keep_best
         arguments |= {
             "steps_per_generation": plan.steps_per_generation,
@@ -91,7 +70,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
 def build_policy(config: dict[str, Any]):
     """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
     model = pick(config, ModelConfig)
-    low = torch.bfloat16 if uses_bfloat16(config) else torch.float32
+    low = torch.bfloat16 if uses_bfloat16(config["bf16"]) else torch.float32
     policy = load_policy(
         resolve_model_path(model.model_name_or_path),
         dtype=low if model.use_peft else torch.float32,
@@ -117,8 +96,7 @@ def build_trainer(plan: Plan):
     config = plan.config
     style = load_format(config["reasoning_format"])
     tokenizer = load_tokenizer(resolve_model_path(config["model_name_or_path"]), config["trust_remote_code"])
-    build = build_grpo if plan.is_grpo else build_dpo if config["trainer"] == "dpo" else build_sft
-    trainer, evaluation = build(plan, tokenizer, style)
+    trainer, evaluation = BUILDERS[plan.profile.config](plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     folder = config["output_dir"]
@@ -198,75 +176,10 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dict[str, str]]:
-    """Prompt, chosen and rejected text of the pairs that TRL would not cut at `max_length`.
-
-    Raises:
-        Refused: there is none.
-    """
-    bos, length = tokenizer.bos_token, config["max_length"]
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    kept = []
-    for row in rows:
-        texts = [row["prompt"] + row[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
-        if length is None or max(map(len, tokenizer(texts, add_special_tokens=False).input_ids)) <= length:
-            # TRL's tokenisation brings one of its own.
-            prompt = row["prompt"].removeprefix(bos) if adds_bos else row["prompt"]
-            kept.append({"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]})
-    say_dropped({f"longer than max_length={length}": len(rows) - len(kept)}, config["dataset_id_or_path"])
-    if not kept:
-        raise Refused(f"max_length={length}: every pair has a longer side")
-    return kept
-
-
-def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
-    """A teacher learns to explain, a student to think and answer; both from `reasoning_trace`.
-
-    Raises:
-        Refused: no row has one, or all are too long.
-    """
-    traced, source = [row for row in rows if row.get("reasoning_trace")], config["dataset_id_or_path"]
-    say_dropped({"no reasoning_trace": len(rows) - len(traced)}, source)
-    if not traced:
-        raise Refused(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
-    if config["trainer"] == "student_sft":
-        examples = [student_example(tokenizer, style, row, pick(config, DataConfig)) for row in traced]
-    else:
-        end = style.explanation_tags[1]
-        examples = [
-            example(tokenizer, row["prompt"], f"{row['reasoning_trace'].strip()}\n\n{end}")
-            for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig)).rows
-        ]
-    fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
-    say_dropped({f"longer than max_length={config['max_length']}": len(examples) - len(fitting)}, source)
-    if not fitting:
-        raise Refused(f"max_length={config['max_length']}: every row is longer")
-    return fitting
-
-
-def student_example(tokenizer, style: ReasoningFormat, row: dict, data: DataConfig) -> dict[str, list[int]]:
-    prompt = render_question(tokenizer, style, row["question"], student_system(row, data))
-    return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
-
-
-def check_batch(rows: list[dict], arguments: GRPOConfig) -> None:
-    """That there are questions for one batch; of fewer the sampler gives none, and no step would be made.
-
-    Raises:
-        Refused: how many there are, and how many a batch has.
-    """
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if len(rows) < needed:
-        raise Refused(
-            f"{len(rows)} usable rows to train on, and a batch has {needed} questions: lower train_batch_size or "
-            "raise num_generations"
-        )
-
-
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     config = plan.config
     data = pick(config, DataConfig)
-    is_teacher = config["trainer"] == "teacher_grpo"
+    is_teacher = plan.profile.teaches
     train_rows, eval_rows = split_rows(config, style)
     verified = pick(config, VerifiedRewardConfig) if "verifier" in config else None
 
@@ -295,7 +208,9 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         "processing_class": tokenizer,
         "peft_config": adapter,
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order
-        "engine_dtype": ("bfloat16" if uses_bfloat16(config) else "float32") if device_type() == "cpu" else "auto",
+        "engine_dtype": ("bfloat16" if uses_bfloat16(config["bf16"]) else "float32")
+        if device_type() == "cpu"
+        else "auto",
     }
     functions = [load_function(path) for path in config["reward_functions"] or []]
     weights = [1.0] * (is_teacher + len(functions))
@@ -313,21 +228,6 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     completions.trainer = evaluation.trainer = trainer
     leave_held_out(trainer, eval_rows)
     return trainer, evaluation
-
-
-def with_all_columns(rows: list[dict]) -> list[dict]:
-    """`Dataset.from_list` and TRL look for the columns of the first row in all others, and for no more."""
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def question_prompt(config: dict[str, Any], style: ReasoningFormat) -> Callable[..., str]:
-    """How plain GRPO asks: for an `Answer: …` line, for a verifier's sections, or the question alone."""
-
-    def prompt(tokenizer, row: dict, data: DataConfig) -> str:
-        return render_question(tokenizer, style, row["question"], student_system(row, data), config["answer_line"])
-
-    return prompt if config["answer_line"] or "verifier" in config else plain_prompt
 
 
 def keep_best(arguments: GRPOConfig, config: dict[str, Any]) -> None:
@@ -349,7 +249,7 @@ def build_student(config: dict[str, Any], tokenizer):
     student = load_student(
         path,
         tokenizer,
-        dtype=torch.bfloat16 if uses_bfloat16(config) else torch.float32,
+        dtype=torch.bfloat16 if uses_bfloat16(config["bf16"]) else torch.float32,
         attn_implementation=config["attn_implementation"],
         trust_remote_code=config["trust_remote_code"],
     )
@@ -367,3 +267,6 @@ def load_function(path: str):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"reward_functions: {path!r} cannot be imported ({error})") from error
+
+
+BUILDERS = {"sft": build_sft, "dpo": build_dpo, "grpo": build_grpo}  # by `Profile.config`

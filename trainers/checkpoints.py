@@ -9,44 +9,26 @@ import json
 import logging
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import torch
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainers.sharding import load_full_weights, load_training_state, training_state
+from backends.state import load_full_weights, load_training_state, training_state
+from rlt.runs.folder import CHECKPOINTS, SAVING
+from rlt.survival.kill_points import kill_point
 
-SAVING = ".saving"  # a checkpoint is written below it, then renamed
 TRAINING_STATE = "training_state.pt"
 MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
-KILL_VARIABLE = "RLT_KILL_AT"  # "saving:2" kills the process when that point is reached for the second time
-SIGNAL_VARIABLE = "RLT_SIGNAL_AT"  # "saving:2:SIGTERM" sends the signal to the process that started this one
-RANK_VARIABLE = "RLT_KILL_RANK"  # of several processes, the one that is meant; 0 unless set
-
-_reached: dict[str, int] = {}
-
-logger = logging.getLogger(__name__)
 
 
-def kill_point(name: str) -> None:
-    """A marked place where a test may end the process, as a power cut would, or have it asked to stop."""
-    if os.environ.get("RANK", "0") != os.environ.get(RANK_VARIABLE, "0"):
-        return
-    _reached[name] = _reached.get(name, 0) + 1
-    here = [name, str(_reached[name])]
-    wanted, _, times = os.environ.get(KILL_VARIABLE, "").partition(":")
-    if [wanted, times or "1"] == here:
-        os.kill(os.getpid(), signal.SIGKILL)
-    *place, number = os.environ.get(SIGNAL_VARIABLE, "").split(":")
-    if place == here:
-        os.kill(os.getppid(), signal.Signals[number])
+logger = logging.getLogger("rlt")
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run whose files are all there in full."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in Path(output_dir).glob(CHECKPOINTS) if p.name.removeprefix("checkpoint-").isdigit()]
     for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         if (damage := damage_of(folder)) is None:
             return folder

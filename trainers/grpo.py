@@ -20,19 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
-from data.prompts import prompt_token_ids
-from errors import Refused
-from generation import request_seed
-from logprobs import token_log_probs
-from logprobs.packing import pad_rows
-from models.residence import resident, send_for
-from trainers.checkpoints import AtomicCheckpoints, kill_point
+from backends.collective import agree_on_forwards, inside_forward, is_sharded
+from backends.state import full_weights, load_full_weights
+from rlt.errors import Refused
+from rlt.generation.seeds import request_seed
+from rlt.launching.roll_call import slowest
+from rlt.logprobs import token_log_probs
+from rlt.logprobs.packing import pad_rows
+from rlt.models.residence import resident, send_for
+from rlt.prompts.rendering import prompt_token_ids
+from rlt.schema import server_urls
+from rlt.survival.kill_points import kill_point
+from trainers.checkpoints import AtomicCheckpoints
 from trainers.outputs import update_seconds
 from trainers.overlap import OverlappedGeneration
-from trainers.ranks import agree_on_forwards, inside_forward, is_sharded, slowest
-from trainers.sharding import full_weights, load_full_weights
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("rlt")
 
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
 MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
@@ -111,20 +114,16 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _build_engine(self, config: GRPOConfig, engine_dtype: str):
         # Importing vLLM takes seconds that other runs need not spend.
-        from generation.engine_process import EngineProcess
-        from generation.server_engine import ServerEngine
-        from generation.vllm_engine import VLLMEngine
+        from rlt.generation.sampler import build_engine
 
-        kind = EngineProcess if config.overlap_generation else VLLMEngine
-        if config.vllm_mode == "server":
-            urls = config.vllm_server_base_url
-            urls = [urls] if isinstance(urls, str) else urls
-            kind = partial(ServerEngine, urls=urls, start_limit_s=config.vllm_server_timeout)
-        return kind(
+        urls = server_urls({"vllm_server_base_url": config.vllm_server_base_url})
+        return build_engine(
+            urls if config.vllm_mode == "server" else [],
+            config.vllm_server_timeout,
+            config.overlap_generation,
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,
-            mode="colocate",
             engine_dtype=engine_dtype,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,

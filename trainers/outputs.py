@@ -11,14 +11,11 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from generation import request_seed
+from rlt.generation.seeds import request_seed
+from rlt.reports.curves import draw_curves
+from rlt.runs.folder import COMPLETIONS, CURVES, METRICS
 
-logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-PLOT = "curves.png"
-PANELS = (("reward", "reward"), ("kl", "KL to the reference"), ("completions/mean_length", "tokens per completion"))
-SFT_PANELS = (("loss", "loss"), ("learning_rate", "learning rate"))
+logger = logging.getLogger("rlt")
 
 
 class MetricsFile(TrainerCallback):
@@ -87,7 +84,7 @@ class CompletionsFile(TrainerCallback):
     """Writes a step's completions with their rewards, parts and advantages to `completions/step-00001.parquet`."""
 
     def __init__(self, output_dir: str, probability: float):
-        self.folder = Path(output_dir) / "completions"
+        self.folder = Path(output_dir) / COMPLETIONS
         self.probability = probability
         self.trainer = None  # set once the trainer exists
 
@@ -123,40 +120,10 @@ class Plot(TrainerCallback):
     """Curves over the steps, drawn from `metrics.jsonl` at every save and at the end."""
 
     def __init__(self, output_dir: str):
-        self.output_dir = Path(output_dir)
+        self.folder = Path(output_dir)
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            plot_curves(self.output_dir)
+            draw_curves({self.folder.name: self.folder}, self.folder / CURVES)
 
     on_train_end = on_save
-
-
-def plot_curves(output_dir: Path) -> Path | None:
-    """Draw `curves.png` from `metrics.jsonl`; None when there is nothing to draw yet."""
-    path = output_dir / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    panels = PANELS if any("reward" in r for r in records) else SFT_PANELS
-    if not any(name in r for r in records for name, _ in panels):
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), constrained_layout=True)
-    evaluated = {"reward": "eval/reward", "completions/mean_length": "eval/length"}
-    for axis, (name, label) in zip(axes, panels, strict=True):
-        steps = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        axis.plot(*zip(*steps, strict=True), color="#888888", label="training batch") if steps else None
-        held_out = [(r["step"], r[evaluated[name]]) for r in records if name in evaluated and evaluated[name] in r]
-        if held_out:
-            axis.plot(
-                *zip(*held_out, strict=True), color="#1f6f8b", marker="o", linewidth=2, label="held-out questions"
-            )
-            axis.legend(frameon=False, fontsize=8)
-        axis.set(xlabel="step", title=label)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output_dir / PLOT, dpi=130)
-    pyplot.close(figure)
-    return output_dir / PLOT

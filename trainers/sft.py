@@ -10,10 +10,11 @@ from functools import partial
 import torch
 import trl
 
-from data.prompts import prompt_token_ids
-from logprobs import token_log_probs
-from trainers.checkpoints import AtomicCheckpoints, kill_point
-from trainers.ranks import agree_on_forwards, inside_forward, is_sharded
+from backends.collective import agree_on_forwards, inside_forward, is_sharded
+from rlt.logprobs import token_log_probs
+from rlt.prompts.rendering import prompt_token_ids
+from rlt.survival.kill_points import kill_point
+from trainers.checkpoints import AtomicCheckpoints
 
 
 @dataclass

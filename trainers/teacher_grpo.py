@@ -10,19 +10,19 @@ from functools import partial
 import torch
 from trl.trainer.utils import use_adapter
 
-from data.formats import ReasoningFormat
-from errors import Refused
-from logprobs import token_log_probs
-from models.residence import resident
-from rewards import Reading, Scored, TeacherReward
-from rewards.tokens import token_columns
-from schema import TeacherRewardConfig
+from backends.collective import agree_on_forwards, inside_forward
+from rlt.errors import Refused
+from rlt.logprobs import token_log_probs
+from rlt.models.residence import resident
+from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards import Reading, Scored, TeacherReward
+from rlt.rewards.tokens import token_columns
+from rlt.schema import TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
-from trainers.ranks import agree_on_forwards, inside_forward
 
 ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("rlt")
 
 
 class TeacherGRPOTrainer(GRPOTrainer):

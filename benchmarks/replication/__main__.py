@@ -15,18 +15,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from errors import Refused
+import outcome
+import rows
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import outcome  # noqa: E402
-import rows  # noqa: E402
-
-from configuration import fail  # noqa: E402
-from launching import run_child  # noqa: E402
-from pipeline import Stage, configuration_of  # noqa: E402
-from plan import is_complete  # noqa: E402
+from rlt.errors import Refused, fail
+from rlt.jobs.pipeline import Stage, configuration_of
+from rlt.launching.child import run_child
+from rlt.places import ROOT
+from rlt.runs.folder import is_complete
 
 EARLY, WARMUP_STEPS = 4, 6  # after which a teacher is sampled
 STEPS = 20  # of GRPO

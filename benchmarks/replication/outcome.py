@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import rows
 
-from evaluation.metrics import RESAMPLES, Estimate, bootstrap, paired_difference
+from rlt.estimates import RESAMPLES, Estimate, bootstrap, paired_difference
 
 ARMS = {
     "base": "the base model, untrained",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas
 
-from data.formats import load_format
-from data.prompts import student_answer
-from data.sources import load_rows
-from errors import Refused
-from models.embedded import embedded_model_path
-from models.loading import load_tokenizer
+from rlt.data.sources import load_rows
+from rlt.errors import Refused
+from rlt.models.embedded import embedded_model_path
+from rlt.models.loading import load_tokenizer
+from rlt.prompts.rendering import student_answer
+from rlt.prompts.styles import load_format
 
 # Of one step each, that has to be found: what divides what.
 TASKS = (

@@ -1,0 +1,1 @@
+"""Where a policy trains: how several processes share its weights, gradients and optimizer states."""

@@ -1,5 +1,0 @@
-"""Log-probs of tokens under a model, packed so that what sequences begin with is computed once."""
-
-from logprobs.engine import token_log_probs
-
-__all__ = ["token_log_probs"]

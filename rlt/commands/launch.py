@@ -1,0 +1,244 @@
+"""A run on several devices: the tree is composed and planned once, then every rank gets the one resolved configuration.
+
+    ./launch.sh DEVICES [RUN] [ddp | zero1 | zero2 | zero3 | offload | fsdp] [key=value ...]
+
+With NNODES, NODE_RANK and MASTER_ADDR set, and the same command on each machine, DEVICES are those of one machine.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from rlt.commands.begin import begin, prepare_process, show
+from rlt.errors import Refused, fail
+from rlt.generation.shared_memory import weights_folder
+from rlt.jobs import run_plan
+from rlt.launching.environment import SHARDINGS, RankPlace, free_port, rank_environment
+from rlt.launching.machines import Link, Machines, read_machines
+from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
+from rlt.launching.supervisor import supervise
+from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
+from rlt.planning.configuration import compose_config
+from rlt.planning.machine import count_gpus
+from rlt.planning.memory import parameters
+from rlt.planning.plan import Plan
+from rlt.planning.resolve import resolve
+from rlt.runs.folder import LOGS, hide_secrets
+from rlt.schema import PROFILES
+
+logger = logging.getLogger("rlt")
+
+
+def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
+    """(devices of servers, the other arguments); launch_with_server.sh puts `--servers=N` first.
+
+    Raises:
+        Refused: N is no number above 0.
+    """
+    if not arguments or not arguments[0].startswith("--servers="):
+        return 0, arguments
+    number = arguments[0].removeprefix("--servers=")
+    if not number.isdigit() or int(number) < 1:
+        raise Refused(f"{number!r} is no number of devices: ./launch_with_server.sh SERVER_DEVICES DEVICES ...")
+    return int(number), arguments[1:]
+
+
+def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
+    """(devices of this machine, sharding if one is named, what is left for the run).
+
+    Raises:
+        Refused: the first word is not a number of devices, or two shardings are named.
+    """
+    if not arguments or not arguments[0].isdigit():
+        raise Refused("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
+    named = [word for word in arguments[1:] if word in SHARDINGS]
+    if len(named) > 1:
+        raise Refused(f"{' and '.join(named)}: name one sharding")
+    if flags := [word for word in arguments if word.startswith("-")]:
+        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]")
+    return int(arguments[0]), named[0] if named else None, [word for word in arguments[1:] if word not in SHARDINGS]
+
+
+def check_devices(devices: int, gpus: int, requires: str | None) -> None:
+    """Refuse more devices than this machine has.
+
+    Raises:
+        Refused: more devices than this machine has.
+    """
+    if gpus or requires == "gpu":
+        if devices > gpus:
+            raise Refused(f"{devices} devices asked for, and {gpus} GPUs are visible on this machine")
+    elif devices > len(cores := os.sched_getaffinity(0)):
+        raise Refused(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
+
+
+def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path) -> Servers:
+    """On the devices behind those that train."""
+    parallel = plan.config.get("vllm_tensor_parallel_size", 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
+    groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
+    threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
+    return Servers(groups, threads, logs, plan_file, **address_of_servers(dict(os.environ)))
+
+
+def address_of_servers(environment: dict[str, str]) -> dict:
+    """Where servers listen: `host` and `first_port`.
+
+    Raises:
+        Refused: other machines could reach them, and no key is set.
+    """
+    host, port = environment.get(HOST_VARIABLE, LOOPBACK), environment.get(PORT_VARIABLE, "0")
+    if not port.isdigit() or int(port) >= 2**16:
+        raise Refused(f"{PORT_VARIABLE}={port} is no port")
+    if not host.startswith("127.") and not environment.get(KEY_VARIABLE):
+        raise Refused(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
+    return {"host": host, "first_port": int(port)}
+
+
+def serve(devices: int, arguments: list[str]) -> int:
+    """Servers alone, for a run on other machines, until a signal comes; the exit code."""
+    config, given = compose_config(arguments)
+    resolved = resolve({**config, "overwrite_output_dir": True}, given, server_devices=devices)  # the trainer's folder
+    plan, config = resolved.plan, resolved.plan.config
+    if resolved.warmup:
+        raise Refused(
+            f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
+        )
+    check_devices(devices, plan.gpus, config["requires"])
+    if config["dry_run"]:
+        show(plan)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
+        file = Path(folder) / "plan.json"
+        file.write_text(json.dumps(asdict(plan)))
+        servers = servers_of(plan, devices, 0, file, Path(folder))
+        return serve_until_stopped(servers, config["vllm_server_timeout"])
+
+
+def start_ranks(plan: Plan, devices: int, machines: Machines, server_devices: int, link: Link | None) -> int:
+    """Run a plan on this machine's devices; the exit code."""
+    port = free_port()
+    if link is not None:
+        port = link.agree(port)
+        check_shared_folder(plan.config["output_dir"])
+    places = [
+        RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, port) for local in range(devices)
+    ]
+    shared = rank_environment(plan.sharding, places[0], on_cpu=not plan.gpus)
+    size = int(parameters(plan.config) * 4)
+    served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
+        file = Path(folder) / "plan.json"
+        logs = Path(plan.config["output_dir"]) / LOGS
+        servers = servers_of(plan, server_devices, devices, file, logs) if server_devices else None
+        if servers is not None:
+            plan = replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})
+            shared[KEY_VARIABLE] = servers.key
+        if weights is not None:
+            shared[WEIGHTS_VARIABLE] = weights
+        file.write_text(json.dumps(asdict(plan)))
+        environments = [{**shared, "RANK": str(p.rank), "LOCAL_RANK": str(p.local)} for p in places]
+        command = [sys.executable, "-m", "rlt.commands.rank", str(file), str(os.getpid())]
+        return supervise(command, environments, logs, servers, link)
+
+
+def check_shared_folder(folder: str) -> None:
+    """Refuse an output folder that the machines do not share.
+
+    Raises:
+        Refused: node 0 has written its configuration elsewhere.
+    """
+    if not (Path(folder) / "config.yaml").is_file():
+        raise Refused(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
+
+
+def sharding_of(config: dict, named: str | None) -> str:
+    """The sharding of a run: as named, else what suits its devices.
+
+    Raises:
+        Refused: one is named where nothing is trained.
+    """
+    profile = PROFILES.get(config["trainer"])  # an unknown one is refused by the plan
+    if profile and not profile.trains and not profile.stages:
+        if named not in (None, "ddp"):
+            raise Refused(f"{named} with {config['run_name']}: nothing is trained, and every device has whole models")
+        return "ddp"
+    return named or ("zero3" if count_gpus() or config["requires"] == "gpu" else "ddp")
+
+
+def launch(devices: int, sharding: str | None, arguments: list[str], server_devices: int = 0) -> int:
+    """Plan a run and start it on this machine's devices, together with the other machines; the exit code."""
+    machines = read_machines(dict(os.environ))
+    config, given = compose_config(arguments)
+    sharding = sharding_of(config, sharding)
+    if machines.nodes == 1 or config["dry_run"]:
+        return launch_here(config, given, devices, sharding, server_devices, machines, None)
+    link = Link(machines, config.get("ddp_timeout", 1800))
+    link.meet({**hide_secrets(config), "sharding": sharding, "devices": devices})
+    try:
+        return launch_here(config, given, devices, sharding, server_devices, machines, link)
+    except Refused as error:
+        link.announce(str(error))
+        raise
+
+
+def launch_here(
+    config: dict,
+    given: list[str],
+    devices: int,
+    sharding: str,
+    server_devices: int,
+    machines: Machines,
+    link: Link | None,
+) -> int:
+    if not config["dry_run"]:
+        check_devices(devices + server_devices, count_gpus(), config["requires"])
+    check_machines(config, machines.nodes, server_devices)
+    resolved = resolve(config, given, devices * machines.nodes, sharding, server_devices)
+    start = partial(start_here, devices=devices, machines=machines, server_devices=server_devices, link=link)
+    return begin(resolved, partial(launch, devices, sharding), start, holds_folder=machines.node == 0)
+
+
+def check_machines(config: dict, nodes: int, server_devices: int) -> None:
+    """Refuse what only one machine can do.
+
+    Raises:
+        Refused: servers of its own, or a pipeline, on several machines.
+    """
+    if nodes > 1 and server_devices:
+        raise Refused(
+            f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
+            "and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
+        )
+    if nodes > 1 and config.get("stages"):
+        raise Refused(f"{config['run_name']} with NNODES={nodes}: start its stages one by one")
+
+
+def start_here(plan: Plan, devices: int, machines: Machines, server_devices: int, link: Link | None) -> int:
+    """Run a plan whose folder is ready; the exit code."""
+    if plan.profile.stages:
+        run_plan(plan)
+        return 0
+    logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
+    return start_ranks(plan, devices, machines, server_devices, link)
+
+
+def main() -> None:
+    prepare_process()
+    try:
+        servers, words = read_servers(sys.argv[1:])
+        devices, sharding, rest = read_arguments(words)
+        if servers and not devices:
+            sys.exit(serve(servers, rest))
+        if not devices:
+            raise Refused("0 devices: only servers can do without (./launch_with_server.sh SERVER_DEVICES 0 RUN)")
+        sys.exit(launch(devices, sharding, rest, servers))
+    except Refused as error:
+        fail(error)

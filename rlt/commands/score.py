@@ -1,0 +1,209 @@
+"""Rewards of completions that already exist.
+
+    python score.py input=rows.jsonl output=scored.jsonl teacher_model=… student_model=…
+
+Each row of the input (JSONL, JSON, CSV or Parquet) has `question`, `solution`, and `completion` or a list of
+`completions`; optional are `teacher_system_prompt`, `student_system_prompt` and `id`. It is written as JSON with
+`reward`, `solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a
+`completion`, lists for `completions`, which get their `rank` and the `best_index` too. Of these a table by source
+follows (a list `sources` in each row says who wrote which; else it is by place): how many questions each won, mean rank
+and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import hydra
+from omegaconf import MissingMandatoryValue, OmegaConf
+
+from rlt.data.files import read_file, readable
+from rlt.errors import Refused, fail
+from rlt.places import CFGS
+from rlt.planning.checks import check_reward, check_types
+from rlt.planning.configuration import read_overrides
+from rlt.planning.machine import check_models_exist
+from rlt.prompts.styles import load_format
+from rlt.schema import TeacherRewardConfig, pick
+from rlt.traces.ranking import ranks, sources_of, summary, table
+
+DTYPES = ("float32", "bfloat16")
+REQUIRED = ("question", "solution")
+OPTIONAL = ("teacher_system_prompt", "student_system_prompt")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The keys beside those of the reward."""
+
+    input: str
+    output: str
+    teacher_model: str
+    student_model: str
+    temperature: float
+    dtype: str
+    reasoning_format: str
+    logprob_token_budget: int
+    trust_remote_code: bool
+
+
+def check(config: dict) -> None:
+    """Refuse what cannot work, before a model is loaded."""
+    check_types(config, (ScoreConfig, TeacherRewardConfig))
+    check_reward(config)
+    load_format(config["reasoning_format"])
+    if config["temperature"] <= 0:
+        raise Refused(f"temperature={config['temperature']} must be above 0")
+    if config["dtype"] not in DTYPES:
+        raise Refused(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
+    if not Path(config["input"]).is_file():
+        raise Refused(f"input={config['input']} does not exist")
+    for path in (Path(config["output"]), ranking_file(Path(config["output"]))):
+        if path.exists():
+            raise Refused(f"output={config['output']}: {path} exists and would be overwritten: name another file")
+    if not Path(config["output"]).absolute().parent.is_dir():
+        raise Refused(f"output={config['output']}: its folder does not exist")
+    check_models_exist({key: config[key] for key in ("teacher_model", "student_model")})
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The input's rows, each checked.
+
+    Raises:
+        Refused: names what cannot be read, or the row, the column that it lacks and those it has.
+    """
+    with readable(str(path)):
+        rows = list(read_file(path))
+    for number, row in enumerate(rows, start=1):
+        for column in REQUIRED:
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise Refused(f"input={path} row {number} needs a non-empty text {column!r}; it has {_columns(row)}")
+        for column in OPTIONAL:
+            if not isinstance(row.get(column), str | None):
+                raise Refused(f"input={path} row {number}: {column} must be text, not {row[column]!r}")
+        answers = _answers(row)
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise Refused(
+                f"input={path} row {number} needs a text 'completion' or a list of texts 'completions'; "
+                f"it has {_columns(row)}"
+            )
+        try:
+            sources_of(row, len(answers))
+        except Refused as error:
+            raise Refused(f"input={path} row {number}: {error}") from None
+        yield row
+
+
+def _answers(row: dict) -> list[str]:
+    """Of several or one; tables have an empty cell for what a row lacks."""
+    return [row.get("completion")] if row.get("completions") is None else row["completions"]
+
+
+def _columns(row: dict) -> str:
+    return ", ".join(sorted(map(str, row)))
+
+
+def log_prob_function(model, token_budget: int):
+    """Ask a loaded model for log-probs."""
+    import torch
+
+    from rlt.logprobs import token_log_probs
+
+    def ask(sequences, counted, temperature):
+        with torch.no_grad():
+            return token_log_probs(model, sequences, counted, temperature=temperature, token_budget=token_budget)[0]
+
+    return ask
+
+
+def build_reward(config: dict):
+    """The teacher reward over the two models of the configuration."""
+    import torch
+
+    from rlt.models.loading import load_frozen, load_student, load_tokenizer
+    from rlt.models.paths import resolve_model_path
+    from rlt.rewards import TeacherReward
+
+    dtype = getattr(torch, config["dtype"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = [resolve_model_path(config[key]) for key in ("teacher_model", "student_model")]
+    options = {"dtype": dtype, "trust_remote_code": config["trust_remote_code"]}
+    teacher = load_frozen(paths[0], **options).to(device)
+    tokenizer = load_tokenizer(paths[0], config["trust_remote_code"])
+    student = teacher if paths[0] == paths[1] else load_student(paths[1], tokenizer, **options).to(device)
+    return TeacherReward(
+        tokenizer,
+        load_format(config["reasoning_format"]),
+        pick(config, TeacherRewardConfig),
+        config["temperature"],
+        log_prob_function(teacher, config["logprob_token_budget"]),
+        log_prob_function(student, config["logprob_token_budget"]),
+    )
+
+
+def score_file(config: dict) -> str:
+    """Score every line; the output appears when all of it is written. Returns what to say of it."""
+    rows = list(read_lines(Path(config["input"])))
+    if not rows:
+        raise Refused(f"input={config['input']} has no line to score")
+    reward = build_reward(config)
+    for row in rows:  # refused before the first is scored
+        reward.read([row], [""])
+    output = Path(config["output"])
+    aside = output.with_name(f"{output.name}.tmp")
+    count, ranked = 0, []
+    with aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            answers = _answers(row)
+            scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
+            named = {name: [s[name] for s in scored] for name in scored[0]}
+            if row.get("completions") is not None:
+                places = ranks(named["reward"])
+                added = {**named, "rank": places, "best_index": best_index(named["reward"], places)}
+                ranked.append((sources_of(row, len(answers)), named["reward"]))
+            else:
+                added = {name: values[0] for name, values in named.items()}
+            file.write(json.dumps({**row, **added}, default=str) + "\n")  # of times and the like in Parquet
+            count += len(answers)
+    os.replace(aside, output)
+    said = f"{count} completions scored, written to {output}\n"
+    if not ranked:
+        return said
+    found = summary(ranked)
+    ranking_file(output).write_text(json.dumps(found, indent=1))
+    return said + table(found)
+
+
+def best_index(rewards: list[float], places: list[int]) -> int | None:
+    """Index of the completion ranked first; None where none has a finite reward."""
+    return places.index(1) if any(map(math.isfinite, rewards)) else None
+
+
+def ranking_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.ranking.json")
+
+
+@hydra.main(version_base="1.3", config_path=str(CFGS), config_name="score")
+def job(cfg) -> None:
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        check(config)
+        said = score_file(config)
+    except MissingMandatoryValue as error:
+        fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
+    except Refused as error:
+        fail(error)
+    sys.stdout.write(said)
+
+
+def main() -> None:
+    known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
+    try:
+        read_overrides(sys.argv[1:], known)
+    except Refused as error:
+        fail(error)
+    job()

@@ -1,0 +1,1 @@
+"""Where rows come from: files, a generator, benchmarks, the hub; and how they are split."""

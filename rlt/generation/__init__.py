@@ -1,0 +1,1 @@
+"""Engines that write completions, and the seeds of their requests."""

@@ -1,0 +1,84 @@
+"""The engines of training, built in one place; and answers of a model that is not trained, by one of them."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlt.generation.vllm_engine import Completions, VLLMEngine
+from rlt.models.devices import device_type, uses_bfloat16
+from rlt.models.loading import load_frozen, load_tokenizer
+from rlt.models.paths import resolve_model_path
+from rlt.schema import server_urls
+from rlt.survival.host_memory import keep_freed_memory
+
+MAX_SEQUENCES = 256  # that the engine runs at once
+
+
+def build_engine(
+    urls: list[str] | None = None, start_limit_s: float = 0.0, own_process: bool = False, **options: Any
+) -> VLLMEngine:
+    """The one place that chooses between the three engines; they have the same surface.
+
+    Args:
+        urls: of the servers that generate; none: an engine on this rank's device.
+        start_limit_s: seconds for a server to be ready.
+        own_process: the engine writes ahead in a process of its own (`EngineProcess`).
+        options: as in `VLLMEngine`.
+    """
+    options = {"mode": "colocate", "generation_kwargs": {}, **options}  # as TRL calls an engine beside its trainer
+    if urls:
+        from rlt.generation.served.engine import ServerEngine
+
+        return ServerEngine(**options, urls=urls, start_limit_s=start_limit_s)
+    if own_process:
+        from rlt.generation.engine_process import EngineProcess
+
+        return EngineProcess(**options)
+    return VLLMEngine(**options)
+
+
+class Sampler:
+    """A model on this rank's engine, or on servers.
+
+    Args:
+        config: the flat configuration of a job.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        low = uses_bfloat16(config["bf16"])
+        self.dtype = torch.bfloat16 if low else torch.float32
+        keep_freed_memory()
+        path = resolve_model_path(config["model_name_or_path"])
+        self.accelerator = Accelerator(cpu=device_type() == "cpu", mixed_precision="bf16" if low else "no")
+        self.tokenizer = load_tokenizer(path, config["trust_remote_code"])
+        self.model = load_frozen(path, dtype=self.dtype, trust_remote_code=config["trust_remote_code"])
+        self.model.to(self.accelerator.device)
+        self.engine = self._build(config)
+        self.engine.sync_weights()
+
+    def _build(self, config: dict[str, Any]) -> VLLMEngine:
+        return build_engine(
+            server_urls(config) if config["use_vllm_server"] else [],
+            config["vllm_server_timeout"],
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.tokenizer,
+            engine_dtype=str(self.dtype).removeprefix("torch."),
+            tensor_parallel_size=config["vllm_tensor_parallel_size"],
+            gpu_memory_utilization=config["vllm_gpu_memory_utilization"],
+            max_model_length=config["max_prompt_length"] + config["max_completion_length"],
+            max_num_seqs=MAX_SEQUENCES,
+            trust_remote_code=config["trust_remote_code"],
+            temperature=config["temperature"],
+            top_p=config["top_p"],
+            max_completion_length=config["max_completion_length"],
+        )
+
+    def __call__(self, prompts: list[list[int]], seeds: list[int]) -> Completions:
+        """One completion of each prompt (token ids), as `VLLMEngine.generate_seeded`."""
+        return self.engine.generate_seeded(prompts, seeds)
+
+    def next_token_log_probs(self, prompts: list[list[int]], tokens: list[int]) -> list[float]:
+        """As `VLLMEngine.next_token_log_probs`."""
+        return self.engine.next_token_log_probs(prompts, tokens)

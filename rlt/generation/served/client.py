@@ -1,0 +1,121 @@
+"""One vLLM server as its clients see it: requests with a key and a time limit, and errors that name it."""
+
+import os
+import socket
+import time
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+import requests
+
+from rlt.places import KEY_VARIABLE
+
+Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the log-prob of each
+
+MODEL = "policy"  # the name under which servers know it
+ANSWER_LIMIT_S = 3600  # one group's completions
+PAUSE_S = 1.0
+
+
+class ServerError(RuntimeError):
+    """A server that does not answer, or not as it should."""
+
+
+def own_address(url: str) -> str:
+    """The address of this machine on the way to another.
+
+    Raises:
+        ServerError: there is no way to it.
+    """
+    place = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((place.hostname, place.port or 80))  # sends nothing
+        except OSError as error:
+            raise ServerError(f"{url}: {error}") from error
+        return probe.getsockname()[0]
+
+
+class Server:
+    """A server and the tokens that it still owes.
+
+    Args:
+        limit_s: for an answer.
+    """
+
+    def __init__(self, url: str, limit_s: float = ANSWER_LIMIT_S):
+        self.url, self.limit_s, self.owes = url.rstrip("/"), limit_s, 0
+        self.headers = {"Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it shares this machine's memory."""
+        return own_address(self.url).startswith("127.")
+
+    def ask(self, method: str, path: str, body: dict | None = None, limit_s: float | None = None) -> dict:
+        """What the server answers, as JSON.
+
+        Raises:
+            ServerError: no answer in time, or one that says no.
+        """
+        limit = limit_s or self.limit_s
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy between this machine and itself, no other key from ~/.netrc
+                answer = session.request(method, self.url + path, json=body, headers=self.headers, timeout=limit)
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}{path}: {error}") from error
+        if not answer.ok:
+            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
+        try:
+            return answer.json() if answer.content else {}
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path} answered with something else than JSON") from error
+
+    def wait_until_ready(self, limit_s: float) -> None:
+        give_up = time.monotonic() + limit_s
+        while True:
+            try:
+                self.ask("GET", "/health", limit_s=10)
+                return
+            except ServerError as error:
+                if time.monotonic() > give_up:
+                    raise ServerError(f"{self.url} is not ready after {limit_s:.0f} s: {error}") from error
+            time.sleep(PAUSE_S)
+
+    def version(self) -> str:
+        return self.ask("GET", "/weight_info")["weight_version"]
+
+    def take_weights(self, updates: Iterable[dict], version: str) -> None:
+        self.ask("POST", "/start_weight_update", {})
+        for update in updates:
+            self.ask("POST", "/update_weights", {"update_info": update})
+        self.ask("POST", "/finish_weight_update", {"weight_version": version})
+        self.ask("POST", "/reset_prefix_cache", {})
+
+    def complete(self, ids: list[int], count: int, seed: int, sampling: dict) -> Completions:
+        request = {
+            "model": MODEL,
+            "prompt": ids,
+            "n": count,
+            "seed": seed,
+            "return_token_ids": True,
+            **sampling,
+        }
+        choices = sorted(self.ask("POST", "/v1/completions", request)["choices"], key=lambda choice: choice["index"])
+        return [c["token_ids"] for c in choices], [c["logprobs"]["token_logprobs"] for c in choices]
+
+    def next_token_log_prob(self, ids: list[int], token: int, temperature: float) -> float:
+        """The log-prob of one token right behind a prompt, at a temperature."""
+        request = {
+            "model": MODEL,
+            "prompt": ids,
+            "max_tokens": 1,
+            "seed": 0,
+            "temperature": temperature,
+            "logprobs": 0,
+            "logprob_token_ids": [token],
+            "return_tokens_as_token_ids": True,
+        }
+        (choice,) = self.ask("POST", "/v1/completions", request)["choices"]
+        return choice["logprobs"]["top_logprobs"][0][f"token_id:{token}"]

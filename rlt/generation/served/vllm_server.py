@@ -1,0 +1,62 @@
+"""A vLLM server for one run: `python -m rlt.generation.served.vllm_server PLAN PORT HOST LAUNCHER`.
+
+The launcher starts it. It becomes vLLM's own server, with what the run's configuration says of model, lengths and
+precision.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlt.generation.cpu import settings as cpu_settings
+from rlt.launching.lifetime import end_with
+from rlt.models.devices import device_type, uses_bfloat16
+from rlt.models.paths import resolve_model_path
+
+
+def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
+    """The arguments of vLLM's server, but for where it listens."""
+    arguments = {
+        "model": model,
+        "served-model-name": "policy",
+        "max-model-len": config["max_prompt_length"] + config["max_completion_length"],
+        "dtype": dtype,
+        "tensor-parallel-size": config.get("vllm_tensor_parallel_size", 1),
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        "weight-transfer-config": '{"backend": "chunks"}',
+        "load-format": "dummy",  # the trainer's weights arrive before the first request
+        "middleware": "rlt.generation.served.guard.KeyGuard",
+        "uvicorn-log-level": "warning",
+    }
+    flags = ["--trust-remote-code"] if config["trust_remote_code"] else []
+    if on_cpu:
+        for name, value in cpu_settings.OPTIONS.items():
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                arguments[option] = json.dumps(value)
+    else:
+        arguments["gpu-memory-utilization"] = 0.9  # it has its devices to itself
+    return [*(word for key, value in arguments.items() for word in (f"--{key}", str(value))), *flags]
+
+
+def main() -> None:
+    end_with(int(sys.argv[4]))
+    config = json.loads(Path(sys.argv[1]).read_text())["config"]
+    on_cpu = device_type() == "cpu"
+    dtype = "auto" if not on_cpu else "bfloat16" if uses_bfloat16(config["bf16"]) else "float32"
+    arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the paths that take weights
+    if on_cpu:
+        for name, value in cpu_settings.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    place = ["--port", sys.argv[2], "--host", sys.argv[3]]
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place])
+
+
+if __name__ == "__main__":
+    main()

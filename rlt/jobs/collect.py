@@ -1,0 +1,182 @@
+"""A teacher answers every question several times; its traces are scored, ranked and filtered into a student's data.
+
+    ./launch_mono.sh collect_tiny model_name_or_path=results/teacher_rlt_tiny        (launch.sh: on several devices)
+
+Leaves `traces.parquet` and `traces.jsonl` (what a student is trained on), `all/traces.parquet` (every completion with
+its rewards and rank) and `DATA_CARD.md` in the output folder. Questions are worked on in parts, each written at once:
+after a kill the same command goes on with the next part. In float32 parts are the same on any number of devices.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlt.data.sources import Rows
+from rlt.generation.seeds import request_seed
+from rlt.planning.plan import Plan
+from rlt.prompts.rendering import prompt_token_ids, split_completion
+from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.runs.dashboard import log_figures
+from rlt.runs.folder import ALL_TRACES, CARD, MARKER, TRACES, TRACES_AS_LINES, as_json_lines, write_whole
+from rlt.runs.parts import Parts
+from rlt.schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
+from rlt.traces.card import write_card
+from rlt.traces.selection import Selection, check_format, rank, select
+
+DEVIATIONS = 3.3  # one part in 2,000 of a teacher that just has the format often enough falls short by more
+
+
+def run(plan: Plan, stop) -> None:
+    """Collect what is missing, as one rank of however many; the first one then puts it together.
+
+    Args:
+        stop: a `StopOnSignal`, asked between two parts.
+    """
+    from rlt.generation.sampler import Sampler
+    from rlt.models.loading import quiet_libraries
+
+    config = plan.config
+    quiet_libraries()
+    style, folder = load_format(config["reasoning_format"]), Path(config["output_dir"])
+    sampler = Sampler(config)
+    asked = questions(config, sampler.tokenizer, style)
+    parts = Parts(folder, len(asked.rows), config["questions_at_once"])
+    parts.keep_to(sampler.accelerator, config, asked.rows, style)
+    if parts.missing(sampler.accelerator):
+        scorer, pace = build_scorer(config, sampler, style), Pace()
+
+        def make(part: range) -> list[dict]:
+            if first := parts.first():  # a teacher without the format is noticed there, not after all of them
+                check_format(sum(row["matched"] for row in first), len(first), config["min_format_rate"], DEVIATIONS)
+            return answer(config, sampler, scorer, style, asked.rows, part, pace)
+
+        parts.work(sampler.accelerator, stop, make)
+        if sampler.accelerator.is_main_process:
+            sys.stdout.write(f"{config['run_name']}: {pace}\n")
+    stop.leave_together()
+    if sampler.accelerator.is_main_process:
+        selection = finish(config, parts.read(), folder, asked)
+        log_figures(config, logged(selection))
+        (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
+        kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
+        sys.stdout.write(f"{config['run_name']}: {kept}; in {folder}\n")
+
+
+def questions(config: dict, tokenizer, style: ReasoningFormat) -> Rows:
+    """What the teacher is asked, and how many other rows were read, by why they are left out."""
+    from rlt.prompts.rows import load_split_rows, teaching_rows
+
+    data = pick(config, DataConfig)
+    usable, _, left_out = load_split_rows(data, style)
+    asked = teaching_rows(usable, tokenizer, style, data)
+    return Rows(asked.rows, {**left_out, **asked.dropped})
+
+
+@dataclass
+class Pace:
+    """How fast traces were made."""
+
+    tokens: int = 0
+    sampling_s: float = 0.0
+    scoring_s: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.sampling_s:
+            return "nothing sampled"
+        rate, share = self.tokens / self.sampling_s, self.scoring_s / self.sampling_s
+        return f"{self.tokens} tokens sampled at {rate:.0f} per second; scoring added {share:.0%}"
+
+
+def build_scorer(config: dict, sampler, style: ReasoningFormat):
+    from rlt.models.loading import load_student
+    from rlt.models.paths import resolve_model_path
+    from rlt.traces.scoring import TraceScorer
+
+    path = resolve_model_path(config["student_model"])
+    student = sampler.model
+    if path != resolve_model_path(config["model_name_or_path"]):
+        options = {"dtype": sampler.dtype, "trust_remote_code": config["trust_remote_code"]}
+        student = load_student(path, sampler.tokenizer, **options)
+        student.to(sampler.accelerator.device)
+    return TraceScorer(
+        sampler.tokenizer,
+        style,
+        pick(config, TeacherRewardConfig),
+        sampler.model,
+        student,
+        sampler.next_token_log_probs,
+        config["temperature"],
+        config["logprob_token_budget"],
+    )
+
+
+def answer(
+    config: dict, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
+) -> list[dict]:
+    """Every completion of a part's questions, scored."""
+    from rlt.rewards.tokens import token_columns
+    from rlt.survival.kill_points import kill_point
+
+    count = config["traces_per_question"]
+    asked = [number for number in part for _ in range(count)]
+    prompts = prompt_token_ids(sampler.tokenizer, [rows[number]["prompt"] for number in asked])
+    seeds = [request_seed(config["seed"], "collect", number) + member for number in part for member in range(count)]
+    kill_point("collecting")
+    begun = time.monotonic()
+    sampled, log_probs = sampler(prompts, seeds)
+    sampled_at = time.monotonic()
+    texts, scored = scorer.score([rows[number] for number in asked], prompts, sampled, log_probs)
+    kill_point("scoring")
+    pace.tokens += sum(map(len, sampled))
+    pace.sampling_s += sampled_at - begun
+    pace.scoring_s += time.monotonic() - sampled_at
+    made = []
+    shown = token_columns(sampler.tokenizer, scorer.readings, scored)
+    columns = zip(asked, texts, sampled, scored, scorer.readings, shown, strict=True)
+    for number, text, ids, score, reading, tokens in columns:
+        known = {key: value for key, value in rows[number].items() if key not in ("prompt", "reasoning_trace")}
+        trace = split_completion(style, text)[0].strip()
+        sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
+        written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
+        made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
+    return made
+
+
+def finish(config: dict, scored: list[dict], folder: Path, asked: Rows) -> Selection:
+    """Rank, filter and write everything."""
+    import pandas
+
+    ranked = rank(scored)
+    (folder / ALL_TRACES).parent.mkdir(exist_ok=True)
+    pandas.DataFrame(ranked).to_parquet(folder / ALL_TRACES)
+    selection = select(ranked, pick(config, TraceConfig))  # may refuse, and the traces are there to look at
+    style = load_format(config["reasoning_format"])
+    kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
+    pandas.DataFrame(kept).to_parquet(folder / TRACES)
+    write_whole(folder / TRACES_AS_LINES, as_json_lines(kept))
+    write_card(folder / CARD, config, asked, selection)
+    return selection
+
+
+def logged(selection: Selection) -> dict[str, float]:
+    """What W&B is told."""
+    rewards = [row["reward"] for row in selection.kept]
+    counts = {"traces/scored": selection.scored, "traces/kept": len(rewards)}
+    return {**counts, "traces/format_rate": selection.format_rate, "traces/reward": sum(rewards) / len(rewards)}
+
+
+def without(row: dict, column: str) -> dict:
+    return {key: value for key, value in row.items() if key != column}
+
+
+def messages(style: ReasoningFormat, row: dict) -> list[dict[str, str]]:
+    """The conversation that a student learns, for trainers that take chats."""
+    from rlt.prompts.rendering import student_answer
+
+    return [
+        {"role": "system", "content": row.get("student_system_prompt") or style.student_system},
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": student_answer(style, row["reasoning_trace"], row["solution"])},
+    ]

@@ -1,0 +1,190 @@
+"""Several runs, one after the other: `./launch_mono.sh pipeline_tiny`.
+
+A pipeline's run file lists its stages: a run, where it goes below the output folder, and overrides, in which `{name}`
+stands for the folder of an earlier stage. A finished stage is skipped, an interrupted one continued, each in a process
+of its own; the report of all of them comes last.
+"""
+
+import json
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlt.errors import Refused
+from rlt.launching.child import run_child
+from rlt.launching.lifetime import PREEMPTED
+from rlt.planning.configuration import compose_config, quoted
+from rlt.planning.plan import Plan
+from rlt.planning.resolve import resolve
+from rlt.runs.folder import MARKER, REPORT, SECRET, is_complete
+from rlt.schema import profile_of
+from rlt.survival.stop_signals import StopOnSignal
+
+logger = logging.getLogger("rlt")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of a pipeline, ready to start."""
+
+    name: str
+    folder: str
+    arguments: list[str]
+
+
+def stages_of(config: dict[str, Any]) -> list[Stage]:
+    """The stages with the folders of earlier ones filled in."""
+    folders: dict[str, str] = {}
+    stages = []
+    for entry in config["stages"]:
+        overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
+        folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
+        shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
+        shared.append(f"report_to={config['report_to'] or 'null'}")
+        stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
+    return stages
+
+
+def _filled(value: Any, folders: dict[str, str]) -> str:
+    if value is None:
+        return "null"
+    filled = str(value).format(**folders)
+    return filled if filled == str(value) else quoted(filled)
+
+
+def run(plan: Plan, stop: StopOnSignal) -> None:
+    """Every stage that is not finished, each on all devices of the plan, then the report."""
+    from rlt.reports.page import write_report
+
+    config, folder = plan.config, Path(plan.config["output_dir"])
+    checked, made = check(plan), []
+    for stage, stage_config in checked:
+        if is_complete(stage_config):
+            check_fresh(stage, made)
+            logger.info("%s is complete", stage.name)
+            continue
+        made.append(stage)
+        command = command_of(stage_config, plan)
+        shown = [argument for argument in stage.arguments if not argument.partition("=")[0].endswith(SECRET)]
+        logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(shown))
+        run_child([*command, *stage.arguments])
+        if stop.asked:
+            sys.exit(PREEMPTED)
+    names = [stage.name for stage, _ in checked]
+    write_report([folder], folder / REPORT)
+    (folder / MARKER).write_text(json.dumps({"stages": names}))
+    sys.stdout.write(f"{config['run_name']}: {len(names)} stages, report in {folder / REPORT}\n")
+
+
+def check_fresh(stage: Stage, made: list[Stage]) -> None:
+    """That nothing that a finished stage read was made again since.
+
+    Args:
+        made: stages that ran in this life.
+
+    Raises:
+        Refused: one that it reads.
+    """
+    text = " ".join(stage.arguments)
+    read = [other for other in made if re.search(rf"{re.escape(other.folder)}(?=['/\s]|$)", text)]
+    if read:
+        raise Refused(
+            f"stage {stage.name} is complete, and {read[0].name}, which it reads, was made again: delete "
+            f"{stage.folder} and start the pipeline again"
+        )
+
+
+def check(plan: Plan) -> list[tuple[Stage, dict[str, Any]]]:
+    """Every stage with its configuration, before any starts.
+
+    Raises:
+        Refused: a stage cannot work, its folder holds another run, or an evaluation asks what another stage reads.
+    """
+    stages, anew = stages_of(plan.config), plan.config["overwrite_output_dir"]
+    checked = [(stage, configuration_of(stage, stages, plan.devices, plan.sharding, anew)) for stage in stages]
+    check_evaluations(checked, anew)
+    return checked
+
+
+def command_of(config: dict[str, Any], plan: Plan) -> list[str]:
+    """What starts a stage of a pipeline's plan, but for its arguments: as the pipeline was started itself."""
+    if plan.sharding is None:
+        return ["train.py"]
+    return ["launch.py", str(plan.devices), *_sharding_word(config, plan.sharding)]
+
+
+def _sharding_word(config: dict[str, Any], sharding: str | None) -> list[str]:
+    """Only what trains is sharded."""
+    return [] if sharding is None or not profile_of(config).trains else [sharding]
+
+
+def configuration_of(
+    stage: Stage, stages: list[Stage], devices: int, sharding: str | None = None, anew: bool = False
+) -> dict[str, Any]:
+    """The configuration of a stage, checked but for what an earlier one has yet to make.
+
+    Args:
+        anew: what stands in its folder is deleted.
+
+    Raises:
+        Refused: the stage cannot work, or its folder holds another run.
+    """
+    config, given = compose_config(stage.arguments)
+    config = {**config, "overwrite_output_dir": anew}
+    word = _sharding_word(config, sharding) or ["ddp"]
+    try:
+        plan = resolve(config, given, devices, *word, list_missing=True).plan
+    except Refused as error:
+        raise Refused(f"stage {stage.name}: {error}") from None
+    to_come = [s.folder for s in stages]
+    for line in plan.missing:  # what names an earlier stage's folder will be there; of its own, all has to be right now
+        if line.startswith("output_dir=") or not any(folder in line for folder in to_come):
+            raise Refused(f"stage {stage.name}: {line}")
+    return {**plan.config, "overwrite_output_dir": False}
+
+
+def problems(plan: Plan) -> list[str]:
+    """What would stop each stage, for a dry run."""
+    stages, found = stages_of(plan.config), []
+    for stage in stages:
+        try:
+            configuration_of(stage, stages, plan.devices, plan.sharding, plan.config["overwrite_output_dir"])
+        except Refused as error:
+            found.append(str(error))
+    return found
+
+
+def reads(config: dict[str, Any]) -> bool:
+    """Whether a stage learns, or makes, something of its rows: such rows may not be asked later."""
+    return not (profile_of(config).asks or profile_of(config).stages)
+
+
+def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = False) -> None:
+    """That no evaluation to come asks what another stage reads, or in another way than the one that it is compared
+    with, before others have spent their hours.
+
+    Args:
+        anew: finished ones are to come again.
+
+    Raises:
+        Refused: how many questions are read, and the first; or what differs.
+    """
+    from rlt.jobs.evaluate import check_apart, check_same_way
+    from rlt.runs.learned import rows_of
+
+    to_come = tuple(stage.folder for stage, _ in stages)
+    by_folder = {stage.folder: config for stage, config in stages}
+    others = [config for _, config in stages if reads(config)]
+    learned = [config for config in others if not config["dataset_id_or_path"].startswith(to_come)]
+    for stage, config in stages:
+        if not profile_of(config).asks or (is_complete(config) and not anew):
+            continue
+        try:
+            check_same_way(config, by_folder.get(config["compare_with"], {}))
+            if not config["dataset_id_or_path"].startswith(to_come):  # which has yet to be made
+                check_apart(config, rows_of(config).rows, learned)
+        except Refused as error:
+            raise Refused(f"stage {stage.name}: {error}") from None

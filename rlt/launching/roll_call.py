@@ -1,0 +1,51 @@
+"""Several processes of one run: how they meet, and who is missing or slow."""
+
+import os
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from transformers import TrainerCallback
+
+
+def is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def meet(limit_s: int) -> None:
+    """Wait for the other ranks, for `limit_s` seconds at most."""
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=limit_s))
+
+
+def slowest(seconds: float, device: torch.device) -> dict[str, float]:
+    """How unevenly a phase took the ranks, and the most memory that any of them holds (GiB).
+
+    Args:
+        seconds: of the phase, on this rank.
+        device: of this rank.
+    """
+    on_gpu = device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
+    mine = torch.tensor([[seconds, psutil.Process().memory_info().rss / 2**30, allocated]], device=device)
+    seconds_R, host_R, device_R = gather(mine).T.tolist()
+    longest = max(seconds_R)
+    return {
+        "ranks/slowest": float(seconds_R.index(longest)),
+        "ranks/seconds": longest,
+        "ranks/waiting_share": 1 - sum(seconds_R) / (len(seconds_R) * longest) if longest else 0.0,
+        "ranks/host_gib": max(host_R),
+        **({"ranks/device_gib": max(device_R)} if on_gpu else {}),
+    }
+
+
+class RollCall(TrainerCallback):
+    """Before each step: all ranks are there, or those that wait say who is not."""
+
+    def __init__(self):
+        self.group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        limit = timedelta(seconds=args.ddp_timeout)
+        torch.distributed.monitored_barrier(self.group, timeout=limit, wait_all_ranks=True)

@@ -1,0 +1,145 @@
+"""Log-probabilities of tokens under a causal model: policy, reference, student and teacher all come through here.
+
+Packed rows (packing.py) go through the model's trunk; the head (head.py) runs on the positions that count.
+B rows of a batch (1 when prefixes are shared), T tokens of a row, H hidden size, N log-probs that are computed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+from trl.models.utils import _ForwardRedirection
+
+from rlt.logprobs.head import head_log_probs
+from rlt.logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
+from rlt.models.attention import takes_layout
+
+logger = logging.getLogger("rlt")
+
+
+def _causal_model(model) -> PreTrainedModel:
+    """The Hugging Face model inside an adapter (whose layers stay active)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@cache
+def _say_that_nothing_is_shared(name: str, attention: str) -> None:
+    logger.warning(
+        "%s with %s attention cannot share the prompt of completions: each is read with a prompt of its own",
+        name,
+        attention,
+    )
+
+
+def _forwards(causal, sequences, counted, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
+    """Model inputs of each forward pass, its members, and (row, position, member, index) of what counts.
+
+    What stands behind the last token before one that counts is not read.
+    """
+    read = [ids[: max(where, default=0)] for ids, where in zip(sequences, counted, strict=True)]
+    asked = [member for member, where in enumerate(counted) if where]
+    if takes_layout(causal):
+        for row in fill_rows(read, asked, token_budget):
+            inputs, places = lay_out(row, read, counted, device)
+            named = [(member, i) for member in row.members for i in counted[member]]
+            yield inputs, row.members, [(0, place, *name) for place, name in zip(places, named, strict=True)]
+        return
+    _say_that_nothing_is_shared(type(causal).__name__, causal.config._attn_implementation)
+    for batch in batch_sequences(read, asked, token_budget):
+        wanted = [(row, i - 1, member, i) for row, member in enumerate(batch) for i in counted[member]]
+        yield pad_batch(batch, read, device), batch, wanted
+
+
+def token_log_probs(
+    model,
+    sequences: list[list[int]],
+    counted: list[list[int]],
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    token_budget: int | None,
+    autocast: AbstractContextManager | None = None,
+    entropy: Literal["none", "value", "with_grad"] = "none",
+    agree_on_forwards: Callable[[int], int] | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probs of the counted tokens of each sequence; what several begin with is computed once.
+
+    Args:
+        model: a Hugging Face causal model, or a PEFT model around one; unwrapped. Prefixes are shared when it was
+            loaded with `shared_prefix` attention and every layer looks at all tokens before; else rows are padded.
+        sequences: token ids, one list per sequence.
+        counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
+        temperature: the logits are divided by it; one for all, or one per sequence.
+        token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone. None:
+            as many as the longest sequence has.
+        autocast: context of the forward pass.
+        entropy: whether to compute entropies, and whether gradients flow through them.
+        agree_on_forwards: from this rank's number of forward passes to the number of all; for sharded models, whose
+            passes are collective. Passes that are lacking are made on one token and count for nothing.
+
+    Returns:
+        Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
+        unless asked for). Gradients flow when enabled.
+    """
+    assert all(0 < i < len(ids) for ids, where in zip(sequences, counted, strict=True) for i in where), (
+        "index out of text"
+    )
+    causal = _causal_model(model)
+    device = causal.get_input_embeddings().weight.device
+    log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
+    entropies = list(log_probs)
+    temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
+    token_budget = token_budget or max(map(len, sequences), default=1)
+    forwards = list(_forwards(causal, sequences, counted, token_budget, device))
+    count = max(len(forwards), 1)  # where nothing counts, gradients still reach every parameter
+    lacking = (agree_on_forwards(count) if agree_on_forwards else count) - len(forwards)
+    with autocast or nullcontext():
+        for inputs, members, wanted in forwards:
+            hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
+            read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
+            flat = _with_whole_head(causal, read, hidden_BTH)
+            sizes = [len(counted[member]) for member in members]
+            for store, values in zip((log_probs, entropies), flat, strict=True):
+                for member, part in zip(members, values.split(sizes), strict=True):
+                    store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
+        for _ in range(lacking):
+            nothing = _pass_for_nothing(causal, device)
+            log_probs = [values + nothing for values in log_probs]
+    return log_probs, entropies
+
+
+def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:
+    """ZeRO-3 gathers a head for every call of it, with all ranks: one call a pass, however much counts on this one."""
+    head = causal.get_output_embeddings()
+    if type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id"):
+        return _ForwardRedirection()(head, head, read, hidden_BTH)
+    return read(hidden_BTH)
+
+
+def _counted_log_probs(causal, wanted, sequences, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
+    """Log-probs and entropies of the wanted (row, position, member, index), in their order.
+
+    What several members want of a shared token is computed once.
+    """
+    wanted = [(temperatures[member], row, at, sequences[member][i]) for row, at, member, i in wanted]
+    distinct = sorted(dict.fromkeys(wanted), key=itemgetter(0))
+    numbers = {one: number for number, one in enumerate(distinct)}
+    parts = []
+    for temperature, some in groupby(distinct, key=itemgetter(0)):
+        _, rows, positions, targets = zip(*some, strict=True)
+        targets_N = torch.tensor(targets, device=hidden_BTH.device)
+        hidden_NH = hidden_BTH[list(rows), list(positions)]
+        parts.append(head_log_probs(causal, hidden_NH, targets_N, temperature, entropy))
+    order = [numbers[one] for one in wanted]
+    return [torch.cat(values)[order] for values in zip(*parts, strict=True)]
+
+
+def _pass_for_nothing(causal, device) -> torch.Tensor:
+    """Zero, by way of a whole forward pass over one token."""
+    hidden_1TH = causal.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    return causal.get_output_embeddings()(hidden_1TH.last_hidden_state).float().sum() * 0.0

@@ -1,0 +1,29 @@
+"""Which device and which precision forward passes have."""
+
+from pathlib import Path
+
+import torch
+
+CPU_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
+
+
+def supports_bfloat16(device_type: str) -> bool:
+    """Whether the device computes in bfloat16, not merely stores or emulates it; False if that is unknown."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    info = Path("/proc/cpuinfo")
+    if device_type != "cpu" or not info.is_file():
+        return False
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    return any(
+        CPU_BFLOAT16_FLAGS & set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")
+    )
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def uses_bfloat16(wanted: bool | None) -> bool:
+    """Whether forward passes run in bfloat16: as the key `bf16` says; null asks the device."""
+    return supports_bfloat16(device_type()) if wanted is None else wanted

@@ -1,0 +1,59 @@
+"""What the files of a model say before anything is loaded: the shapes of its tensors, or that a file is not whole."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from rlt.errors import Refused
+
+POINTER = b"version https://git-lfs"  # how the text begins that stands for a file which git-lfs has yet to fetch
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes by name, of a safetensors file's header: its length in 8 bytes, JSON, then the tensors themselves.
+
+    Raises:
+        Refused: the file cannot be read, is a git-lfs pointer, or is cut short.
+    """
+    check_fetched(path)
+    size = path.stat().st_size
+    entries = None
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")  # of the tensors
+        if begin <= size:
+            with contextlib.suppress(ValueError):
+                entries = json.loads(file.read(begin - 8))
+    if not isinstance(entries, dict):
+        raise Refused(f"{path} is cut short, or is no safetensors file: copy or download it again")
+    entries.pop("__metadata__", None)
+    whole = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size < whole:
+        raise Refused(f"{path} is cut short ({size} of {whole} bytes): copy or download it again")
+    return {name: entry["shape"] for name, entry in entries.items()}
+
+
+def check_fetched(path: Path) -> None:
+    """Refuse a file that git-lfs has not fetched.
+
+    Raises:
+        Refused: the file cannot be read, or is a git-lfs pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror})") from error
+    if start == POINTER:
+        raise Refused(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def check_files(folder: Path) -> None:
+    """What keeps a model's folder from being loaded, if one of its files does.
+
+    Raises:
+        Refused: as `tensor_shapes` and `check_fetched`, of the first such file.
+    """
+    for path in sorted(folder.glob("*.json")):
+        check_fetched(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        tensor_shapes(path)

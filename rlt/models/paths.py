@@ -1,0 +1,121 @@
+"""Where a model is: an embedded one in the cache, a folder as it is, an adapter's folder as the model that it makes of
+its base, a hub name as it is. Nothing heavy is imported before an adapter is merged."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from rlt.errors import Refused
+from rlt.models.embedded import embedded_model_path, is_embedded, locked
+from rlt.places import LOCAL_STARTS
+
+MERGED = "merged"
+
+
+def resolve_model_path(name: str) -> str:
+    """Where to load a model from; of an adapter's folder, `merged_model_path`.
+
+    Raises:
+        Refused: a path that does not exist, an unknown embedded model, or as `merged_model_path`.
+    """
+    if is_embedded(name):
+        return str(embedded_model_path(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(merged_model_path(path) if is_adapter(path) else path)
+    if name.startswith(LOCAL_STARTS):
+        raise Refused(f"model path {name} does not exist")
+    return name
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter alone, as a LoRA run leaves it."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that a folder's adapter belongs to.
+
+    Raises:
+        Refused: it names none, or its weights are missing.
+    """
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise Refused(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")
+    if not any(folder.glob("adapter_model.*")):
+        raise Refused(f"{folder} has an adapter's settings and no weights of it (adapter_model.safetensors)")
+    if Path(base).expanduser().absolute() == folder.absolute():
+        raise Refused(f"{folder}/adapter_config.json names its own folder as base")
+    return base
+
+
+def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
+    """`folder`/merged: the base of the folder's adapter with the adapter added, in the base's precision.
+
+    Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
+
+    Raises:
+        Refused: the folder cannot be written to, the base cannot be loaded, or the adapter does not fit it.
+        TimeoutError: another process has held the lock for 10 minutes.
+    """
+    merged = folder / MERGED
+    if not _is_newer(merged, folder):
+        if not os.access(folder, os.W_OK):
+            raise Refused(f"{folder} has an adapter alone, and its merged model cannot be written there: copy it")
+        with locked(folder / f"{MERGED}.lock"):
+            if not _is_newer(merged, folder):
+                aside = folder / f"{MERGED}.partial"
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
+                _merge(folder, aside, trust_remote_code)
+                shutil.rmtree(merged, ignore_errors=True)
+                os.rename(aside, merged)
+    return merged
+
+
+def _is_newer(merged: Path, folder: Path) -> bool:
+    adapters = [path.stat().st_mtime for path in folder.glob("adapter_model.*")]
+    return merged.is_dir() and merged.stat().st_mtime >= max(adapters, default=0.0)
+
+
+def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlt.models.loading import told
+
+    base = resolve_model_path(adapter_base(folder))
+    model = told(
+        AutoModelForCausalLM.from_pretrained,
+        base,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+    _put_on(model, folder, base).merge_and_unload().save_pretrained(into)
+    own = folder if (folder / "tokenizer_config.json").is_file() else base
+    told(AutoTokenizer.from_pretrained, own, trust_remote_code=trust_remote_code).save_pretrained(into)
+
+
+def _put_on(model, folder: Path, base: str):
+    """The base with the folder's adapter: peft only warns where an adapter lacks weights, or has others."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+        written = load_peft_weights(str(folder), device="cpu")
+    except OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        raise Refused(f"{folder}: its adapter cannot be put on its base, {base} ({reason})") from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    unmatched = sorted(name for name in wanted.keys() ^ written.keys() if "lora_" in name)
+    if unmatched:
+        raise Refused(f"{folder}: its adapter is not one of its base, {base} (for one, {unmatched[0]})")
+    return adapted

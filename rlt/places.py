@@ -1,0 +1,10 @@
+"""Where the repository's folders are, how local paths begin, and the names of its environment variables."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CFGS = ROOT / "cfgs"
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
+LOCAL_STARTS = (".", "/", "~", "results/")  # of names that are paths here, whether they exist or not
+KEY_VARIABLE = "RLT_SERVER_KEY"  # what generation servers ask for
+WEIGHTS_VARIABLE = "RLT_WEIGHTS_FOLDER"  # where rank 0 packs weights for servers, made and removed by its launcher

@@ -1,0 +1,102 @@
+"""The configuration of a command line: Hydra's tree with a run's name and keys, a memory profile, a warm-up's model.
+
+Also how keys are read (`read_overrides`, score.py's too).
+"""
+
+import difflib
+import logging
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from rlt.errors import Refused
+from rlt.places import CFGS
+from rlt.planning.checks import key_names
+
+GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
+
+logger = logging.getLogger("rlt")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CFGS / group).glob("*.yaml") if path.stem != "base")
+
+
+def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str, str]]:
+    """(argument, key without plus signs, value) of each override.
+
+    Raises:
+        Refused: an unknown key, or a value that cannot be read.
+    """
+    found = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise Refused(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
+        key, _, value = argument.partition("=")
+        name = key.lstrip("+~")
+        if name not in known and not name.startswith("hydra"):
+            close = difflib.get_close_matches(name, known, n=3)
+            raise Refused(f"unknown key {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        found.append((argument, name, value))
+    return found
+
+
+def rewrite_arguments(arguments: list[str]) -> list[str]:
+    """Command line to Hydra overrides: a bare run name becomes `run_cfg=`, and a known key needs no plus sign.
+
+    Raises:
+        Refused: no such run, group option or key, or a value that cannot be read.
+    """
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    named = [a if "=" in a else f"run_cfg={Path(a).name.removesuffix('.yaml')}" for a in arguments if a not in flags]
+    rewritten = []
+    for argument, name, value in read_overrides(named, key_names() | set(GROUPS)):
+        if name in GROUPS:
+            for choice in value.split(","):
+                choice = Path(choice).name.removesuffix(".yaml")
+                if choice not in options(name) and (name, choice) != ("memory_cfg", "null"):
+                    raise Refused(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
+        plain = name in key_names() and not argument.startswith(("+", "~"))
+        rewritten.append(f"++{argument}" if plain else argument)
+    return flags + rewritten
+
+
+def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
+    """The resolved, flat configuration of a command line, and its overrides.
+
+    Raises:
+        Refused: as `rewrite_arguments`, or a key has several values.
+    """
+    overrides = rewrite_arguments(arguments)
+    for several in filter(sweeps, overrides):
+        key, _, value = several.lstrip("+").partition("=")
+        raise Refused(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
+    GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
+    with initialize_config_dir(str(CFGS), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        full = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in full.items() if key != "hydra"}, overrides
+
+
+def sweeps(override: str) -> bool:
+    """Whether an override names several values, as `seed=1,2` does."""
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def named_keys(given: list[str]) -> set[str]:
+    return {override.lstrip("+").partition("=")[0] for override in given}
+
+
+def quoted(path: str) -> str:
+    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
+    return "'" + path.replace("'", "\\'") + "'"

@@ -1,0 +1,182 @@
+"""How many parameters a policy has, the memory that a run of it takes, and the profile that a GPU has the memory for.
+
+All of it is estimated before anything is loaded. `benchmarks/memory.py` compares the estimate with real runs.
+"""
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlt.models.embedded import cache_folder, is_embedded
+from rlt.models.files import tensor_shapes
+from rlt.models.paths import MERGED, adapter_base, is_adapter
+from rlt.schema import profile_of
+
+GIB = 2**30
+ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for the way back under autocast
+CHECKPOINT_BYTES = 4  # the same with gradient checkpointing: a layer's input
+HEAD_BYTES = 2**26 * 6  # logits held at once (logprobs/head.py), in bfloat16 and float32
+ADAPTER_SHARE = 0.02  # of the policy's parameters, for rank 16 on all linear layers
+WEIGHTS_SHARDED = ("zero3", "offload", "fsdp")
+GRADIENTS_SHARDED = ("zero2", *WEIGHTS_SHARDED)
+STATE_SHARDED = ("zero1", *GRADIENTS_SHARDED)
+
+logger = logging.getLogger("rlt")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate asks of a model: parameters, hidden size, layers."""
+
+    parameters: float
+    hidden: float
+    layers: float
+
+
+def model_folder(config: dict[str, Any]) -> Path | None:
+    """Where the policy's files are on this machine, with nothing loaded or converted; an adapter's are its base's."""
+    name = config["model_name_or_path"]
+    folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
+    try:
+        for place in (folder, folder / MERGED):
+            if (place / "config.json").is_file():
+                return place
+        return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
+    except (ValueError, OSError):  # said by the plan's check of models, or when it is loaded
+        return None
+
+
+def parameters(config: dict[str, Any]) -> float:
+    """How many parameters the policy has: counted in a local folder's safetensors headers, else as the key says."""
+    folder = model_folder(config)
+    files = list(folder.glob("*.safetensors")) if folder else []
+    sizes = []
+    with contextlib.suppress(ValueError):  # a file that is not whole, which the plan's check of models names
+        sizes = [_product(shape) for path in files for shape in tensor_shapes(path).values()]
+    return sum(sizes) or config["model_size"] * 1e9
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
+    size, folder = parameters(config), model_folder(config)
+    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    found = found.get("text_config", found)
+    if not {"hidden_size", "num_hidden_layers"} <= found.keys():  # not here, or named otherwise
+        layers = (size / 12 / 100**2) ** (1 / 3)
+        return Shape(size, 100 * layers, layers)
+    return Shape(size, found["hidden_size"], found["num_hidden_layers"])
+
+
+def estimate_memory(
+    config: dict[str, Any], gpu_gib: float | None = None, devices: int = 1, sharding: str = "ddp"
+) -> dict[str, float]:
+    """GiB of one device by phase, at the longest batch.
+
+    Weights, gradients and optimizer state by their bytes per parameter; activations by bytes per hidden unit, layer and
+    token, measured (the term is that of arXiv 2205.05198, eq. 1, without its quadratic part, which our attention does
+    not keep). Shards are as in ZeRO (arXiv 1910.02054): of the optimizer's state, of gradients, of weights.
+
+    Args:
+        config: the flat configuration.
+        gpu_gib: of the GPU; gives the engine its share of it. None: the engine's weights alone are counted.
+        devices: that the run has.
+        sharding: over them, one of `launching.SHARDINGS`.
+    """
+    shape = shape_of(config)
+    weights, gradients, state = _held_bytes(config, shape, devices, sharding)
+    gathered = 2 * 4 * shape.parameters / shape.layers if sharding in WEIGHTS_SHARDED else 0.0  # two layers at once
+    resident = weights + state + gathered
+    update = resident + gradients + _activation_bytes(config, shape) + HEAD_BYTES
+    reference = 0.0 if config["use_peft"] or not config.get("beta") else shape.parameters * 4
+    reference /= devices if sharding in WEIGHTS_SHARDED else 1
+    if not profile_of(config).generates:
+        return {"update (policy, optimizer)": (update + reference) / GIB}
+    frozen = reference + (shape.parameters * 2 if config.get("student_model") else 0.0)
+    engine = 0.0
+    if config["use_vllm"] and not config["use_vllm_server"]:
+        engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * 2
+    asleep = config["vllm_enable_sleep_mode"]
+    resident += 0.0 if asleep else engine
+    stays = 0.0 if config["offload_untrained_models"] else frozen
+    reading = token_budget(config) * shape.hidden * 40 + HEAD_BYTES
+    phases = {
+        "generation": resident + stays + (engine if asleep else 0.0),
+        "log-probs and reward": resident + frozen + reading,
+        "update (policy, optimizer)": update + stays + (0.0 if asleep else engine),
+    }
+    return {name: size / GIB for name, size in phases.items()}
+
+
+def token_budget(config: dict[str, Any]) -> int:
+    """Tokens of one packed forward pass; where the key is null, those of a micro-batch of one prompt's completions."""
+    if config["logprob_token_budget"] is not None:
+        return config["logprob_token_budget"]
+    rows = config["per_device_train_batch_size"]
+    if not profile_of(config).generates:
+        return rows * config["max_length"]
+    return config["max_prompt_length"] + min(rows, config["num_generations"]) * config["max_completion_length"]
+
+
+def _policy_bytes(config: dict[str, Any], shape: Shape) -> float:
+    each = 0.6 if config["load_in_4bit"] else 1.1 if config["load_in_8bit"] else 2 if config["use_peft"] else 4
+    return shape.parameters * each
+
+
+def _trained(config: dict[str, Any], shape: Shape) -> float:
+    return shape.parameters * (ADAPTER_SHARE if config["use_peft"] else 1)
+
+
+def _gradient_bytes(config: dict[str, Any], shape: Shape) -> float:
+    # Under autocast a float32 weight has a copy in bfloat16 from the forward to the backward pass.
+    return _trained(config, shape) * (4 if config["use_peft"] else 6)
+
+
+def _state_bytes(config: dict[str, Any], shape: Shape) -> float:
+    """Optimizer state, and an adapter's own float32 weights."""
+    optimizer = str(config.get("optim"))
+    state = 0 if "paged" in optimizer else 2 if "8bit" in optimizer else 8
+    adapter = 4 if config["use_peft"] else 0
+    return _trained(config, shape) * (state + adapter)
+
+
+def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: str) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state on one device."""
+    weights, gradients, state = (
+        _policy_bytes(config, shape),
+        _gradient_bytes(config, shape),
+        _state_bytes(config, shape),
+    )
+    if sharding in STATE_SHARDED and sharding != "fsdp" and config["bf16"] is not False and not config["use_peft"]:
+        # DeepSpeed trains in bfloat16 and counts the float32 masters among the optimizer's state.
+        weights, gradients, state = shape.parameters * 2, shape.parameters * 2, state + shape.parameters * 4
+    if sharding in STATE_SHARDED:
+        state /= devices
+    if sharding in GRADIENTS_SHARDED:
+        gradients /= devices
+    if sharding in WEIGHTS_SHARDED:
+        weights /= devices
+    return (0.0, gradients, 0.0) if sharding == "offload" else (weights, gradients, state)
+
+
+def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
+    """Activations of one micro-batch, whose prompts are read once per group."""
+    rows = config["per_device_train_batch_size"]
+    profile = profile_of(config)
+    if not profile.generates:
+        tokens = rows * config["max_length"] * (2 if profile.learns_from == "pairs" else 1)
+    else:
+        prompts = -(-rows // max(config["num_generations"], 1))
+        tokens = prompts * config["max_prompt_length"] + rows * config["max_completion_length"]
+    per_layer = CHECKPOINT_BYTES if config["gradient_checkpointing"] else ACTIVATION_BYTES
+    one_layer_again = ACTIVATION_BYTES if config["gradient_checkpointing"] else 0
+    return tokens * shape.hidden * (per_layer * shape.layers + one_layer_again)

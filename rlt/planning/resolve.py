@@ -1,0 +1,89 @@
+"""A command line becomes a plan: memory profile, keys, warm-up, servers, checks, in one place for all doors."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from rlt.errors import Refused
+from rlt.planning.checks import check_keys, check_server_devices
+from rlt.planning.configuration import compose_config, named_keys, quoted
+from rlt.planning.plan import Plan, make_plan
+from rlt.planning.profiles import with_memory_profile
+from rlt.runs.folder import check_output, is_complete
+from rlt.schema import renamed
+
+STARTING = "http://127.0.0.1:0"  # the address of servers until they have their ports
+
+logger = logging.getLogger("rlt")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A command line that was found possible, and the arguments of the warm-up that has to run first, if one has."""
+
+    plan: Plan
+    warmup: list[str] | None
+
+
+def resolve(
+    config: dict[str, Any],
+    given: list[str],
+    devices: int = 1,
+    sharding: str | None = None,
+    server_devices: int = 0,
+    list_missing: bool | None = None,
+) -> Resolved:
+    """The plan of a composed configuration, which is not changed.
+
+    Args:
+        config: flat, as `compose_config` gives it.
+        given: the overrides of the command line; keys that it names are left as they are.
+        devices: processes that train, on all machines.
+        sharding: over them; None: one process, without the launcher.
+        server_devices: that the launcher gives to servers of its own.
+        list_missing: as in `make_plan`.
+
+    Raises:
+        Refused: one line on the first thing that cannot work.
+    """
+    config = with_memory_profile(renamed(config), given, devices, sharding or "ddp")
+    check_keys(config)
+    config, warmup = with_warmup(config, given, devices, sharding or "ddp")
+    if server_devices:
+        check_server_devices(config, server_devices)
+        config = {**config, "use_vllm_server": True, "vllm_server_base_url": STARTING}
+    return Resolved(make_plan(config, devices, warmup is not None, sharding, list_missing), warmup)
+
+
+def with_warmup(
+    config: dict[str, Any], given: list[str], devices: int = 1, sharding: str = "ddp"
+) -> tuple[dict[str, Any], list[str] | None]:
+    """The run as it starts from its warm-up's model, unless a model was named; and the arguments of a warm-up that has
+    yet to run.
+
+    Of the run's own keys a warm-up takes only where results and logs go, and its micro-batch has to fit the devices.
+
+    Raises:
+        Refused: the warm-up cannot run on these devices, or another run stands in its folder.
+    """
+    if config["warmup_run"] is None or named_keys(given) & {"model_name_or_path", "model_cfg"}:
+        return config, None
+    name = config["warmup_run"]
+    arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
+    arguments.append(f"report_to={config['report_to'] or 'null'}")
+    first, _ = compose_config(arguments)
+    config = {**config, "model_name_or_path": first["output_dir"]}
+    try:
+        if is_complete(first):  # whatever it took to make
+            check_output(first)
+            return config, None
+        share, each = first["train_batch_size"] // devices, first["per_device_train_batch_size"]
+        if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
+            arguments.append(f"per_device_train_batch_size={fits[-1]}")
+            first["per_device_train_batch_size"] = fits[-1]
+        plan = make_plan(first, devices, sharding=sharding, list_missing=config["dry_run"])
+    except Refused as error:
+        raise Refused(f"warm-up {name}: {error}") from None
+    for line in plan.missing:  # of a dry run: any other was refused for the first of them
+        logger.warning("missing for warm-up %s: %s", name, line)
+    return config, arguments

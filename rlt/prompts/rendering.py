@@ -1,0 +1,147 @@
+"""The exact texts that a teacher and a student read, and where the scored parts of them stand.
+
+One tokenizer serves both models. Positions are character offsets into the rendered text, so that a span is found
+without searching for it (`rewards/spans.py` turns them into tokens).
+"""
+
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+
+from rlt.prompts.styles import ReasoningFormat
+
+PROBE = "A"  # a word that could follow a prompt
+ANSWER_LINE = "\n\nThink step by step. Then write the final answer alone on the last line, as `Answer: …`."
+MARK = "\x02content\x03"  # stands for a text while the chat template is rendered around it
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text and the half-open character ranges of its parts."""
+
+    text: str
+    spans: dict[str, tuple[int, int]]
+
+
+def _chat(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """Render a conversation; a template without a system role gets that text in front of the question."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError:
+        text = ""
+    system = messages[0]["content"]
+    if system.strip() not in text:  # some templates trim
+        merged = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
+        text = tokenizer.apply_chat_template(
+            [merged, *messages[2:]], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    return text
+
+
+def render_teacher_prompt(
+    tokenizer, style: ReasoningFormat, question: str, solution: str, system_prompt: str | None = None
+) -> str:
+    """What the teacher is shown: question, then its own turn begun with the solution and the explanation's tag."""
+    messages = [
+        {"role": "system", "content": system_prompt or style.teacher_system},
+        {"role": "user", "content": question},
+    ]
+    start, end = style.solution_tags
+    begun = f"{start}{solution}{end}{style.delimiter}{style.explanation_tags[0]}\n\n"
+    return _chat(tokenizer, messages, add_generation_prompt=True) + begun
+
+
+def prompt_token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, cut as they are when a text follows.
+
+    A tokenizer may merge the newlines at a prompt's end that it cuts apart before a word. What is sampled after such
+    a prompt would not be what the whole text reads as, and the reward's reading could not share its log-probs.
+    """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer([prompt + PROBE for prompt in prompts], return_offsets_mapping=True, **options)
+    ids = []
+    for prompt, tokens, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        inside = [token for token, (_, end) in zip(tokens, offsets, strict=True) if end <= len(prompt)]
+        whole = len(inside) == len(tokens) - 1
+        ids.append(inside if whole else tokenizer(prompt, **options)["input_ids"])
+    return ids
+
+
+def split_completion(style: ReasoningFormat, completion: str) -> tuple[str, bool]:
+    """What stands before the first end tag of the explanation, and whether that tag was written."""
+    explanation, tag, _ = completion.partition(style.explanation_tags[1])
+    return explanation, bool(tag)
+
+
+def render_teacher_reading(style: ReasoningFormat, teacher_prompt: str, completion: str) -> Rendered:
+    """Prompt and completion as the teacher reads them for the reward; a missing end tag is put in.
+
+    The `explanation` span begins right after its start tag, so the two newlines of the prompt belong to it.
+    """
+    explanation, closed = split_completion(style, completion)
+    text = teacher_prompt + (completion if closed else completion + style.explanation_tags[1])
+    return Rendered(text, {"explanation": (len(teacher_prompt) - 2, len(teacher_prompt) + len(explanation))})
+
+
+def render_student_reading(
+    tokenizer,
+    style: ReasoningFormat,
+    question: str,
+    solution: str,
+    explanation: str,
+    system_prompt: str | None = None,
+) -> Rendered:
+    """The student's conversation with `explanation` as its own thought, then the solution.
+
+    Args:
+        explanation: goes between the thought tags as it is, its leading newlines included.
+
+    Returns:
+        the text, with the spans `thought` and `solution` (what stands inside the tags).
+    """
+    thought_start, thought_end = style.thought_tags
+    before = thought_start
+    between = f"{thought_end}{style.delimiter}{style.solution_tags[0]}"
+    after = style.solution_tags[1]
+    messages = [
+        {"role": "system", "content": system_prompt or style.student_system},
+        {"role": "user", "content": question},
+        # Rendered around a mark: a template that strips or edits its content must not touch the scored text.
+        {"role": "assistant", "content": MARK},
+    ]
+    head, _, tail = _chat(tokenizer, messages).rpartition(MARK)
+    thought_at = len(head) + len(before)
+    solution_at = thought_at + len(explanation) + len(between)
+    text = head + before + explanation + between + solution + after + tail
+    spans = {
+        "thought": (thought_at, thought_at + len(explanation)),
+        "solution": (solution_at, solution_at + len(solution)),
+    }
+    return Rendered(text, spans)
+
+
+def render_question(
+    tokenizer, style: ReasoningFormat, question: str, system_prompt: str | None = None, answer_line: bool = False
+) -> str:
+    """What a student is asked: its turn is the next.
+
+    Args:
+        answer_line: ask for a last line `Answer: …` instead of the format's sections.
+    """
+    asked = {"role": "user", "content": question + ANSWER_LINE if answer_line else question}
+    if answer_line and not system_prompt:
+        return tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    system = {"role": "system", "content": system_prompt or style.student_system}
+    return _chat(tokenizer, [system, asked], add_generation_prompt=True)
+
+
+def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:
+    """What a student learns to answer: the trace as its own thought, then the solution.
+
+    The trace begins behind two newlines, as an explanation does in the reward's reading.
+    """
+    thought_start, thought_end = style.thought_tags
+    solution_start, solution_end = style.solution_tags
+    return (
+        f"{thought_start}\n\n{trace.strip()}\n\n{thought_end}{style.delimiter}{solution_start}{solution}{solution_end}"
+    )

@@ -1,0 +1,67 @@
+"""The best, the median and the worst completions, each token coloured by what its reward saw.
+
+The redder, the less the student expected a token (its log-prob, down to -8 nats). In the second reading, the more
+violet, the more the teacher knew what the student could not (KL, up to 8 nats);
+green is what the student expected more.
+"""
+
+import html
+import json
+from pathlib import Path
+
+from rlt.rewards.tokens import best_median_worst
+from rlt.runs.folder import ALL_TRACES, COMPLETIONS
+
+FULL = 8.0  # nats at which a colour is at its strongest
+SURPRISED = (200, 60, 40)
+TEACHER_KNEW, STUDENT_KNEW = (130, 60, 160), (70, 150, 80)
+
+
+def completions(folder: Path) -> str:
+    """Best, median and worst completion of the last step, or of all traces; empty where a run left none."""
+    import pandas
+
+    files = sorted((folder / COMPLETIONS).glob("step-*.parquet")) or sorted(folder.glob(ALL_TRACES))
+    if not files:
+        return ""
+    frame = pandas.read_parquet(files[-1])
+    score = "reward" if "reward" in frame else next((name for name in frame if name.startswith("reward/")), None)
+    if score is None:
+        return ""
+    if "token_scores" in frame and frame["token_scores"].notna().any():
+        frame = frame[frame["token_scores"].notna()]
+    rows = [frame.iloc[place] for place in best_median_worst(frame[score].astype(float).tolist())]
+    shown = [completion(row, name) for row, name in zip(rows, names(len(rows)), strict=True)]
+    return f"<details open><summary>completions of {files[-1].stem}</summary>{''.join(shown)}</details>"
+
+
+def names(count: int) -> tuple[str, ...]:
+    return {0: (), 1: ("the only one",), 2: ("best", "worst"), 3: ("best", "median", "worst")}[count]
+
+
+def completion(row, name: str) -> str:
+    """Its numbers and its text, coloured where there are token scores."""
+    listed = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
+    head = f"<h3>{name}</h3><p class=n>{html.escape(listed)}</p>"
+    scores = row.get("token_scores")
+    if not isinstance(scores, str):
+        return f"{head}<pre>{html.escape(row['completion'])}</pre>"
+    found = json.loads(scores)
+    student = [(text, -log_prob, f"log p_student {log_prob:.2f}") for text, log_prob, *_ in found["explanation"]]
+    solution = [(text, -log_prob, f"log p_student {log_prob:.2f}") for text, log_prob in found["solution"]]
+    kl = [
+        (text, abs(k), f"KL {k:+.2f}", STUDENT_KNEW if k < 0 else TEACHER_KNEW) for text, _, k in found["explanation"]
+    ]
+    return (
+        f"{head}<p class=n>the student's log-probs of the explanation, then of the solution</p>"
+        f"<pre>{''.join(token(*entry, SURPRISED) for entry in student)}<hr>"
+        f"{''.join(token(*entry, SURPRISED) for entry in solution)}</pre>"
+        f"<p class=n>KL from the student to the teacher</p><pre>{''.join(token(*entry) for entry in kl)}</pre>"
+    )
+
+
+def token(text: str, nats: float, title: str, colour: tuple[int, int, int]) -> str:
+    """One token with its number on hover; the stronger the colour, the more nats."""
+    strength = min(1.0, max(0.0, nats) / FULL)
+    background = f"rgba({','.join(map(str, colour))},{0.75 * strength:.2f})"
+    return f'<span title="{html.escape(title)}" style="background:{background}">{html.escape(text)}</span>'

@@ -1,0 +1,92 @@
+"""One HTML page of one or several runs, with nothing from outside, and its curves as a PNG beside it."""
+
+import base64
+import html
+import os
+from pathlib import Path
+
+from rlt.errors import Refused
+from rlt.reports.comparison import comparison
+from rlt.reports.completions import completions
+from rlt.reports.curves import draw_curves
+from rlt.reports.tables import configuration, evaluation
+from rlt.runs.folder import CARD, saved_configuration
+from rlt.schema import profile_of
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "h1,h2,h3{line-height:1.2}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;"
+    "vertical-align:top;border-bottom:1px solid #ddd}pre{white-space:pre-wrap;background:#f6f6f4;padding:.8rem}"
+    "img{max-width:100%}details{margin:.6rem 0}.n{color:#777}"
+)
+
+
+def write_report(folders: list[Path], path: Path) -> None:
+    """Write the page of some runs, and its picture beside it.
+
+    Raises:
+        Refused: a folder holds no run.
+    """
+    runs = labelled([run for folder in folders for run in runs_of(folder)])
+    name = ", ".join(labelled(folders))
+    parts = [f"<h1>{html.escape(name)}</h1>"]
+    if draw_curves(runs, picture_of(path)):
+        picture = base64.b64encode(picture_of(path).read_bytes()).decode()
+        parts.append(f'<img alt="curves" src="data:image/png;base64,{picture}">')
+    if len(runs) > 1:
+        parts.append(comparison(runs))
+    for label, folder in runs.items():
+        parts += [f"<h2>{html.escape(label)}</h2>", *sections(folder)]
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(name)}</title><style>{STYLE}</style>{''.join(parts)}"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The folder itself; of a pipeline those of its stages that have begun, in its order.
+
+    Raises:
+        Refused: it holds no run, or a pipeline that has not begun.
+    """
+    config = saved_configuration(folder)
+    if config is None:
+        raise Refused(f"{folder} holds no run (no config.yaml of one)")
+    if not profile_of(config).stages:
+        return [folder]
+    stages = [folder / stage["name"] for stage in config["stages"]]
+    begun = [stage for stage in stages if saved_configuration(stage)]
+    if not begun:
+        raise Refused(f"{folder} is a pipeline of which no stage has begun: start it again")
+    return [run for stage in begun for run in runs_of(stage)]
+
+
+def labelled(folders: list[Path]) -> dict[str, Path]:
+    """The folders by the shortest tail of their paths that no other one ends in; one that is named twice comes once."""
+    paths = dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders)
+    found = {}
+    for path in paths:
+        tails = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
+        tail = next(tail for tail in tails if sum(other.parts[-len(tail) :] == tail for other in paths) == 1)
+        found[str(Path(*tail))] = path
+    return found
+
+
+def picture_of(page: Path) -> Path:
+    """Beside the page, under a name that no run uses: `curves.png` and `evaluation.png` are runs' own."""
+    return page.with_name("report.png" if page.name == "report.html" else f"{page.stem}-report.png")
+
+
+def sections(folder: Path) -> list[str]:
+    """What a run left, as far as it is there."""
+    found = [evaluation(folder), card(folder), completions(folder), configuration(folder)]
+    return [section for section in found if section]
+
+
+def card(folder: Path) -> str:
+    path = folder / CARD
+    return (
+        f"<details open><summary>data card</summary><pre>{html.escape(path.read_text())}</pre></details>"
+        if path.is_file()
+        else ""
+    )

@@ -1,0 +1,206 @@
+"""How well a frozen student understands the solution, given the teacher's explanation as its own thought.
+
+The reward of Reinforcement-Learned Teachers (arXiv 2506.08388, eq. 2 to 5):
+
+    r_SS = sum_j a_j * reduce_j(log p_student(solution tokens))
+    r_KL = sum_j b_j * reduce_j(log p_teacher(t) - log p_student(t)), t in the explanation
+    reward = r_SS - r_KL + match
+
+`match` is 0, or the penalty when the explanation's end tag is missing or nothing stands before it.
+
+Three steps that can be read alone: text to spans (`spans.py`), spans to log-probs (`logprobs/`), log-probs to reward
+(`reductions.py`). What it leaves out: which models are asked; they come in as functions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rlt.errors import Refused
+from rlt.prompts.rendering import (
+    render_student_reading,
+    render_teacher_prompt,
+    render_teacher_reading,
+    split_completion,
+)
+from rlt.prompts.spans import TokenizedText, align_spans, tokenize_with_spans
+from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards.reductions import NORMALIZERS, kl_estimate, weighted_reductions
+from rlt.schema import TeacherRewardConfig
+
+# (sequences, counted indices, temperature) -> log-probs of the counted tokens, one tensor per sequence.
+LogProbFunction = Callable[[list[list[int]], list[list[int]], float], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A reward and its parts; `parts` holds the reductions by name, `log_probs` what they were made of: the student's
+    of the explanation and the solution, and the teacher's of the explanation."""
+
+    reward: float
+    solution_log_prob_reward: float
+    kl_reward: float
+    match_reward: float
+    parts: dict[str, float]
+    log_probs: tuple[torch.Tensor, torch.Tensor]
+
+    def as_dict(self) -> dict[str, float]:
+        """Its numbers, flat, in the names that logs and files use."""
+        named = {k: v for k, v in vars(self).items() if k not in ("parts", "log_probs")}
+        return {**named, **self.parts}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Both texts of one completion, and the explanation's tokens as (teacher index, student index)."""
+
+    teacher: TokenizedText
+    student: TokenizedText
+    pairs: list[tuple[int, int]]
+    matched: bool
+
+    @property
+    def teacher_counted(self) -> list[int]:
+        """Indices of the teacher's tokens whose log-probs the reward asks for."""
+        return [teacher for teacher, _ in self.pairs]
+
+    @property
+    def student_counted(self) -> list[int]:
+        """Likewise of the student's: the explanation, then the solution."""
+        return [student for _, student in self.pairs] + self.student.spans["solution"]
+
+    def places_among(self, sampled: list[int], counted: list[int]) -> list[int] | None:
+        """Where the teacher's log-probs stand among those of sampled tokens that count; None if its tokens differ."""
+        asked = self.teacher_counted
+        if not asked:
+            return []
+        end = asked[-1] + 1
+        if self.teacher.ids[:end] != sampled[:end] or not counted or asked[0] < counted[0]:
+            return None
+        return [index - counted[0] for index in asked]
+
+
+def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
+    """r_SS of the student's log-probs (T,) of the solution tokens, with its reductions by name."""
+    values_T = NORMALIZERS[config.normalize_log_prob_fn or "none"](student_T.float())
+    if config.clip_log_prob is not None:
+        values_T = values_T.clamp(min=-config.clip_log_prob)
+    total, parts = weighted_reductions(values_T, config.reduction_log_prob_fn, config.answer_log_prob_coeff)
+    return total, {f"answer_log_prob_{name}": value for name, value in parts.items()}
+
+
+def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
+    """Minus the weighted reductions of the explanation tokens' penalties (T,), and these by name; 0 without tokens."""
+    names = config.reduction_kl_fn
+    if not values_T.numel():
+        return 0.0, dict.fromkeys(names, 0.0)
+    values_T = NORMALIZERS[config.normalize_kl_fn or "none"](values_T)
+    if config.clip_kl is not None:
+        values_T = values_T.clamp(max=config.clip_kl)
+    total, parts = weighted_reductions(values_T, names, config.kl_penalty_reward_coeff)
+    return -total, parts
+
+
+def kl_part(
+    teacher_T: torch.Tensor, student_T: torch.Tensor, config: TeacherRewardConfig
+) -> tuple[float, float, dict[str, float]]:
+    """What an explanation's tokens (T,) add to the reward, and what is reported of their KL.
+
+    Returns:
+        the term of the reward; -r_KL; the reductions of the KL by name. The first two differ only with
+        `include_teacher_think_entropy: false`, where -log p_student takes the KL's place in the reward.
+    """
+    k_T = kl_estimate(teacher_T.float(), student_T.float(), config.use_schulman_kl_estimation)
+    kl, parts = naturalness(k_T, config)
+    term = kl if config.include_teacher_think_entropy else naturalness(-student_T.float(), config)[0]
+    return term, kl, {f"reasoning_kl_{name}": value for name, value in parts.items()}
+
+
+class TeacherReward:
+    """Scores completions of a teacher; holds no model."""
+
+    def __init__(
+        self,
+        tokenizer,
+        style: ReasoningFormat,
+        config: TeacherRewardConfig,
+        teacher_temperature: float,
+        teacher_log_probs: LogProbFunction,
+        student_log_probs: LogProbFunction,
+    ):
+        self.tokenizer = tokenizer
+        self.style = style
+        self.config = config
+        self.teacher_temperature = teacher_temperature if config.unbias_teacher_log_probs else 1.0
+        self.student_temperature = config.unbias_student_log_probs_temp
+        self.teacher_log_probs = teacher_log_probs
+        self.student_log_probs = student_log_probs
+
+    def score(self, rows: list[dict], completions: list[str]) -> list[Scored]:
+        """Rewards of completions.
+
+        Args:
+            rows: `question`, `solution` and optional `teacher_system_prompt`, `student_system_prompt` per completion.
+            completions: what the teacher wrote after its prompt, special tokens left out.
+
+        Returns:
+            One `Scored` per completion. Any string gets one; its numbers are finite when the models' log-probs are.
+
+        Raises:
+            Refused: a solution without a token that lies wholly inside its tags (rows are checked at load).
+        """
+        return self.score_readings(self.read(rows, completions))
+
+    def score_readings(self, readings: list[Reading]) -> list[Scored]:
+        """Rewards of what `read` gave."""
+        teacher = self.teacher_log_probs(
+            [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
+        )
+        student = self.student_log_probs(
+            [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
+        )
+        return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+
+    def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
+        """The texts of both models, tokenised once, and what counts in them. Arguments and errors as in `score`."""
+        teacher_texts, student_texts, matched = [], [], []
+        for row, completion in zip(rows, completions, strict=True):
+            prompt = render_teacher_prompt(
+                self.tokenizer, self.style, row["question"], row["solution"], row.get("teacher_system_prompt")
+            )
+            completion = completion.encode("utf-8", "replace").decode()  # a lone surrogate has no tokens
+            explanation, closed = split_completion(self.style, completion)
+            teacher_texts.append(render_teacher_reading(self.style, prompt, completion))
+            student_texts.append(
+                render_student_reading(
+                    self.tokenizer,
+                    self.style,
+                    row["question"],
+                    row["solution"],
+                    f"\n\n{explanation}",
+                    row.get("student_system_prompt"),
+                )
+            )
+            matched.append(closed and bool(explanation.strip()))
+        teachers = tokenize_with_spans(self.tokenizer, teacher_texts)
+        students = tokenize_with_spans(self.tokenizer, student_texts)
+        readings = []
+        for row, teacher, student, fine in zip(rows, teachers, students, matched, strict=True):
+            if not student.spans["solution"]:
+                raise Refused(f"solution {row['solution']!r} has no token wholly inside its tags")
+            pairs = align_spans(teacher, "explanation", student, "thought") if fine or self._has_text(teacher) else []
+            readings.append(Reading(teacher, student, pairs, fine and bool(pairs)))
+        return readings
+
+    def _has_text(self, reading: TokenizedText) -> bool:
+        """Whether the explanation has more than white space: only then is it compared token by token."""
+        return bool(self.tokenizer.decode([reading.ids[i] for i in reading.spans["explanation"]]).strip())
+
+    def _combine(self, reading: Reading, teacher_T: torch.Tensor, student: torch.Tensor) -> Scored:
+        thought_T, solution_T = student.split([len(reading.pairs), len(student) - len(reading.pairs)])
+        solution, solution_names = solution_part(solution_T, self.config)
+        term, kl, kl_names = kl_part(teacher_T.to(thought_T.device), thought_T, self.config)
+        match = 0.0 if reading.matched else self.config.not_matched_penalty
+        parts = {**solution_names, **kl_names}
+        return Scored(solution + term + match, solution, kl, match, parts, (student.cpu(), teacher_T.cpu()))

@@ -1,0 +1,193 @@
+"""What an output folder holds, by name, and who may write there: one module owns every file, marker and check of it.
+
+Imports nothing heavy: the plan looks at folders before a run.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlt.errors import Refused
+from rlt.schema import profile_of, renamed
+
+CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
+MARKER = "COMPLETE"  # written last, with what was done
+LOGS = "logs"  # of ranks and servers
+METRICS = "metrics.jsonl"  # one object per log
+CURVES = "curves.png"
+COMPLETIONS = "completions"  # step-00001.parquet and so on
+EVALUATIONS = "evaluations.jsonl"  # held-out questions, one object per evaluation
+HELD_OUT = "held_out.jsonl"  # the questions that a run holds out, as a dataset
+CHECKPOINTS = "checkpoint-*"
+SAVING = ".saving"  # a checkpoint is written below it, then renamed
+PARTS = "parts"  # of a job: rows as they were made, and what they were made from
+TRACES = "traces.parquet"  # of a collection: what is kept
+TRACES_AS_LINES = "traces.jsonl"
+ALL_TRACES = "all/traces.parquet"  # and everything that was scored
+CARD = "DATA_CARD.md"
+ANSWERS = "answers.parquet"  # of an evaluation
+EVALUATION = "evaluation.json"
+EVALUATION_PICTURE = "evaluation.png"
+REPORT = "report.html"  # of a pipeline
+# A run may be continued with other values of these: lengths of the run, logging, saving, devices.
+CONTINUABLE = frozenset(
+    {
+        *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run"),
+        *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
+        *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
+        *("save_steps", "save_total_limit", "save_merged_model"),
+        *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
+        *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
+    }
+)
+# And with other values of these while it is not complete: they say what is made of its samples.
+UNTIL_COMPLETE = frozenset(
+    {
+        *("min_format_rate", "min_reward_quantile", "keep_per_question", "max_student_length"),
+        *("near_duplicate_similarity", "compare_with", "pass_at"),
+    }
+)
+# What a run reads.
+INPUTS = (
+    *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
+    *("resume_from", "compare_with"),
+)
+SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
+BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS)  # a rank on another machine may be ahead
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The old content or the new one, never half of it: written beside the file, then put in its place."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def as_json_lines(rows: list[dict]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file that a run wrote, one per line; none where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def saved_configuration(folder: Path) -> dict | None:
+    """What an earlier life of a run here wrote; None where none did, though another's config.yaml may be there."""
+    try:
+        found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    of_a_run = isinstance(found, dict) and {"trainer", "run_name", "output_dir"} <= found.keys()
+    return renamed(found) if of_a_run else None
+
+
+def is_complete(config: dict) -> bool:
+    """Whether an earlier life of the run came to the end that is asked for now."""
+    marker = Path(config["output_dir"]) / MARKER
+    if config["overwrite_output_dir"] or not marker.is_file():
+        return False
+    if not profile_of(config).trains:
+        return True
+    done = json.loads(marker.read_text())
+    if config["max_steps"] > 0:
+        return done["steps"] >= config["max_steps"]
+    return done["epochs"] >= config["num_train_epochs"]
+
+
+def check_comparison(config: dict[str, Any]) -> None:
+    other = config.get("compare_with")
+    if other is not None and not (Path(other) / EVALUATION).is_file():
+        raise Refused(f"compare_with={other} holds no {EVALUATION}: name the output folder of an evaluation")
+
+
+def hide_secrets(value: Any, key: str = "") -> Any:
+    """What may be printed and written of a configuration, of a stage's settings in it, or of one value."""
+    if isinstance(value, dict):
+        return {name: hide_secrets(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [hide_secrets(inner) for inner in value]
+    return "<hidden>" if value and key.endswith(SECRET) else value
+
+
+def check_output(config: dict[str, Any]) -> None:
+    """The output folder must be new, or of the same run, and what it is emptied of none of the run's inputs."""
+    folder = Path(config["output_dir"])
+    begun = any(folder.glob(CHECKPOINTS))  # and no longer in need of the checkpoint that it began with
+    if config["resume_from"] is not None and not begun and not Path(config["resume_from"]).is_dir():
+        raise Refused(f"resume_from={config['resume_from']} is not a checkpoint folder")
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"output_dir={folder} is a file: choose another output_dir")
+    before, now = saved_configuration(folder), hide_secrets(config)
+    if before is None:
+        if folder.is_dir() and any(path.name not in BEFORE_A_RUN for path in folder.iterdir()):
+            raise Refused(f"output_dir={folder} holds files that no run here wrote: choose another output_dir")
+        return
+    if config["overwrite_output_dir"]:
+        check_overwriting(config, folder.resolve())
+        return
+    free = CONTINUABLE if (folder / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
+    free |= {"resume_from"} if begun and config["resume_from"] is None else frozenset()
+    changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
+    if changed:
+        key = changed[0]
+        raise Refused(
+            f"output_dir={config['output_dir']} holds a different run ({key}: {before.get(key)} there, "
+            f"{now.get(key)} now): set output_dir, or overwrite_output_dir=true to delete it"
+        )
+
+
+def check_overwriting(config: dict, folder: Path) -> None:
+    for key in INPUTS:
+        named = config.get(key)
+        places = [Path(named).expanduser().resolve()] if isinstance(named, str) else []
+        if any(place == folder or folder in place.parents for place in places if place.exists()):
+            raise Refused(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
+
+
+def prepare_output(config: dict) -> None:
+    """Make the output folder, or empty it when asked to, and write the resolved configuration into it."""
+    folder = Path(config["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if config["overwrite_output_dir"] and saved_configuration(folder) is not None:
+        # Not the folder itself, which is locked, and last what says that it is a run's.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
+            if path.name in BEFORE_A_RUN:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    shown = {**hide_secrets(config), "overwrite_output_dir": False}
+    write_whole(folder / CONFIG, yaml.safe_dump(shown, sort_keys=True))
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
+
+    Raises:
+        Refused: another run holds it, it cannot be made or written to, or it is a file.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise Refused(f"output_dir={folder} cannot be made or opened ({error}): choose another") from error
+    try:
+        if not os.access(folder, os.W_OK, effective_ids=True):
+            raise Refused(f"output_dir={folder} cannot be written to: choose another")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f"output_dir={folder} is in use by another run: wait for it, or choose another") from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,101 @@
+"""Which questions a model was trained on, as the folders of the runs that it came from tell."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlt.data.sources import Rows, load_rows
+from rlt.data.splits import hold_out, questions_of
+from rlt.errors import Refused
+from rlt.prompts.styles import load_format
+from rlt.runs.folder import (
+    ALL_TRACES,
+    HELD_OUT,
+    as_json_lines,
+    read_json_lines,
+    saved_configuration,
+    write_whole,
+)
+from rlt.schema import profile_of
+
+logger = logging.getLogger("rlt")
+
+
+def lineage(model: Path) -> Iterator[dict]:
+    """Configurations of the run that made a model, and of those that made what it started from.
+
+    A run's output folder is a model, and so are its `merged` and `checkpoint-N`.
+
+    Raises:
+        Refused: a pipeline's folder, which is no model.
+    """
+    inside = model.name == "merged" or model.name.startswith("checkpoint-")
+    for place in [model, model.parent] if inside else [model]:
+        config = saved_configuration(place)
+        if config is None:
+            continue
+        profile = profile_of(config)
+        if profile.stages:
+            raise Refused(f"{place} is a pipeline: name one of its stages, {place}/STAGE")
+        if profile.learns_from == "pairs":
+            config["dataset_id_or_path"] += f"/{ALL_TRACES}"
+            config["dataset_size"] = None  # of pairs, there
+        yield {**config, "output_dir": str(place)}  # where it is now
+        yield from lineage(Path(config["model_name_or_path"]).expanduser())
+        return
+
+
+def rows_of(config: dict) -> Rows:
+    """What a run's source holds."""
+    style = load_format(config["reasoning_format"])
+    return load_rows(
+        config["dataset_id_or_path"],
+        split=config["dataset_split"],
+        seed=config["dataset_seed"],
+        size=config["dataset_size"],
+        tags=(style.thought_tags, style.solution_tags),
+    )
+
+
+def learned_rows(config: dict) -> list[dict]:
+    """What a training run learns from: its source, without what it holds out."""
+    rows, file = rows_of(config).rows, Path(config["output_dir"]) / HELD_OUT
+    if file.is_file():
+        held_out = questions_of(read_json_lines(file))
+        return [row for row in rows if not questions_of([row]) & held_out]
+    if config["eval_size"] and config["eval_dataset_id_or_path"] is None:  # it has yet to begin
+        return hold_out(rows, config["eval_size"], config["dataset_seed"])[0]
+    return rows
+
+
+def learned_questions(model: str) -> set[str]:
+    """Normalised questions that the runs which a model came from have trained on.
+
+    Sources that are gone since are said, and left out.
+    """
+    found: set[str] = set()
+    for config in lineage(Path(model).expanduser()):
+        try:
+            found |= questions_of(learned_rows(config))
+        except Refused as error:
+            logger.warning("what %s was trained on is not known: %s", config["output_dir"], error)
+    return found
+
+
+def check_held_out(folder: Path, rows: list[dict]) -> None:
+    """That a run which goes on holds out what it held out before, with which its evaluations are paired.
+
+    Raises:
+        Refused: its source, or that of a run which it started from, has changed.
+    """
+    file = folder / HELD_OUT
+    if file.is_file() and rows and questions_of(rows) != questions_of(read_json_lines(file)):
+        raise Refused(
+            f"output_dir={folder}: the held-out questions are others than when this run began, because the data "
+            "changed: name another output_dir, or overwrite_output_dir=true"
+        )
+
+
+def write_held_out(folder: Path, rows: list[dict]) -> None:
+    """Leave the questions that a run holds out, as a dataset that its model may be evaluated on."""
+    write_whole(folder / HELD_OUT, as_json_lines(rows))

@@ -1,0 +1,49 @@
+"""What a folder of traces is: where they come from, how many came in and went out and why, how they score."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlt.data.sources import Rows
+from rlt.traces.selection import Selection
+
+SHOWN = ("reward", "solution_log_prob_reward", "kl_reward", "tokens", "student_tokens")
+
+
+def write_card(path: Path, config: dict[str, Any], asked: Rows, selection: Selection) -> None:
+    path.write_text(card(config, asked, selection), encoding="utf-8")
+
+
+def card(config: dict[str, Any], asked: Rows, selection: Selection) -> str:
+    """Markdown.
+
+    Args:
+        asked: a row for each question that the teacher was asked, and what else was read of the source.
+    """
+    lines = [
+        f"# {config['run_name']}",
+        "",
+        f"Explanations of `{config['model_name_or_path']}` for questions of `{config['dataset_id_or_path']}`, "
+        f"{config['traces_per_question']} a question at temperature {config['temperature']}, ranked by how well "
+        f"`{config['student_model']}` then understands the solution (arXiv 2506.08388).",
+        "",
+        "| | rows |",
+        "|---|---|",
+        f"| rows read | {len(asked.rows) + sum(asked.dropped.values())} |",
+        *(f"| left out: {reason} | {count} |" for reason, count in asked.dropped.items()),
+        f"| questions asked | {len(asked.rows)} |",
+        f"| different ones of them | {selection.questions} |",
+        f"| completions scored | {selection.scored} |",
+        f"| share of them in the format | {selection.format_rate:.1%} |",
+        *(f"| out: {reason} | {count} |" for reason, count in selection.dropped.items()),
+        f"| kept | {len(selection.kept)} |",
+        "",
+        "| kept traces | mean | lowest | median | highest |",
+        "|---|---|---|---|---|",
+    ]
+    for name in SHOWN:
+        values = np.array([row[name] for row in selection.kept], dtype=float)
+        figures = (values.mean(), values.min(), np.median(values), values.max())
+        lines.append(f"| {name} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
+    return "\n".join([*lines, "", f"Format `{config['reasoning_format']}`, seed {config['seed']}.", ""])

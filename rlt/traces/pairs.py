@@ -1,0 +1,40 @@
+"""Preferences from ranked traces: the best of a question against its worst (for arXiv 2305.18290)."""
+
+from pathlib import Path
+
+import numpy as np
+
+from rlt.data.sources import say_dropped
+from rlt.errors import Refused
+from rlt.runs.folder import ALL_TRACES
+
+
+def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
+    """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair: its best trace in
+    the format, and its worst. And `teacher_system_prompt` where the row has one of its own.
+
+    Args:
+        folder: of a collection.
+        min_margin: of the rewards of a pair.
+
+    Raises:
+        Refused: the folder is not a collection's, or has no such pair.
+    """
+    import pandas
+
+    if not (folder / ALL_TRACES).is_file():
+        raise Refused(f"dataset_id_or_path={folder} holds no {ALL_TRACES}: name the output folder of a collection")
+    pairs = []
+    table = pandas.read_parquet(folder / ALL_TRACES)
+    for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
+        good, worst = rows[rows["matched"]], rows.iloc[-1]  # in order of their rank
+        if len(good) and good.iloc[0]["reward"] - worst["reward"] >= min_margin:
+            best = good.iloc[0]
+            asked = ("question", "solution", "teacher_system_prompt")  # the prompt that the traces were sampled with
+            shared = {key: best[key] for key in asked if isinstance(best.get(key), str)}
+            pairs.append({**shared, "chosen": best["completion"], "rejected": worst["completion"]})
+    without = table["question_id"].nunique() - len(pairs)
+    say_dropped({f"questions without traces that are min_margin={min_margin} apart": without}, str(folder))
+    if not pairs:
+        raise Refused(f"dataset_id_or_path={folder}: no question has traces that are min_margin={min_margin} apart")
+    return pairs

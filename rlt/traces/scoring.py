@@ -1,0 +1,100 @@
+"""Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with, and of an
+explanation's tokens in the prompt those that its engine is asked for."""
+
+from collections.abc import Callable
+
+import torch
+
+from rlt.logprobs import token_log_probs
+from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards import Reading, Scored, TeacherReward
+from rlt.schema import TeacherRewardConfig
+
+
+class TraceScorer:
+    """The reward of training over a teacher's own samples.
+
+    Args:
+        teacher, student: frozen causal models of one tokenizer.
+        next_token_log_probs: of tokens behind prompts under the teacher, as its engine gives them.
+        temperature: at which the teacher samples.
+        token_budget: of one forward pass.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        style: ReasoningFormat,
+        config: TeacherRewardConfig,
+        teacher,
+        student,
+        next_token_log_probs: Callable[[list[list[int]], list[int]], list[float]],
+        temperature: float,
+        token_budget: int,
+    ):
+        self.teacher, self.student, self.temperature, self.budget = teacher, student, temperature, token_budget
+        self.next_token_log_probs, self.tokenizer = next_token_log_probs, tokenizer
+        self.reward = TeacherReward(
+            tokenizer,
+            style,
+            config,
+            temperature,
+            teacher_log_probs=lambda *_: self._of_teacher(),
+            student_log_probs=lambda *asked: self._pass(self.student, *asked),
+        )
+
+    def score(
+        self, rows: list[dict], prompts: list[list[int]], sampled: list[list[int]], log_probs: list[list[float]]
+    ) -> tuple[list[str], list[Scored]]:
+        """Texts and rewards.
+
+        Args:
+            rows: as `TeacherReward.score` takes them, one per completion.
+            prompts: token ids of what the teacher was shown.
+            sampled: token ids of what it wrote, and `log_probs` with which it did.
+        """
+        texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+        self.readings: list[Reading] = self.reward.read(rows, texts)
+        self.prompts, self.sampled, self.log_probs = prompts, sampled, log_probs
+        return texts, self.reward.score_readings(self.readings)
+
+    def _of_teacher(self) -> list[torch.Tensor]:
+        at = self.reward.teacher_temperature
+        found = self._as_sampled() if at == self.temperature else [None] * len(self.readings)
+        anew = [row for row, values in enumerate(found) if values is None]
+        asked = [self.readings[row] for row in anew]
+        ids, counted = [r.teacher.ids for r in asked], [r.teacher_counted for r in asked]
+        read = self._pass(self.teacher, ids, counted, at)
+        for row, values in zip(anew, read, strict=True):
+            found[row] = values
+        return found
+
+    def _as_sampled(self) -> list[torch.Tensor | None]:
+        """The teacher's log-probs of each reading; None where its text is tokenised otherwise than it was sampled."""
+        tails, found = self._prompt_tails(), []
+        for prompt, ids, values, reading in zip(self.prompts, self.sampled, self.log_probs, self.readings, strict=True):
+            first = len(prompt) - len(tails[tuple(prompt)])
+            known = torch.cat([tails[tuple(prompt)], torch.tensor(values)])
+            places = reading.places_among(prompt + ids, list(range(first, len(prompt) + len(ids))))
+            found.append(None if places is None else known[places])
+        return found
+
+    def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:
+        """Log-probs of the last tokens of each prompt, from the first that a reading counts: explanations begin inside
+        the prompt."""
+        firsts: dict[tuple[int, ...], int] = {}
+        for prompt, reading in zip(map(tuple, self.prompts), self.readings, strict=True):
+            firsts[prompt] = min([firsts.get(prompt, len(prompt)), *reading.teacher_counted[:1]])
+        asked = [prompt[:end] for prompt, first in firsts.items() for end in range(first, len(prompt))]
+        following = [prompt[end] for prompt, first in firsts.items() for end in range(first, len(prompt))]
+        read = torch.tensor(self.next_token_log_probs([list(ids) for ids in asked], following))
+        sizes = [len(prompt) - first for prompt, first in firsts.items()]
+        return dict(zip(firsts, read.split(sizes), strict=True))
+
+    @torch.no_grad()
+    def _pass(self, model, sequences, counted, temperature: float) -> list[torch.Tensor]:
+        """Log-probs of what counts."""
+        if not sequences:
+            return []
+        read, _ = token_log_probs(model, sequences, counted, temperature=temperature, token_budget=self.budget)
+        return [values.cpu() for values in read]

@@ -1,0 +1,118 @@
+"""From scored completions to a student's rows: ranked within each question, filtered, and every loss counted.
+
+A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `matched` (its format), `student_tokens`.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from rlt.data.duplicates import similarity
+from rlt.data.splits import normalised
+from rlt.errors import Refused
+from rlt.schema import TraceConfig
+from rlt.traces.ranking import ranks
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept, what came in, and why the rest is out, in the order in which it was asked."""
+
+    kept: list[dict]
+    scored: int
+    questions: int
+    dropped: dict[str, int]
+    format_rate: float  # of what came in
+
+
+def rank(rows: list[dict]) -> list[dict]:
+    """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came.
+
+    A question that a source repeats is one. What has no finite reward comes last.
+    """
+    by_question = defaultdict(list)
+    for row in rows:
+        by_question[normalised(row["question"])].append(row)
+    ranked = []
+    for members in by_question.values():
+        places = ranks([row["reward"] for row in members])
+        ranked += sorted(({**row, "rank": place} for row, place in zip(members, places, strict=True)), key=_rank)
+    return ranked
+
+
+def _rank(row: dict) -> int:
+    return row["rank"]
+
+
+def select(rows: list[dict], config: TraceConfig) -> Selection:
+    """Filter ranked rows: finite reward, format, length, reward quantile, near-duplicates, best of each question.
+
+    Args:
+        rows: ranked, those of a question in order of their rank.
+
+    Raises:
+        Refused: the teacher hardly ever has the format, or nothing is left.
+    """
+    matched = sum(row["matched"] for row in rows)
+    check_format(matched, len(rows), config.min_format_rate)
+    rewards = [row["reward"] for row in rows if np.isfinite(row["reward"])]
+    least = float(np.quantile(rewards, config.min_reward_quantile)) if rewards else 0.0
+    dropped: Counter[str] = Counter()
+    kept: list[dict] = []
+    of_question: dict[str, list[dict]] = defaultdict(list)
+    seen: set[str] = set()
+    for row in rows:
+        siblings = of_question[normalised(row["question"])]
+        reason = _reason_against(row, siblings, seen, least, config)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        siblings.append(row)
+        seen.add(_identity(row))
+        kept.append(row)
+    if not kept:
+        raise Refused(f"none of {len(rows)} traces is left: {dict(dropped)}")
+    return Selection(
+        kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), matched / len(rows)
+    )
+
+
+def check_format(matched: int, count: int, least: float, deviations: float = 0.0) -> None:
+    """That a teacher has the format often enough.
+
+    Args:
+        matched: of `count` completions.
+        least: share of them.
+        deviations: by how many standard deviations of such a count they may be fewer, because more are to come.
+
+    Raises:
+        Refused: it hardly ever has.
+    """
+    if matched < least * count - deviations * sqrt(count * least * (1 - least)):
+        raise Refused(
+            f"{matched / count:.1%} of {count} completions have the asked format (an explanation and its end tag), "
+            f"below min_format_rate={least}: warm the teacher up, or use its own reasoning_format"
+        )
+
+
+def _identity(row: dict) -> str:
+    return " ".join(f"{row['question']} {row['reasoning_trace']}".casefold().split())
+
+
+def _reason_against(row: dict, siblings: list[dict], seen: set[str], least: float, config: TraceConfig) -> str | None:
+    if not np.isfinite(row["reward"]):
+        return "no finite reward"
+    if not row["matched"]:
+        return "format"
+    if row["student_tokens"] > config.max_student_length:
+        return f"longer than max_student_length={config.max_student_length}"
+    if row["reward"] < least:
+        return f"below the reward quantile {config.min_reward_quantile}"
+    alike = (similarity(row["reasoning_trace"], other["reasoning_trace"]) for other in siblings)
+    if _identity(row) in seen or any(value >= config.near_duplicate_similarity for value in alike):
+        return "near-duplicate"
+    if len(siblings) >= config.keep_per_question:
+        return f"not among the best {config.keep_per_question} of its question"
+    return None
