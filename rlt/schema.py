@@ -1,11 +1,15 @@
-"""The types of this project's own keys; their values and comments stand in cfgs/, at the leaf.
+"""Settings of every kind of run, typed; their values and comments stand in cfgs/, at the leaf.
 
-Each class is built from the flat configuration by name. `PROFILES` is the one table of what a `trainer` is. Imports
-nothing heavy: the plan reads it before a run.
+The plan builds one frozen object of them from the flat configuration, by name (`settings_of`). `PROFILES` is the one
+table of what a `trainer` is. Imports nothing heavy: the plan reads it before a run.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from rlt.errors import Refused
 
 Config = TypeVar("Config")
 
@@ -26,12 +30,27 @@ class RunConfig:
     report_to: str | None
     requires: str | None
 
+    @property
+    def profile(self) -> "Profile":
+        return PROFILES[self.trainer]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Keys of the runs that train."""
+    """Keys of the runs that train. Names that TRL's configurations have too mean what they mean there."""
 
     train_batch_size: int
+    per_device_train_batch_size: int
+    learning_rate: float
+    max_grad_norm: float
+    max_steps: int
+    num_train_epochs: float
+    gradient_checkpointing: bool
+    bf16: bool | None
+    eval_steps: float | None
+    save_steps: float
+    save_total_limit: int | None
+    trl: Mapping[str, Any]  # the keys of the run that name fields of its TRL configuration, as they are given
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class ModelConfig:
     lora_r: int
     lora_alpha: int
     lora_dropout: float
-    lora_target_modules: str | list
+    lora_target_modules: str | list[str]
     load_in_4bit: bool
     load_in_8bit: bool
     save_merged_model: bool
@@ -69,32 +88,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class GRPOKeys:
-    """Keys of the GRPO profiles that are arithmetic over TRL's fields, or name a user's own code."""
+class SFTKeys:
+    """Keys of supervised fine-tuning."""
 
-    generation_aggregation_steps: int | None
-    use_vllm_server: bool
-    reward_functions: list | None
-    answer_line: bool
+    max_length: int | None
+    logprob_token_budget: int | None
 
 
 @dataclass(frozen=True)
-class TeacherRewardConfig:
-    """The keys of `reward_cfg` (arXiv 2506.08388); commented in cfgs/trainer_cfg/reward_cfg/teacher.yaml."""
+class PairConfig:
+    """Keys of preference training, and which traces are compared in it."""
 
-    answer_log_prob_coeff: list
-    kl_penalty_reward_coeff: list
-    reduction_log_prob_fn: list
-    reduction_kl_fn: list
-    normalize_log_prob_fn: str | None
-    normalize_kl_fn: str | None
-    clip_log_prob: float | None
-    clip_kl: float | None
-    use_schulman_kl_estimation: bool
-    not_matched_penalty: float
-    unbias_teacher_log_probs: bool
-    unbias_student_log_probs_temp: float
-    include_teacher_think_entropy: bool
+    max_length: int | None
+    beta: float
+    min_margin: float
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,50 @@ class VerifiedRewardConfig:
     length_free: int
     verifier: str
     verifier_limit_s: float
+
+
+@dataclass(frozen=True)
+class GRPOKeys:
+    """Keys of the GRPO profiles."""
+
+    generation_aggregation_steps: int | None
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int | None
+    temperature: float
+    beta: float
+    sync_ref_model: bool
+    offload_untrained_models: bool
+    logprob_token_budget: int | None
+    overlap_generation: bool
+    save_completions_probability: float
+    use_vllm: bool
+    use_vllm_server: bool
+    vllm_gpu_memory_utilization: float
+    vllm_enable_sleep_mode: bool
+    vllm_server_timeout: float
+    reward_functions: list[str] | None
+    answer_line: bool
+    verified: VerifiedRewardConfig | None  # with `reward_cfg: verifier` alone
+
+
+@dataclass(frozen=True)
+class TeacherRewardConfig:
+    """The keys of `reward_cfg` (arXiv 2506.08388); commented in cfgs/trainer_cfg/reward_cfg/teacher.yaml."""
+
+    answer_log_prob_coeff: list[float]
+    kl_penalty_reward_coeff: list[float]
+    reduction_log_prob_fn: list[str]
+    reduction_kl_fn: list[str]
+    normalize_log_prob_fn: str | None
+    normalize_kl_fn: str | None
+    clip_log_prob: float | None
+    clip_kl: float | None
+    use_schulman_kl_estimation: bool
+    not_matched_penalty: float
+    unbias_teacher_log_probs: bool
+    unbias_student_log_probs_temp: float
+    include_teacher_think_entropy: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +178,7 @@ class SamplingConfig:
     bf16: bool | None
     logprob_token_budget: int
     use_vllm_server: bool
-    vllm_server_base_url: str | list | None
+    vllm_server_base_url: str | list[str] | None
     vllm_server_timeout: float
     vllm_gpu_memory_utilization: float
     vllm_tensor_parallel_size: int
@@ -159,17 +210,10 @@ class TraceConfig:
 
 
 @dataclass(frozen=True)
-class PairConfig:
-    """Which traces are compared in preference training."""
-
-    min_margin: float
-
-
-@dataclass(frozen=True)
 class PipelineConfig:
     """Runs, one after the other (pipeline.py)."""
 
-    stages: list
+    stages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +221,7 @@ class EvaluationConfig:
     """What is measured of a model's answers (evaluate.py)."""
 
     samples_per_question: int
-    pass_at: list
+    pass_at: list[int]
     compare_with: str | None
     trained_on: str | None
     verifier: str
@@ -186,11 +230,61 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class Training(RunConfig, TrainConfig, ModelConfig, DataConfig):
+    """A run that trains."""
+
+
+@dataclass(frozen=True)
+class SFTSettings(Training, SFTKeys):
+    """A teacher's warm-up: it learns to explain."""
+
+
+@dataclass(frozen=True)
+class StudentSettings(SFTSettings, AnswersConfig):
+    """A student learns to think and answer."""
+
+
+@dataclass(frozen=True)
+class DPOSettings(Training, PairConfig):
+    """A teacher learns which of its own traces is the better one."""
+
+
+@dataclass(frozen=True)
+class GRPOSettings(Training, GRPOKeys):
+    """A student learns from rewards of its answers."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings(GRPOSettings, TeacherRewardConfig, StudentConfig):
+    """A teacher learns from a student's understanding."""
+
+
+@dataclass(frozen=True)
+class Sampling(RunConfig, ModelConfig, DataConfig, SamplingConfig):
+    """A job that samples from a model."""
+
+
+@dataclass(frozen=True)
+class CollectSettings(Sampling, TeacherRewardConfig, StudentConfig, TraceConfig):
+    """A teacher's traces become a student's data."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Sampling, EvaluationConfig):
+    """A model answers questions."""
+
+
+@dataclass(frozen=True)
+class PipelineSettings(RunConfig, PipelineConfig):
+    """Runs, one after the other."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """What a `trainer` does, asked wherever runs differ by it.
 
     Args:
-        keys: classes of this file whose fields are its keys, beside those of its TRL configuration.
+        settings: the class of its settings.
         config: the TRL configuration that its other keys name fields of; None: it trains nothing itself (a job).
             trainers/build.py has one builder for each.
         generates: completions while it trains.
@@ -202,7 +296,7 @@ class Profile:
         job: the module of rlt/jobs/ that runs it.
     """
 
-    keys: tuple[type, ...]
+    settings: type[RunConfig]
     config: Literal["grpo", "sft", "dpo"] | None = None
     generates: bool = False
     learns_from: Literal["questions", "traces", "pairs"] | None = None
@@ -222,39 +316,18 @@ class Profile:
         return self.learns_from in ("questions", "traces")
 
 
-TRAINING = (RunConfig, TrainConfig, ModelConfig, DataConfig)
-SAMPLING = (RunConfig, ModelConfig, DataConfig, SamplingConfig)
 PROFILES = {
-    "sft": Profile(TRAINING, config="sft", learns_from="traces", learner="teacher"),
-    "student_sft": Profile((*TRAINING, AnswersConfig), config="sft", learns_from="traces", learner="student"),
-    "dpo": Profile((*TRAINING, PairConfig), config="dpo", learns_from="pairs", learner="teacher"),
-    "grpo": Profile(
-        (*TRAINING, GRPOKeys, VerifiedRewardConfig),
-        config="grpo",
-        generates=True,
-        learns_from="questions",
-        learner="student",
-    ),
+    "sft": Profile(SFTSettings, config="sft", learns_from="traces", learner="teacher"),
+    "student_sft": Profile(StudentSettings, config="sft", learns_from="traces", learner="student"),
+    "dpo": Profile(DPOSettings, config="dpo", learns_from="pairs", learner="teacher"),
+    "grpo": Profile(GRPOSettings, config="grpo", generates=True, learns_from="questions", learner="student"),
     "teacher_grpo": Profile(
-        (*TRAINING, GRPOKeys, TeacherRewardConfig, StudentConfig, VerifiedRewardConfig),
-        config="grpo",
-        generates=True,
-        learns_from="questions",
-        learner="teacher",
-        teaches=True,
+        TeacherSettings, config="grpo", generates=True, learns_from="questions", learner="teacher", teaches=True
     ),
-    "collect": Profile((*SAMPLING, TeacherRewardConfig, StudentConfig, TraceConfig), teaches=True, job="collect"),
-    "evaluate": Profile((*SAMPLING, EvaluationConfig), asks=True, job="evaluate"),
-    "pipeline": Profile((RunConfig, PipelineConfig), stages=True, job="pipeline"),
+    "collect": Profile(CollectSettings, teaches=True, job="collect"),
+    "evaluate": Profile(EvaluateSettings, asks=True, job="evaluate"),
+    "pipeline": Profile(PipelineSettings, stages=True, job="pipeline"),
 }
-
-
-def server_urls(config: dict[str, Any]) -> list[str]:
-    """The addresses of the servers that generate; the key takes one or a list."""
-    named = config.get("vllm_server_base_url")
-    return [named] if isinstance(named, str) else list(named or [])
-
-
 MOVED = {"rewards.exact.exact_answer": "rlt.rewards.exact.exact_answer"}  # dotted paths in older runs' folders
 
 
@@ -264,11 +337,41 @@ def renamed(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "reward_functions": [MOVED.get(path, path) for path in functions]} if functions else config
 
 
+def server_urls(named: str | list[str] | None) -> list[str]:
+    """The addresses of the servers that generate; the key takes one or a list."""
+    return [named] if isinstance(named, str) else list(named or [])
+
+
 def profile_of(config: dict[str, Any]) -> Profile:
     """The profile of a configuration whose keys were checked."""
     return PROFILES[config["trainer"]]
 
 
-def pick(config: dict[str, Any], cls: type[Config]) -> Config:
+def own_keys(settings: type) -> dict[str, Any]:
+    """{key: annotation} of a settings class; keys that only some of its runs have are in it too."""
+    hints = get_type_hints(settings)
+    keys = {field.name: hints[field.name] for field in fields(settings) if field.name not in ("trl", "verified")}
+    return {**keys, **get_type_hints(VerifiedRewardConfig)} if "verified" in hints else keys
+
+
+def settings_of(config: dict[str, Any], trl: Iterable[str] = ()) -> Any:
+    """The settings of a flat configuration whose keys and types were checked: an instance of its profile's class.
+
+    Args:
+        trl: names of the fields that its TRL configuration has.
+
+    Raises:
+        Refused: the configuration lacks a key.
+    """
+    cls = profile_of(config).settings
+    given: dict[str, Any] = {**config, "trl": MappingProxyType({key: config[key] for key in trl if key in config})}
+    given["verified"] = pick(config, VerifiedRewardConfig) if "answer_weight" in config else None
+    for field in fields(cls):
+        if field.name not in given:
+            raise Refused(f"{field.name} is not set, and a {config['trainer']} run needs it")
+    return pick(given, cls)
+
+
+def pick(config: Mapping[str, Any], cls: type[Config]) -> Config:
     """The keys of `config` that `cls` has, as an instance of it."""
     return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})

@@ -1,14 +1,15 @@
 """From rows to what trainers take: nothing that a row brings is lost, and nothing is cut without a word."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import build, config_of
 from datasets import Dataset
 
+from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.rendering import ANSWER_LINE
 from rlt.prompts.styles import load_format
-from rlt.schema import DataConfig, pick
 from trainers.examples import question_prompt, whole_pairs, with_all_columns
 
 STYLE = load_format("stratos")
@@ -43,9 +44,9 @@ def test_rows_with_prompts_of_their_own_are_sampled_and_read_with_them(tiny_run,
     ],
 )
 def test_plain_grpo_asks_for_what_its_reward_looks_for(run, asked, tokenizer):
-    config = config_of(*run)
+    settings = typed_settings(config_of(*run))
     row = {"question": "Q", "solution": "A", "student_system_prompt": "Learn!", "system": "Its own"}
-    assert asked in question_prompt(config, STYLE)(tokenizer, row, pick(config, DataConfig))
+    assert asked in question_prompt(settings, STYLE)(tokenizer, row, settings)
 
 
 def test_pairs_that_would_be_cut_are_left_out_and_counted(tokenizer, caplog):
@@ -53,9 +54,9 @@ def test_pairs_that_would_be_cut_are_left_out_and_counted(tokenizer, caplog):
         {"prompt": "a b", "chosen": " c", "rejected": " d"},
         {"prompt": "a b", "chosen": " c", "rejected": " d" * 9},
     )
-    config = {"max_length": 5, "dataset_id_or_path": "traces"}
-    assert whole_pairs(config, [short, long, short], tokenizer) == [short, short]
+    settings = typed_settings(config_of("dpo_tiny", "max_length=5", "dataset_id_or_path=traces"))
+    assert whole_pairs(settings, [short, long, short], tokenizer) == [short, short]
     assert "1 rows left out: longer than max_length=5" in caplog.text
-    assert len(whole_pairs({**config, "max_length": None}, [short, long], tokenizer)) == 2
+    assert len(whole_pairs(replace(settings, max_length=None), [short, long], tokenizer)) == 2
     with pytest.raises(ValueError, match="max_length=5: every pair has a longer side"):
-        whole_pairs(config, [long], tokenizer)
+        whole_pairs(settings, [long], tokenizer)

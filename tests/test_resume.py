@@ -45,7 +45,7 @@ def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path
         assert not (tmp_path / "COMPLETE").exists()
     continued = launch("train.py", *command)
     succeed(continued)
-    assert "INFO train: resuming from" in continued.stderr
+    assert "INFO rlt: resuming from" in continued.stderr
     assert_same(straight, tmp_path)
     again = launch("train.py", *command)
     assert "is complete" in again.stdout

@@ -228,7 +228,7 @@ def test_an_unknown_task_names_those_that_are_close():
 def test_the_inspection_imports_nothing_heavy():
     code = (
         "import sys\n"
-        "from data.sources import inspect_source\n"
+        "from rlt.data.sources import inspect_source\n"
         "inspect_source('reasoning_gym/gsm_symbolic')\n"
         "assert not {'torch', 'transformers', 'datasets', 'reasoning_gym', 'pyarrow'} & set(sys.modules)\n"
     )

@@ -1,26 +1,25 @@
 """How often a student in training answers held-out questions correctly, with the engine that evaluations use."""
 
-from typing import Any
-
 from accelerate.utils import gather_object
 
 from rlt.generation.seeds import request_seed
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.verifiers import Verifier, final_answer
+from rlt.schema import StudentSettings
 
 
 class HeldOutAnswers:
     """Accuracy with the weights of the moment; seeds are the same at every evaluation.
 
     Args:
-        config: flat; `eval_answers` answers to each question.
+        settings: `eval_answers` answers to each question.
         rows: held-out questions with their prompts and solutions.
     """
 
-    def __init__(self, config: dict[str, Any], rows: list[dict], style: ReasoningFormat):
-        self.config, self.rows, self.style = config, rows, style
-        self.verifier = Verifier(config["verifier"], config["verifier_limit_s"])
+    def __init__(self, settings: StudentSettings, rows: list[dict], style: ReasoningFormat):
+        self.settings, self.rows, self.style = settings, rows, style
+        self.verifier = Verifier(settings.verifier, settings.verifier_limit_s)
         self.engine = None  # built with the first evaluation
 
     def __call__(self, trainer) -> dict[str, float]:
@@ -45,17 +44,17 @@ class HeldOutAnswers:
             accelerator=trainer.accelerator,
             processing_class=trainer.processing_class,
             engine_dtype="bfloat16" if trainer.args.bf16 else "float32",
-            gpu_memory_utilization=self.config["vllm_gpu_memory_utilization"],
-            max_model_length=self.config["max_prompt_length"] + self.config["max_completion_length"],
+            gpu_memory_utilization=self.settings.vllm_gpu_memory_utilization,
+            max_model_length=self.settings.max_prompt_length + self.settings.max_completion_length,
             max_num_seqs=MAX_SEQUENCES,
             enable_sleep_mode=on_gpu,  # its memory is the update's in between
-            temperature=self.config["temperature"],
-            max_completion_length=self.config["max_completion_length"],
+            temperature=self.settings.temperature,
+            max_completion_length=self.settings.max_completion_length,
         )
 
     def _answer(self, tokenizer, mine: range) -> list[tuple[bool, bool]]:
         """Whether each answer to this rank's questions is right, and whether one was given."""
-        count, seed = self.config["eval_answers"], self.config["seed"]
+        count, seed = self.settings.eval_answers, self.settings.seed
         asked = [self.rows[number] for number in mine for _ in range(count)]
         if not asked:  # with fewer questions than ranks
             return []

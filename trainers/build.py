@@ -1,13 +1,14 @@
 """From a plan to a trainer: models, tokenizer, rows, callbacks. Everything heavy is imported from here on."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
@@ -24,53 +25,66 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
 from rlt.runs.learned import check_held_out, learned_questions, write_held_out
-from rlt.schema import DataConfig, ModelConfig, PairConfig, TeacherRewardConfig, VerifiedRewardConfig, pick
+from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, TeacherSettings, Training
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
 from trainers.dpo import DPOTrainer
-from trainers.examples import check_batch, question_prompt, sft_examples, whole_pairs, with_all_columns
+from trainers.examples import check_enough_questions, question_prompt, sft_examples, whole_pairs, with_all_columns
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.sft import SFTConfig, SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
+ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
+
 
 def trainer_arguments(plan: Plan) -> dict[str, Any]:
     """Every key that names a field of the trainer's configuration, and those that follow from others."""
-    config = plan.config
-    table = read_table()[plan.profile.config]
-    arguments = {key: value for key, value in config.items() if key in table}
-    arguments |= {
+    settings: Training = plan.settings
+    arguments = {
+        **settings.trl,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "bf16": uses_bfloat16(config["bf16"]),
-        "report_to": config["report_to"] or "none",
+        "bf16": uses_bfloat16(settings.bf16),
+        "report_to": settings.report_to or "none",
         "use_cpu": device_type() == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device_type() != "cpu",
         "save_strategy": "steps",
     }
-    if "logprob_token_budget" in table:
-        arguments["logprob_token_budget"] = token_budget(config)
-    if not plan.profile.generates and config["eval_size"] and config["eval_steps"]:
+    if "logprob_token_budget" in read_table()[plan.profile.config]:
+        arguments["logprob_token_budget"] = token_budget(plan.config)
+    if not plan.profile.generates and settings.eval_size and settings.eval_steps:
         arguments["eval_strategy"] = "steps"
-    if plan.profile.generates:
+    if isinstance(settings, GRPOSettings):
+        assert settings.max_completion_length is not None  # the plan refuses it
         arguments.pop("load_best_model_at_end", None)  # see keep_best
         arguments |= {
             "steps_per_generation": plan.steps_per_generation,
-            "vllm_mode": "server" if config["use_vllm_server"] else "colocate",
-            "vllm_max_model_length": config["max_prompt_length"] + config["max_completion_length"],
-            "vllm_enable_sleep_mode": config["vllm_enable_sleep_mode"] and device_type() == "cuda",
+            "vllm_mode": "server" if settings.use_vllm_server else "colocate",
+            "vllm_max_model_length": settings.max_prompt_length + settings.max_completion_length,
+            "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode and device_type() == "cuda",
         }
     return arguments
 
 
-def build_policy(config: dict[str, Any]):
+def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
+    """The configuration of a plan's trainer.
+
+    Raises:
+        Refused: TRL or transformers find that its keys do not go together.
+    """
+    try:
+        return cls(**trainer_arguments(plan), **more)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def build_policy(model: Training) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
-    model = pick(config, ModelConfig)
-    low = torch.bfloat16 if uses_bfloat16(config["bf16"]) else torch.float32
+    low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
     policy = load_policy(
         resolve_model_path(model.model_name_or_path),
         dtype=low if model.use_peft else torch.float32,
@@ -93,28 +107,28 @@ def build_policy(config: dict[str, Any]):
 
 def build_trainer(plan: Plan):
     """The trainer of a plan, and its held-out evaluation (None for sft)."""
-    config = plan.config
-    style = load_format(config["reasoning_format"])
-    tokenizer = load_tokenizer(resolve_model_path(config["model_name_or_path"]), config["trust_remote_code"])
+    settings = plan.settings
+    style = load_format(settings.reasoning_format)
+    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
     trainer, evaluation = BUILDERS[plan.profile.config](plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    folder = config["output_dir"]
+    folder = settings.output_dir
     for callback in (MetricsFile(folder), ProgressBar(), Plot(folder)):
         trainer.add_callback(callback)
     return trainer, evaluation
 
 
 def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
-    config = plan.config
-    train_rows, eval_rows = split_rows(config, style)
-    examples = [sft_examples(config, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]
+    settings: SFTSettings = plan.settings
+    train_rows, eval_rows = split_rows(settings, style)
+    examples = [sft_examples(settings, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]
     train, evaluation = (Dataset.from_list(made) if made else None for made in examples)
-    arguments = SFTConfig(**trainer_arguments(plan), completion_only_loss=True)
+    arguments = trl_config(SFTConfig, plan, completion_only_loss=True)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(config)
+    policy, adapter = build_policy(settings)
     trainer = SFTTrainer(
-        answers=held_out_answers(config, eval_rows, tokenizer, style),
+        answers=held_out_answers(settings, eval_rows, tokenizer, style),
         model=policy,
         args=arguments,
         train_dataset=train,
@@ -127,15 +141,15 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def split_rows(config: dict[str, Any], style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
         Refused: an earlier life of the run held out others.
     """
-    learned = learned_questions(config["model_name_or_path"])
-    train_rows, eval_rows, _ = load_split_rows(pick(config, DataConfig), style, learned)
-    check_held_out(Path(config["output_dir"]), eval_rows)
+    learned = learned_questions(settings.model_name_or_path)
+    train_rows, eval_rows, _ = load_split_rows(settings, style, learned)
+    check_held_out(Path(settings.output_dir), eval_rows)
     return train_rows, eval_rows
 
 
@@ -145,26 +159,26 @@ def leave_held_out(trainer, rows: list[dict]) -> None:
         write_held_out(Path(trainer.args.output_dir), rows)
 
 
-def held_out_answers(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat):
+def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):
     """What answers the held-out questions at every evaluation; None where that is not asked for."""
-    if not rows or not config.get("eval_answers"):
+    if not rows or not isinstance(settings, StudentSettings) or not settings.eval_answers:
         return None
 
     def render(tokenizer, row, data):
         return render_question(tokenizer, style, row["question"], student_system(row, data))
 
-    check_rows(config["verifier"], rows)
-    return HeldOutAnswers(config, question_rows(rows, tokenizer, pick(config, DataConfig), render), style)
+    check_rows(settings.verifier, rows)
+    return HeldOutAnswers(settings, question_rows(rows, tokenizer, settings, render), style)
 
 
 def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
-    config = plan.config
-    pairs = preference_pairs(Path(config["dataset_id_or_path"]), pick(config, PairConfig).min_margin)
-    pairs = pairs[: config["dataset_size"]]
-    rows = whole_pairs(config, teaching_rows(pairs, tokenizer, style, pick(config, DataConfig)).rows, tokenizer)
-    arguments = DPOConfig(**trainer_arguments(plan))
+    settings: DPOSettings = plan.settings
+    pairs = preference_pairs(Path(settings.dataset_id_or_path), settings.min_margin)
+    pairs = pairs[: settings.dataset_size]
+    rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
+    arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(config)
+    policy, adapter = build_policy(settings)
     trainer = DPOTrainer(
         model=policy,
         args=arguments,
@@ -177,30 +191,29 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
 
 
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
-    config = plan.config
-    data = pick(config, DataConfig)
-    is_teacher = plan.profile.teaches
-    train_rows, eval_rows = split_rows(config, style)
-    verified = pick(config, VerifiedRewardConfig) if "verifier" in config else None
+    settings: GRPOSettings = plan.settings
+    train_rows, eval_rows = split_rows(settings, style)
 
-    def prepare(rows):
-        if is_teacher:
-            return teaching_rows(rows, tokenizer, style, data).rows
-        return question_rows(rows, tokenizer, data, question_prompt(config, style))
+    def prepare(rows: list[dict]) -> list[dict]:
+        if plan.profile.teaches:
+            return teaching_rows(rows, tokenizer, style, settings).rows
+        return question_rows(rows, tokenizer, settings, question_prompt(settings, style))
 
     held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
     asked = with_all_columns(prepare(train_rows))
-    evaluation = HeldOutEvaluation(held_out, config["output_dir"])
-    completions = CompletionsFile(config["output_dir"], config["save_completions_probability"])
-    student = build_student(config, tokenizer) if is_teacher else None
+    evaluation = HeldOutEvaluation(held_out, settings.output_dir)
+    completions = CompletionsFile(settings.output_dir, settings.save_completions_probability)
+    teacher = teacher_arguments(settings, tokenizer, style) if isinstance(settings, TeacherSettings) else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
-    arguments = GRPOConfig(**trainer_arguments(plan))
-    check_batch(asked, arguments)
-    keep_best(arguments, config)
+    arguments = trl_config(GRPOConfig, plan)
+    check_enough_questions(asked, arguments)
+    keep_best(arguments, settings)
+    functions = reward_functions(settings, style, train_rows, arguments)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(config)
+    policy, adapter = build_policy(settings)
     attention = policy.config.get_text_config()._attn_implementation
     arguments.model_init_kwargs = {"attn_implementation": attention}
+    cpu_dtype = "bfloat16" if uses_bfloat16(settings.bf16) else "float32"
     shared = {
         "model": policy,
         "args": arguments,
@@ -208,20 +221,9 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
         "processing_class": tokenizer,
         "peft_config": adapter,
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order
-        "engine_dtype": ("bfloat16" if uses_bfloat16(config["bf16"]) else "float32")
-        if device_type() == "cpu"
-        else "auto",
+        "engine_dtype": cpu_dtype if device_type() == "cpu" else "auto",
     }
-    functions = [load_function(path) for path in config["reward_functions"] or []]
-    weights = [1.0] * (is_teacher + len(functions))
-    if verified:
-        check_rows(verified.verifier, train_rows)
-        more, their_weights = verified_rewards(verified, style)
-        functions, weights = functions + more, weights + their_weights
-    if arguments.reward_weights is None:
-        arguments.reward_weights = weights
-    if is_teacher:
-        teacher = {"student": student, "style": style, "reward_config": pick(config, TeacherRewardConfig)}
+    if teacher is not None:
         trainer = TeacherGRPOTrainer(more_rewards=functions, **teacher, **shared)
     else:
         trainer = GRPOTrainer(reward_funcs=functions, **shared)
@@ -230,30 +232,50 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, evaluation
 
 
-def keep_best(arguments: GRPOConfig, config: dict[str, Any]) -> None:
+def teacher_arguments(settings: TeacherSettings, tokenizer, style: ReasoningFormat) -> dict[str, Any]:
+    """What a teacher's trainer takes beside the others': its student, its tags, its reward."""
+    return {"student": build_student(settings, tokenizer), "style": style, "reward_config": settings}
+
+
+def reward_functions(
+    settings: GRPOSettings, style: ReasoningFormat, rows: list[dict], arguments: GRPOConfig
+) -> list[Callable]:
+    """The run's functions beside the teacher's reward; weights are set where none are given."""
+    functions = [load_function(path) for path in settings.reward_functions or []]
+    weights = [1.0] * (settings.profile.teaches + len(functions))
+    if settings.verified:
+        check_rows(settings.verified.verifier, rows)
+        verified, verified_weights = verified_rewards(settings.verified, style)
+        functions, weights = functions + verified, weights + verified_weights
+    if arguments.reward_weights is None:
+        arguments.reward_weights = weights
+    return functions
+
+
+def keep_best(arguments: GRPOConfig, settings: Training) -> None:
     """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
-    if config.get("load_best_model_at_end"):
+    if settings.trl.get("load_best_model_at_end"):
         arguments.load_best_model_at_end = True
         arguments.metric_for_best_model = arguments.metric_for_best_model or "reward"
         arguments.greater_is_better = arguments.greater_is_better is not False
 
 
-def build_student(config: dict[str, Any], tokenizer):
+def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:
     """The frozen student in the dtype of forward passes; None when the reference model is it, and takes its place."""
-    if config["student_model"] is None:
+    if settings.student_model is None:
         return None
-    path = resolve_model_path(config["student_model"])
-    same_weights = not (config["sync_ref_model"] or config["load_in_4bit"] or config["load_in_8bit"])
-    if config["beta"] and same_weights and path == resolve_model_path(config["model_name_or_path"]):
+    path = resolve_model_path(settings.student_model)
+    same_weights = not (settings.sync_ref_model or settings.load_in_4bit or settings.load_in_8bit)
+    if settings.beta and same_weights and path == resolve_model_path(settings.model_name_or_path):
         return None
     student = load_student(
         path,
         tokenizer,
-        dtype=torch.bfloat16 if uses_bfloat16(config["bf16"]) else torch.float32,
-        attn_implementation=config["attn_implementation"],
-        trust_remote_code=config["trust_remote_code"],
+        dtype=torch.bfloat16 if uses_bfloat16(settings.bf16) else torch.float32,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
     )
-    return student if config["offload_untrained_models"] else student.to(device_type())
+    return student if settings.offload_untrained_models else student.to(device_type())
 
 
 def load_function(path: str):

@@ -1,25 +1,24 @@
 """From rows to the examples of a trainer: what is tokenised, cut, paired or left out."""
 
 from collections.abc import Callable
-from typing import Any
 
 from rlt.data.sources import say_dropped
 from rlt.errors import Refused
 from rlt.prompts.rendering import render_question, student_answer
 from rlt.prompts.rows import plain_prompt, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
-from rlt.schema import DataConfig, pick, profile_of
+from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings
 from trainers.grpo import GRPOConfig
 from trainers.sft import example
 
 
-def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dict[str, str]]:
+def whole_pairs(settings: DPOSettings, rows: list[dict], tokenizer) -> list[dict[str, str]]:
     """Prompt, chosen and rejected text of the pairs that TRL would not cut at `max_length`.
 
     Raises:
         Refused: there is none.
     """
-    bos, length = tokenizer.bos_token, config["max_length"]
+    bos, length = tokenizer.bos_token, settings.max_length
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     kept = []
     for row in rows:
@@ -28,34 +27,35 @@ def whole_pairs(config: dict[str, Any], rows: list[dict], tokenizer) -> list[dic
             # TRL's tokenisation brings one of its own.
             prompt = row["prompt"].removeprefix(bos) if adds_bos else row["prompt"]
             kept.append({"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]})
-    say_dropped({f"longer than max_length={length}": len(rows) - len(kept)}, config["dataset_id_or_path"])
+    say_dropped({f"longer than max_length={length}": len(rows) - len(kept)}, settings.dataset_id_or_path)
     if not kept:
         raise Refused(f"max_length={length}: every pair has a longer side")
     return kept
 
 
-def sft_examples(config: dict[str, Any], rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
+def sft_examples(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
     """A teacher learns to explain, a student to think and answer; both from `reasoning_trace`.
 
     Raises:
         Refused: no row has one, or all are too long.
     """
-    traced, source = [row for row in rows if row.get("reasoning_trace")], config["dataset_id_or_path"]
+    traced, source = [row for row in rows if row.get("reasoning_trace")], settings.dataset_id_or_path
     say_dropped({"no reasoning_trace": len(rows) - len(traced)}, source)
     if not traced:
         raise Refused(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
-    if profile_of(config).learner == "student":
-        examples = [student_example(tokenizer, style, row, pick(config, DataConfig)) for row in traced]
+    if settings.profile.learner == "student":
+        examples = [student_example(tokenizer, style, row, settings) for row in traced]
     else:
         end = style.explanation_tags[1]
         examples = [
             example(tokenizer, row["prompt"], f"{row['reasoning_trace'].strip()}\n\n{end}")
-            for row in teaching_rows(traced, tokenizer, style, pick(config, DataConfig)).rows
+            for row in teaching_rows(traced, tokenizer, style, settings).rows
         ]
-    fitting = [e for e in examples if len(e["input_ids"]) <= config["max_length"]]
-    say_dropped({f"longer than max_length={config['max_length']}": len(examples) - len(fitting)}, source)
+    length = settings.max_length
+    fitting = [e for e in examples if length is None or len(e["input_ids"]) <= length]
+    say_dropped({f"longer than max_length={length}": len(examples) - len(fitting)}, source)
     if not fitting:
-        raise Refused(f"max_length={config['max_length']}: every row is longer")
+        raise Refused(f"max_length={length}: every row is longer")
     return fitting
 
 
@@ -64,7 +64,7 @@ def student_example(tokenizer, style: ReasoningFormat, row: dict, data: DataConf
     return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
 
 
-def check_batch(rows: list[dict], arguments: GRPOConfig) -> None:
+def check_enough_questions(rows: list[dict], arguments: GRPOConfig) -> None:
     """That there are questions for one batch; of fewer the sampler gives none, and no step would be made.
 
     Raises:
@@ -84,10 +84,10 @@ def with_all_columns(rows: list[dict]) -> list[dict]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def question_prompt(config: dict[str, Any], style: ReasoningFormat) -> Callable[..., str]:
+def question_prompt(settings: GRPOSettings, style: ReasoningFormat) -> Callable[..., str]:
     """How plain GRPO asks: for an `Answer: …` line, for a verifier's sections, or the question alone."""
 
     def prompt(tokenizer, row: dict, data: DataConfig) -> str:
-        return render_question(tokenizer, style, row["question"], student_system(row, data), config["answer_line"])
+        return render_question(tokenizer, style, row["question"], student_system(row, data), settings.answer_line)
 
-    return prompt if config["answer_line"] or "verifier" in config else plain_prompt
+    return prompt if settings.answer_line or settings.verified else plain_prompt

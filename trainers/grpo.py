@@ -116,7 +116,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         # Importing vLLM takes seconds that other runs need not spend.
         from rlt.generation.sampler import build_engine
 
-        urls = server_urls({"vllm_server_base_url": config.vllm_server_base_url})
+        urls = server_urls(config.vllm_server_base_url)
         return build_engine(
             urls if config.vllm_mode == "server" else [],
             config.vllm_server_timeout,

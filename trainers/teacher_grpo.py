@@ -5,6 +5,7 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 """
 
 import logging
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -25,6 +26,29 @@ ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_pro
 logger = logging.getLogger("rlt")
 
 
+@dataclass
+class Batch:
+    """What is known of a batch between two calls of TRL, in the order in which it becomes known.
+
+    1. `rows`: TRL asks for a batch of them.
+    2. `readings`: the completions were written; each text is tokenised once.
+    3. `places`, `teacher_log_probs`: the policy's pass, which GRPO makes anyway, has read them. `places[i]` are the
+       indices of explanation tokens among what the pass returned of row i; None where the teacher's reading is cut
+       into other tokens than were sampled, and rode along as a sequence of its own.
+    4. `student_log_probs`: the reference's pass has read the students' texts, where the student is the reference.
+    5. TRL calls `teacher_reward`, which asks for log-probs and is given those of 3 and 4.
+
+    The next batch begins with another object. Passes that TRL does not make leave their fields at None; the reward
+    then makes passes of its own.
+    """
+
+    rows: list[dict]
+    readings: list[Reading] | None = None
+    places: list[list[int] | None] = field(default_factory=list)
+    teacher_log_probs: list[torch.Tensor] | None = None
+    student_log_probs: list[torch.Tensor] | None = None
+
+
 class TeacherGRPOTrainer(GRPOTrainer):
     """Trains a teacher on the reward of arXiv 2506.08388.
 
@@ -40,7 +64,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         self, *args, student, style: ReasoningFormat, reward_config: TeacherRewardConfig, more_rewards=(), **kwargs
     ):
         self.student = student
-        self._forget_batch()
+        self._batch: Batch | None = None
         super().__init__(*args, reward_funcs=[self.teacher_reward, *more_rewards], **kwargs)
         if student is None and self.beta == 0.0:
             raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
@@ -55,31 +79,24 @@ class TeacherGRPOTrainer(GRPOTrainer):
             student_log_probs=self._student_log_probs,
         )
 
-    def _forget_batch(self) -> None:
-        self._rows: list[dict] | None = None
-        self._readings: list[Reading] | None = None
-        self._places: list[list[int] | None] = []
-        self._teacher_found: list[torch.Tensor] | None = None
-        self._student_found: list[torch.Tensor] | None = None
-
     def _generate_and_score_completions(self, inputs):
-        self._forget_batch()
-        self._rows = [{key: row[key] for key in ROW_KEYS if key in row} for row in inputs]
-        batch = super()._generate_and_score_completions(inputs)
-        self._forget_batch()
-        return batch
+        # Extended by what the reward needs to know of the batch meanwhile.
+        self._batch = Batch([{key: row[key] for key in ROW_KEYS if key in row} for row in inputs])
+        scored = super()._generate_and_score_completions(inputs)
+        self._batch = None
+        return scored
 
     def _generate(self, prompts):
         # Extended: what the reward will read is known as soon as the completions are.
         generated = super()._generate(prompts)
-        if self._rows is not None:
-            self._readings = self.reward.read(self._rows, generated[3])
+        if self._batch is not None:
+            self._batch.readings = self.reward.read(self._batch.rows, generated[3])
         return generated
 
     def teacher_reward(self, prompts, completions, completion_ids, log_extra, log_metric, **columns):
         """TRL's reward-function signature; None where a reward is not finite."""
-        readings = self._readings
-        if readings is None:
+        readings = self._batch.readings if self._batch is not None else None
+        if readings is None:  # held-out questions, which are answered outside of a batch
             present = [key for key in ROW_KEYS if key in columns]
             values = zip(*(columns[key] for key in present), strict=True)
             readings = self.reward.read([dict(zip(present, row, strict=True)) for row in values], completions)
@@ -110,41 +127,47 @@ class TeacherGRPOTrainer(GRPOTrainer):
         return student if following is None else following
 
     def _riders(self, which, sequences, counted):
+        batch = self._batch
+        if batch is None or batch.readings is None:
+            return []
         if which == "policy" and self.reward.teacher_temperature == self.temperature:
-            self._places = [
-                r.places_among(ids, where) for ids, where, r in zip(sequences, counted, self._readings, strict=True)
+            batch.places = [
+                r.places_among(ids, where) for ids, where, r in zip(sequences, counted, batch.readings, strict=True)
             ]
-            anew = [row for row, places in enumerate(self._places) if places is None]
+            anew = [row for row, places in enumerate(batch.places) if places is None]
             self._log_reuse(1 - len(anew) / len(sequences))
-            asked = (self._readings[row] for row in anew)
+            asked = (batch.readings[row] for row in anew)
             return [Rider(r.teacher.ids, r.teacher_counted, self.temperature) for r in asked]
         if which == "reference" and self.student is None:
             temperature = self.reward.student_temperature
-            return [Rider(r.student.ids, r.student_counted, temperature) for r in self._readings]
+            return [Rider(r.student.ids, r.student_counted, temperature) for r in batch.readings]
         return []
 
     def _take(self, which, log_probs, of_riders):
-        if which == "policy" and self._places:
+        batch = self._batch
+        if batch is None:
+            return
+        if which == "policy" and batch.places:
             anew = iter(of_riders)
-            self._teacher_found = [
+            batch.teacher_log_probs = [
                 next(anew) if places is None else values[places]
-                for places, values in zip(self._places, log_probs, strict=True)
+                for places, values in zip(batch.places, log_probs, strict=True)
             ]
         if which == "reference" and of_riders:
-            self._student_found = of_riders
+            batch.student_log_probs = of_riders
 
     def _log_reuse(self, share: float) -> None:
         self._metrics["train" if self.model.training else "eval"]["teacher/reused_share"].append(share)
 
     def _teacher_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
-        if self._teacher_found is not None:
-            return self._teacher_found
+        if self._batch is not None and self._batch.teacher_log_probs is not None:
+            return self._batch.teacher_log_probs
         self._log_reuse(0.0)
         return self._frozen_log_probs(self.accelerator.unwrap_model(self.model), sequences, counted, temperature)
 
     def _student_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
-        if self._student_found is not None:
-            return self._student_found
+        if self._batch is not None and self._batch.student_log_probs is not None:
+            return self._batch.student_log_probs
         if self.student is not None:
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
                 return self._frozen_log_probs(self.student, sequences, counted, temperature)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import MissingMandatoryValue, OmegaConf
@@ -51,23 +52,34 @@ class ScoreConfig:
     trust_remote_code: bool
 
 
-def check(config: dict) -> None:
-    """Refuse what cannot work, before a model is loaded."""
-    check_types(config, (ScoreConfig, TeacherRewardConfig))
-    check_reward(config)
-    load_format(config["reasoning_format"])
-    if config["temperature"] <= 0:
-        raise Refused(f"temperature={config['temperature']} must be above 0")
-    if config["dtype"] not in DTYPES:
-        raise Refused(f"dtype={config['dtype']}: use {' or '.join(DTYPES)}")
-    if not Path(config["input"]).is_file():
-        raise Refused(f"input={config['input']} does not exist")
-    for path in (Path(config["output"]), ranking_file(Path(config["output"]))):
+@dataclass(frozen=True)
+class ScoreSettings(ScoreConfig, TeacherRewardConfig):
+    """The keys of a scoring."""
+
+
+def checked(config: dict[str, Any]) -> ScoreSettings:
+    """The settings of a configuration that can work; no model is loaded for it.
+
+    Raises:
+        Refused: it cannot.
+    """
+    check_types(config, (ScoreSettings,))
+    settings = pick(config, ScoreSettings)
+    check_reward(settings)
+    load_format(settings.reasoning_format)
+    if settings.temperature <= 0:
+        raise Refused(f"temperature={settings.temperature} must be above 0")
+    if settings.dtype not in DTYPES:
+        raise Refused(f"dtype={settings.dtype}: use {' or '.join(DTYPES)}")
+    if not Path(settings.input).is_file():
+        raise Refused(f"input={settings.input} does not exist")
+    for path in (Path(settings.output), ranking_file(Path(settings.output))):
         if path.exists():
-            raise Refused(f"output={config['output']}: {path} exists and would be overwritten: name another file")
-    if not Path(config["output"]).absolute().parent.is_dir():
-        raise Refused(f"output={config['output']}: its folder does not exist")
-    check_models_exist({key: config[key] for key in ("teacher_model", "student_model")})
+            raise Refused(f"output={settings.output}: {path} exists and would be overwritten: name another file")
+    if not Path(settings.output).absolute().parent.is_dir():
+        raise Refused(f"output={settings.output}: its folder does not exist")
+    check_models_exist({key: getattr(settings, key) for key in ("teacher_model", "student_model")})
+    return settings
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -120,7 +132,7 @@ def log_prob_function(model, token_budget: int):
     return ask
 
 
-def build_reward(config: dict):
+def build_reward(settings: ScoreSettings):
     """The teacher reward over the two models of the configuration."""
     import torch
 
@@ -128,32 +140,32 @@ def build_reward(config: dict):
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
 
-    dtype = getattr(torch, config["dtype"])
+    dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = [resolve_model_path(config[key]) for key in ("teacher_model", "student_model")]
-    options = {"dtype": dtype, "trust_remote_code": config["trust_remote_code"]}
+    paths = [resolve_model_path(getattr(settings, key)) for key in ("teacher_model", "student_model")]
+    options = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = load_frozen(paths[0], **options).to(device)
-    tokenizer = load_tokenizer(paths[0], config["trust_remote_code"])
+    tokenizer = load_tokenizer(paths[0], settings.trust_remote_code)
     student = teacher if paths[0] == paths[1] else load_student(paths[1], tokenizer, **options).to(device)
     return TeacherReward(
         tokenizer,
-        load_format(config["reasoning_format"]),
-        pick(config, TeacherRewardConfig),
-        config["temperature"],
-        log_prob_function(teacher, config["logprob_token_budget"]),
-        log_prob_function(student, config["logprob_token_budget"]),
+        load_format(settings.reasoning_format),
+        settings,
+        settings.temperature,
+        log_prob_function(teacher, settings.logprob_token_budget),
+        log_prob_function(student, settings.logprob_token_budget),
     )
 
 
-def score_file(config: dict) -> str:
+def score_file(settings: ScoreSettings) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
-    rows = list(read_lines(Path(config["input"])))
+    rows = list(read_lines(Path(settings.input)))
     if not rows:
-        raise Refused(f"input={config['input']} has no line to score")
-    reward = build_reward(config)
+        raise Refused(f"input={settings.input} has no line to score")
+    reward = build_reward(settings)
     for row in rows:  # refused before the first is scored
         reward.read([row], [""])
-    output = Path(config["output"])
+    output = Path(settings.output)
     aside = output.with_name(f"{output.name}.tmp")
     count, ranked = 0, []
     with aside.open("w", encoding="utf-8") as file:
@@ -191,8 +203,7 @@ def ranking_file(output: Path) -> Path:
 def job(cfg) -> None:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        check(config)
-        said = score_file(config)
+        said = score_file(checked(config))
     except MissingMandatoryValue as error:
         fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
     except Refused as error:

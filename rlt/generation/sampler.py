@@ -9,7 +9,7 @@ from rlt.generation.vllm_engine import Completions, VLLMEngine
 from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.loading import load_frozen, load_tokenizer
 from rlt.models.paths import resolve_model_path
-from rlt.schema import server_urls
+from rlt.schema import Sampling, server_urls
 from rlt.survival.host_memory import keep_freed_memory
 
 MAX_SEQUENCES = 256  # that the engine runs at once
@@ -42,37 +42,37 @@ class Sampler:
     """A model on this rank's engine, or on servers.
 
     Args:
-        config: the flat configuration of a job.
+        settings: of a job.
     """
 
-    def __init__(self, config: dict[str, Any]):
-        low = uses_bfloat16(config["bf16"])
+    def __init__(self, settings: Sampling):
+        low = uses_bfloat16(settings.bf16)
         self.dtype = torch.bfloat16 if low else torch.float32
         keep_freed_memory()
-        path = resolve_model_path(config["model_name_or_path"])
+        path = resolve_model_path(settings.model_name_or_path)
         self.accelerator = Accelerator(cpu=device_type() == "cpu", mixed_precision="bf16" if low else "no")
-        self.tokenizer = load_tokenizer(path, config["trust_remote_code"])
-        self.model = load_frozen(path, dtype=self.dtype, trust_remote_code=config["trust_remote_code"])
+        self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
+        self.model = load_frozen(path, dtype=self.dtype, trust_remote_code=settings.trust_remote_code)
         self.model.to(self.accelerator.device)
-        self.engine = self._build(config)
+        self.engine = self._build(settings)
         self.engine.sync_weights()
 
-    def _build(self, config: dict[str, Any]) -> VLLMEngine:
+    def _build(self, settings: Sampling) -> VLLMEngine:
         return build_engine(
-            server_urls(config) if config["use_vllm_server"] else [],
-            config["vllm_server_timeout"],
+            server_urls(settings.vllm_server_base_url) if settings.use_vllm_server else [],
+            settings.vllm_server_timeout,
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.tokenizer,
             engine_dtype=str(self.dtype).removeprefix("torch."),
-            tensor_parallel_size=config["vllm_tensor_parallel_size"],
-            gpu_memory_utilization=config["vllm_gpu_memory_utilization"],
-            max_model_length=config["max_prompt_length"] + config["max_completion_length"],
+            tensor_parallel_size=settings.vllm_tensor_parallel_size,
+            gpu_memory_utilization=settings.vllm_gpu_memory_utilization,
+            max_model_length=settings.max_prompt_length + settings.max_completion_length,
             max_num_seqs=MAX_SEQUENCES,
-            trust_remote_code=config["trust_remote_code"],
-            temperature=config["temperature"],
-            top_p=config["top_p"],
-            max_completion_length=config["max_completion_length"],
+            trust_remote_code=settings.trust_remote_code,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_completion_length=settings.max_completion_length,
         )
 
     def __call__(self, prompts: list[list[int]], seeds: list[int]) -> Completions:

@@ -21,7 +21,7 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import ALL_TRACES, CARD, MARKER, TRACES, TRACES_AS_LINES, as_json_lines, write_whole
 from rlt.runs.parts import Parts
-from rlt.schema import DataConfig, TeacherRewardConfig, TraceConfig, pick
+from rlt.schema import CollectSettings
 from rlt.traces.card import write_card
 from rlt.traces.selection import Selection, check_format, rank, select
 
@@ -37,40 +37,39 @@ def run(plan: Plan, stop) -> None:
     from rlt.generation.sampler import Sampler
     from rlt.models.loading import quiet_libraries
 
-    config = plan.config
+    settings: CollectSettings = plan.settings
     quiet_libraries()
-    style, folder = load_format(config["reasoning_format"]), Path(config["output_dir"])
-    sampler = Sampler(config)
-    asked = questions(config, sampler.tokenizer, style)
-    parts = Parts(folder, len(asked.rows), config["questions_at_once"])
-    parts.keep_to(sampler.accelerator, config, asked.rows, style)
+    style, folder = load_format(settings.reasoning_format), Path(settings.output_dir)
+    sampler = Sampler(settings)
+    asked = questions(settings, sampler.tokenizer, style)
+    parts = Parts(folder, len(asked.rows), settings.questions_at_once)
+    parts.keep_to(sampler.accelerator, plan.config, asked.rows, style)
     if parts.missing(sampler.accelerator):
-        scorer, pace = build_scorer(config, sampler, style), Pace()
+        scorer, pace = build_scorer(settings, sampler, style), Pace()
 
         def make(part: range) -> list[dict]:
             if first := parts.first():  # a teacher without the format is noticed there, not after all of them
-                check_format(sum(row["matched"] for row in first), len(first), config["min_format_rate"], DEVIATIONS)
-            return answer(config, sampler, scorer, style, asked.rows, part, pace)
+                check_format(sum(row["matched"] for row in first), len(first), settings.min_format_rate, DEVIATIONS)
+            return answer(settings, sampler, scorer, style, asked.rows, part, pace)
 
         parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
-            sys.stdout.write(f"{config['run_name']}: {pace}\n")
+            sys.stdout.write(f"{settings.run_name}: {pace}\n")
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        selection = finish(config, parts.read(), folder, asked)
-        log_figures(config, logged(selection))
+        selection = finish(plan, parts.read(), folder, asked)
+        log_figures(plan.config, logged(selection))
         (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
         kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
-        sys.stdout.write(f"{config['run_name']}: {kept}; in {folder}\n")
+        sys.stdout.write(f"{settings.run_name}: {kept}; in {folder}\n")
 
 
-def questions(config: dict, tokenizer, style: ReasoningFormat) -> Rows:
+def questions(settings: CollectSettings, tokenizer, style: ReasoningFormat) -> Rows:
     """What the teacher is asked, and how many other rows were read, by why they are left out."""
     from rlt.prompts.rows import load_split_rows, teaching_rows
 
-    data = pick(config, DataConfig)
-    usable, _, left_out = load_split_rows(data, style)
-    asked = teaching_rows(usable, tokenizer, style, data)
+    usable, _, left_out = load_split_rows(settings, style)
+    asked = teaching_rows(usable, tokenizer, style, settings)
     return Rows(asked.rows, {**left_out, **asked.dropped})
 
 
@@ -89,40 +88,40 @@ class Pace:
         return f"{self.tokens} tokens sampled at {rate:.0f} per second; scoring added {share:.0%}"
 
 
-def build_scorer(config: dict, sampler, style: ReasoningFormat):
+def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat):
     from rlt.models.loading import load_student
     from rlt.models.paths import resolve_model_path
     from rlt.traces.scoring import TraceScorer
 
-    path = resolve_model_path(config["student_model"])
+    path = resolve_model_path(settings.student_model)
     student = sampler.model
-    if path != resolve_model_path(config["model_name_or_path"]):
-        options = {"dtype": sampler.dtype, "trust_remote_code": config["trust_remote_code"]}
+    if path != resolve_model_path(settings.model_name_or_path):
+        options = {"dtype": sampler.dtype, "trust_remote_code": settings.trust_remote_code}
         student = load_student(path, sampler.tokenizer, **options)
         student.to(sampler.accelerator.device)
     return TraceScorer(
         sampler.tokenizer,
         style,
-        pick(config, TeacherRewardConfig),
+        settings,
         sampler.model,
         student,
         sampler.next_token_log_probs,
-        config["temperature"],
-        config["logprob_token_budget"],
+        settings.temperature,
+        settings.logprob_token_budget,
     )
 
 
 def answer(
-    config: dict, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
+    settings: CollectSettings, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
 ) -> list[dict]:
     """Every completion of a part's questions, scored."""
     from rlt.rewards.tokens import token_columns
     from rlt.survival.kill_points import kill_point
 
-    count = config["traces_per_question"]
+    count = settings.traces_per_question
     asked = [number for number in part for _ in range(count)]
     prompts = prompt_token_ids(sampler.tokenizer, [rows[number]["prompt"] for number in asked])
-    seeds = [request_seed(config["seed"], "collect", number) + member for number in part for member in range(count)]
+    seeds = [request_seed(settings.seed, "collect", number) + member for number in part for member in range(count)]
     kill_point("collecting")
     begun = time.monotonic()
     sampled, log_probs = sampler(prompts, seeds)
@@ -144,19 +143,19 @@ def answer(
     return made
 
 
-def finish(config: dict, scored: list[dict], folder: Path, asked: Rows) -> Selection:
+def finish(plan: Plan, scored: list[dict], folder: Path, asked: Rows) -> Selection:
     """Rank, filter and write everything."""
     import pandas
 
     ranked = rank(scored)
     (folder / ALL_TRACES).parent.mkdir(exist_ok=True)
     pandas.DataFrame(ranked).to_parquet(folder / ALL_TRACES)
-    selection = select(ranked, pick(config, TraceConfig))  # may refuse, and the traces are there to look at
-    style = load_format(config["reasoning_format"])
+    selection = select(ranked, plan.settings)  # may refuse, and the traces are there to look at
+    style = load_format(plan.settings.reasoning_format)
     kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
     pandas.DataFrame(kept).to_parquet(folder / TRACES)
     write_whole(folder / TRACES_AS_LINES, as_json_lines(kept))
-    write_card(folder / CARD, config, asked, selection)
+    write_card(folder / CARD, plan.config, asked, selection)
     return selection
 
 

@@ -26,7 +26,7 @@ from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import ANSWERS, CONFIG, EVALUATION, EVALUATION_PICTURE, MARKER
 from rlt.runs.learned import learned_rows, lineage, rows_of
 from rlt.runs.parts import Parts
-from rlt.schema import DataConfig, pick
+from rlt.schema import EvaluateSettings
 
 COMPARABLE = (
     *("max_completion_length", "temperature", "top_p", "answer_line", "reasoning_format", "verifier"),
@@ -47,31 +47,33 @@ def run(plan: Plan, stop) -> None:
     from rlt.prompts.rows import question_rows, student_system
     from rlt.rewards.verifiers import Verifier
 
-    config, folder = plan.config, Path(plan.config["output_dir"])
+    config = plan.config
+    settings: EvaluateSettings = plan.settings
+    folder = Path(settings.output_dir)
     check_comparable(config)
     quiet_libraries()
-    rows, style = questions(config), load_format(config["reasoning_format"])
+    rows, style = questions(config), load_format(settings.reasoning_format)
 
     def prompt_of(tokenizer, row, data):
-        return render_question(tokenizer, style, row["question"], student_system(row, data), config["answer_line"])
+        return render_question(tokenizer, style, row["question"], student_system(row, data), settings.answer_line)
 
-    sampler, asked = Sampler(config), len(rows)
-    rows = question_rows(rows, sampler.tokenizer, pick(config, DataConfig), prompt_of)
-    check_shared(config, rows)
-    parts = Parts(folder, len(rows), config["questions_at_once"])
+    sampler, asked = Sampler(settings), len(rows)
+    rows = question_rows(rows, sampler.tokenizer, settings, prompt_of)
+    check_common_question(settings.compare_with, rows)
+    parts = Parts(folder, len(rows), settings.questions_at_once)
     parts.keep_to(sampler.accelerator, config, rows, style)
-    verifier = Verifier(config["verifier"], config["verifier_limit_s"])
-    parts.work(sampler.accelerator, stop, lambda part: answer(config, sampler, verifier, rows, part))
+    verifier = Verifier(settings.verifier, settings.verifier_limit_s)
+    parts.work(sampler.accelerator, stop, lambda part: answer(settings, sampler, verifier, rows, part))
     if verifier.failures:
         logger.warning(
             "%d answers broke their check or were not checked in time: they count as wrong", verifier.failures
         )
     stop.leave_together()
     if sampler.accelerator.is_main_process:
-        result = sum_up(config, parts.read(), folder, asked - len(rows))
+        result = sum_up(settings, parts.read(), folder, asked - len(rows))
         log_figures(config, logged(result))
         (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
-        sys.stdout.write(table(config, result))
+        sys.stdout.write(table(settings, result))
 
 
 def questions(config: dict) -> list[dict]:
@@ -107,33 +109,33 @@ def check_comparable(config: dict) -> None:
     check_same_way(config, yaml.safe_load(file.read_text()))
 
 
-def check_same_way(config: dict, its: dict) -> None:
+def check_same_way(config: dict, other: dict) -> None:
     """Refuse to compare an evaluation with one that asked or judged otherwise.
 
     Raises:
         Refused: the first key that differs, with both values.
     """
     for key in COMPARABLE:
-        if key in its and its[key] != config[key]:
+        if key in other and other[key] != config[key]:
             raise Refused(
-                f"compare_with={config['compare_with']}: {key} is {its[key]} there and {config[key]} here, so the "
+                f"compare_with={config['compare_with']}: {key} is {other[key]} there and {config[key]} here, so the "
                 "difference would not be the model's: evaluate both in the same way"
             )
 
 
-def check_shared(config: dict, rows: list[dict]) -> None:
+def check_common_question(other: str | None, rows: list[dict]) -> None:
     """Refuse a comparison of evaluations without a common question.
 
     Raises:
         Refused: there is nothing to compare with.
     """
-    if config["compare_with"] and not compared(config, {row["question"] for row in rows}):
-        raise Refused(f"compare_with={config['compare_with']}: the two evaluations share no question")
+    if other and not compared(other, {row["question"] for row in rows}):
+        raise Refused(f"compare_with={other}: the two evaluations share no question")
 
 
-def compared(config: dict, questions: Iterable[str]) -> set[str]:
+def compared(other: str, questions: Iterable[str]) -> set[str]:
     """The questions that the evaluation to compare with has answered too."""
-    return set(json.loads((Path(config["compare_with"]) / EVALUATION).read_text())["accuracy"]) & set(questions)
+    return set(json.loads((Path(other) / EVALUATION).read_text())["accuracy"]) & set(questions)
 
 
 def check_apart(config: dict, rows: list[dict], learned: list[dict], must_be_there: bool = False) -> None:
@@ -148,18 +150,18 @@ def check_apart(config: dict, rows: list[dict], learned: list[dict], must_be_the
     Raises:
         Refused: how many are, and the first.
     """
-    for its in learned:
+    for earlier in learned:
         try:
-            seen = learned_rows(its)
+            seen = learned_rows(earlier)
         except Refused as error:
             if must_be_there:
                 raise
-            logger.warning("not checked against %s: %s", its["dataset_id_or_path"], error)
+            logger.warning("not checked against %s: %s", earlier["dataset_id_or_path"], error)
             continue
         try:
             check_disjoint(seen, rows)
         except Refused as error:
-            sources = f"{config['dataset_id_or_path']} against {its['dataset_id_or_path']}"
+            sources = f"{config['dataset_id_or_path']} against {earlier['dataset_id_or_path']}"
             raise Refused(f"dataset_id_or_path={sources}: {error}") from None
 
 
@@ -179,15 +181,15 @@ def trained_on(config: dict) -> list[dict]:
     return list(lineage(Path(named).expanduser())) or [{**config, **everything, "dataset_id_or_path": named}]
 
 
-def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
+def answer(settings: EvaluateSettings, sampler, verifier, rows: list[dict], part: range) -> list[dict]:
     """Every answer to a part's questions, checked."""
     from rlt.rewards.verifiers import final_answer
     from rlt.survival.kill_points import kill_point
 
-    style, count = load_format(config["reasoning_format"]), config["samples_per_question"]
+    style, count = load_format(settings.reasoning_format), settings.samples_per_question
     asked = [number for number in part for _ in range(count)]
     prompts = prompt_token_ids(sampler.tokenizer, [rows[number]["prompt"] for number in asked])
-    seeds = [request_seed(config["seed"], "evaluate", n) + member for n in part for member in range(count)]
+    seeds = [request_seed(settings.seed, "evaluate", n) + member for n in part for member in range(count)]
     kill_point("evaluating")
     sampled, _ = sampler(prompts, seeds)
     texts = sampler.tokenizer.batch_decode(sampled, skip_special_tokens=True)
@@ -200,7 +202,7 @@ def answer(config: dict, sampler, verifier, rows: list[dict], part: range) -> li
     return made
 
 
-def sum_up(config: dict, answers: list[dict], folder: Path, left_out: int) -> dict:
+def sum_up(settings: EvaluateSettings, answers: list[dict], folder: Path, left_out: int) -> dict:
     """Figures of all answers, written to `evaluation.json` with what they were compared with.
 
     Args:
@@ -213,18 +215,18 @@ def sum_up(config: dict, answers: list[dict], folder: Path, left_out: int) -> di
     for row in answers:
         by_question.setdefault(row["question"], []).append(row)
     accuracy = {question: sum(r["right"] for r in rows) / len(rows) for question, rows in by_question.items()}
-    figures = {f"average@{config['samples_per_question']}": bootstrap(list(accuracy.values()))}
-    for k in config["pass_at"]:
+    figures = {f"average@{settings.samples_per_question}": bootstrap(list(accuracy.values()))}
+    for k in settings.pass_at:
         passed = [pass_at_k(sum(r["right"] > 0 for r in rows), len(rows), k) for rows in by_question.values()]
         figures[f"pass@{k}"] = bootstrap(passed)
     figures["format rate"] = bootstrap([mean(r["answer"] is not None for r in rows) for rows in by_question.values()])
     figures["tokens"] = bootstrap([mean(r["tokens"] for r in rows) for rows in by_question.values()])
     result = {"questions": len(by_question), "left_out": left_out}
     result |= {"figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
-    if config["compare_with"]:
-        other = json.loads((Path(config["compare_with"]) / EVALUATION).read_text())
+    if settings.compare_with:
+        other = json.loads((Path(settings.compare_with) / EVALUATION).read_text())
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
-        result["compared"] = len(compared(config, accuracy))
+        result["compared"] = len(compared(settings.compare_with, accuracy))
     (folder / EVALUATION).write_text(json.dumps(result, indent=1))
     draw(folder, result)
     return result
@@ -241,15 +243,15 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def table(config: dict, result: dict) -> str:
-    lines = [f"{config['model_name_or_path']} on {result['questions']} questions of {config['dataset_id_or_path']}"]
+def table(settings: EvaluateSettings, result: dict) -> str:
+    lines = [f"{settings.model_name_or_path} on {result['questions']} questions of {settings.dataset_id_or_path}"]
     lines += [f"  {name:<12} {Estimate(**value)}" for name, value in result["figures"].items()]
     if result["left_out"]:
-        limit = config["max_prompt_length"]
+        limit = settings.max_prompt_length
         lines.append(f"  {result['left_out']} more questions are left out, longer than max_prompt_length={limit}")
     if "difference" in result:
         lines.append(
-            f"  against {config['compare_with']}: {Estimate(**result['difference']).signed}, paired over "
+            f"  against {settings.compare_with}: {Estimate(**result['difference']).signed}, paired over "
             f"{result['compared']} questions"
         )
     return "\n".join([*lines, ""])

@@ -59,7 +59,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     """Every stage that is not finished, each on all devices of the plan, then the report."""
     from rlt.reports.page import write_report
 
-    config, folder = plan.config, Path(plan.config["output_dir"])
+    settings, folder = plan.settings, Path(plan.settings.output_dir)
     checked, made = check(plan), []
     for stage, stage_config in checked:
         if is_complete(stage_config):
@@ -76,7 +76,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     names = [stage.name for stage, _ in checked]
     write_report([folder], folder / REPORT)
     (folder / MARKER).write_text(json.dumps({"stages": names}))
-    sys.stdout.write(f"{config['run_name']}: {len(names)} stages, report in {folder / REPORT}\n")
+    sys.stdout.write(f"{settings.run_name}: {len(names)} stages, report in {folder / REPORT}\n")
 
 
 def check_fresh(stage: Stage, made: list[Stage]) -> None:

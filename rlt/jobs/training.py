@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
@@ -13,6 +12,7 @@ from rlt.models.loading import quiet_libraries
 from rlt.models.paths import merged_model_path
 from rlt.planning.plan import Plan
 from rlt.runs.folder import MARKER
+from rlt.schema import Training
 from rlt.survival.kill_points import kill_point
 from rlt.survival.stop_signals import StopOnSignal
 from trainers.build import build_trainer
@@ -24,33 +24,33 @@ logger = logging.getLogger("rlt")
 
 def run(plan: Plan, stop: StopOnSignal) -> None:
     """Train, from the newest checkpoint where there is one; then save the model and say what came of it."""
-    config = plan.config
+    settings: Training = plan.settings
     quiet_libraries()
     trainer, evaluation = build_trainer(plan)
     together = StopTogether(stop)
     for callback in (together, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
-    checkpoint = starting_point(config)
+    checkpoint = starting_point(settings)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if together.stopped:
         if trainer.is_world_process_zero():
             logger.warning("stopped after step %d and saved: the same command continues", trainer.state.global_step)
         sys.exit(PREEMPTED)
-    finish(trainer, config)
+    finish(trainer, settings)
     if not trainer.is_world_process_zero():
         return
     sentence = evaluation.sentence() if evaluation else None
-    result = f"{config['run_name']}: {trainer.state.global_step} steps, model in {config['output_dir']}"
+    result = f"{settings.run_name}: {trainer.state.global_step} steps, model in {settings.output_dir}"
     sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
 
 
-def starting_point(config: dict[str, Any]) -> Path | None:
+def starting_point(settings: Training) -> Path | None:
     """The checkpoint that a run goes on from.
 
     Raises:
         Refused: `resume_from` names one that is damaged.
     """
-    checkpoint = newest(config["resume_from"], last_checkpoint(config["output_dir"]))
+    checkpoint = newest(settings.resume_from, last_checkpoint(settings.output_dir))
     if checkpoint is None:
         return None
     if damage := damage_of(checkpoint):
@@ -59,14 +59,14 @@ def starting_point(config: dict[str, Any]) -> Path | None:
     return checkpoint
 
 
-def finish(trainer, config: dict[str, Any]) -> None:
+def finish(trainer, settings: Training) -> None:
     """The final model and tokenizer, adapters merged on request, and the marker that says so."""
     kill_point("finishing")
-    folder = Path(config["output_dir"])
+    folder = Path(settings.output_dir)
     trainer.save_model(str(folder))  # together with all ranks
     if not trainer.is_world_process_zero():
         return
     trainer.processing_class.save_pretrained(str(folder))
-    if config["save_merged_model"] and config["use_peft"]:
-        merged_model_path(folder, config["trust_remote_code"])
+    if settings.save_merged_model and settings.use_peft:
+        merged_model_path(folder, settings.trust_remote_code)
     (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))

@@ -10,8 +10,21 @@ from typing import Any
 
 from rlt.errors import Refused
 from rlt.planning.memory import model_folder
-from rlt.planning.trl_fields import fields_of, read_table
-from rlt.schema import PROFILES, VerifiedRewardConfig, profile_of
+from rlt.planning.trl_fields import base_names, fields_of, read_table
+from rlt.schema import (
+    PROFILES,
+    EvaluateSettings,
+    GRPOSettings,
+    RunConfig,
+    Sampling,
+    StudentConfig,
+    StudentSettings,
+    TeacherRewardConfig,
+    TeacherSettings,
+    Training,
+    VerifiedRewardConfig,
+    own_keys,
+)
 
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
 VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
@@ -43,7 +56,7 @@ FIXED_BY_CONFIG = {"sft": SFT_FIXED, "grpo": GRPO_FIXED}
 
 def known_keys(trainer: str) -> dict[str, list[str]]:
     """Every key of a trainer profile with the types that it admits."""
-    own = {key: kinds for cls in PROFILES[trainer].keys for key, kinds in fields_of(cls).items()}
+    own = {key: base_names(annotation) for key, annotation in own_keys(PROFILES[trainer].settings).items()}
     return {**read_table().get(PROFILES[trainer].config or "", {}), **own}
 
 
@@ -68,6 +81,13 @@ def check_keys(config: dict[str, Any]) -> None:
         if key in FIXED or key in FIXED_BY_CONFIG.get(PROFILES[trainer].config, ()):
             raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
+    wanted = fields_of(VerifiedRewardConfig).keys()
+    if (
+        "verified" in fields_of(PROFILES[trainer].settings)
+        and (verifies := config.keys() & wanted)
+        and verifies != wanted
+    ):
+        raise Refused(f"{min(verifies)} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
     for key, choices in read_table()["choices"].items():
         if config.get(key) not in (None, *choices):
             close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
@@ -91,65 +111,66 @@ def _admits(value: Any, kinds: list[str]) -> bool:
     return name in kinds or (name == "int" and "float" in kinds)
 
 
-def check_common(config: dict[str, Any]) -> None:
+def check_common(settings: Training) -> None:
     for key in ("learning_rate", "eval_size", "seed", "max_grad_norm"):
-        if config[key] < 0:
-            raise Refused(f"{key}={config[key]} must not be negative")
-    if config["max_prompt_length"] < 1:
-        raise Refused(f"max_prompt_length={config['max_prompt_length']} must be positive")
-    if config["max_steps"] <= 0 and config["num_train_epochs"] <= 0:
-        raise Refused(f"max_steps={config['max_steps']}: set it, or num_train_epochs, above 0")
+        if getattr(settings, key) < 0:
+            raise Refused(f"{key}={getattr(settings, key)} must not be negative")
+    if settings.max_prompt_length < 1:
+        raise Refused(f"max_prompt_length={settings.max_prompt_length} must be positive")
+    if settings.max_steps <= 0 and settings.num_train_epochs <= 0:
+        raise Refused(f"max_steps={settings.max_steps}: set it, or num_train_epochs, above 0")
     for key in ("load_in_4bit", "load_in_8bit"):
-        if config[key] and not config["use_peft"]:
+        if getattr(settings, key) and not settings.use_peft:
             raise Refused(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
-    if config["load_in_4bit"] and config["load_in_8bit"]:
+    if settings.load_in_4bit and settings.load_in_8bit:
         raise Refused("load_in_4bit=true with load_in_8bit=true: choose one")
-    if config.get("load_best_model_at_end"):
-        check_best(config)
-    profile = profile_of(config)
-    if not profile.holds_out and config["eval_size"]:
-        raise Refused(f"eval_size={config['eval_size']}: preference training holds no traces out; set eval_size=0")
-    if config.get("eval_answers"):
-        check_verifier(config)
-        if not config["eval_size"] or not config["eval_steps"]:
-            raise Refused(f"eval_answers={config['eval_answers']} needs eval_size and eval_steps above 0")
-    if not profile.generates and config["eval_dataset_id_or_path"] and not config["eval_size"]:
+    if settings.trl.get("load_best_model_at_end"):
+        check_best(settings)
+    profile = settings.profile
+    if not profile.holds_out and settings.eval_size:
+        raise Refused(f"eval_size={settings.eval_size}: preference training holds no traces out; set eval_size=0")
+    if isinstance(settings, StudentSettings) and settings.eval_answers:
+        check_verifier(settings)
+        if not settings.eval_size or not settings.eval_steps:
+            raise Refused(f"eval_answers={settings.eval_answers} needs eval_size and eval_steps above 0")
+    if not profile.generates and settings.eval_dataset_id_or_path and not settings.eval_size:
         raise Refused("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
-    if profile.learns_from == "traces" and config["eval_size"] and not config["eval_steps"]:
-        raise Refused(f"eval_size={config['eval_size']}: rows are held out and never looked at; set eval_steps")
-    size, held_out = config["dataset_size"], config["eval_size"]
+    if profile.learns_from == "traces" and settings.eval_size and not settings.eval_steps:
+        raise Refused(f"eval_size={settings.eval_size}: rows are held out and never looked at; set eval_steps")
+    size, held_out = settings.dataset_size, settings.eval_size
     if size is not None and size < 1:
         raise Refused(f"dataset_size={size} must be positive, or null for all rows")
-    if size and held_out >= size and not config["eval_dataset_id_or_path"]:
+    if size and held_out >= size and not settings.eval_dataset_id_or_path:
         raise Refused(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
-    every = config["eval_steps"]
+    every = settings.eval_steps
     if profile.generates and every and (every < 1 or every % 1):
-        raise Refused(f"eval_steps={config['eval_steps']} must be a whole number of steps, or null")
-    if config["save_steps"] <= 0:
-        raise Refused(f"save_steps={config['save_steps']} must be positive")
+        raise Refused(f"eval_steps={settings.eval_steps} must be a whole number of steps, or null")
+    if settings.save_steps <= 0:
+        raise Refused(f"save_steps={settings.save_steps} must be positive")
 
 
-def check_best(config: dict[str, Any]) -> None:
+def check_best(settings: Training) -> None:
     """What it takes to end with the best weights."""
-    profile = profile_of(config)
+    profile = settings.profile
     if not profile.holds_out:
-        raise Refused(f"load_best_model_at_end=true: a {config['trainer']} run ends with its last weights; unset it")
-    if not config["eval_size"] or not config["eval_steps"]:
+        raise Refused(f"load_best_model_at_end=true: a {settings.trainer} run ends with its last weights; unset it")
+    if not settings.eval_size or not settings.eval_steps:
         raise Refused("load_best_model_at_end=true needs eval_size and eval_steps above 0")
-    if not profile.generates and config["save_steps"] != config["eval_steps"]:  # GRPO saves when it evaluates
-        raise Refused(f"save_steps={config['save_steps']} must be eval_steps={config['eval_steps']} to keep the best")
-    known = ("loss", *(("accuracy", "format_rate") if config.get("eval_answers") else ()))
-    wanted = config.get("metric_for_best_model") or "loss"
+    if not profile.generates and settings.save_steps != settings.eval_steps:  # GRPO saves when it evaluates
+        raise Refused(f"save_steps={settings.save_steps} must be eval_steps={settings.eval_steps} to keep the best")
+    answers = isinstance(settings, StudentSettings) and settings.eval_answers
+    known = ("loss", *(("accuracy", "format_rate") if answers else ()))
+    wanted = settings.trl.get("metric_for_best_model") or "loss"
     if not profile.generates and wanted.removeprefix("eval_") not in known:
         raise Refused(f"metric_for_best_model={wanted}: use {' or '.join(known)}; with eval_answers there are more")
 
 
-def check_batch_arithmetic(config: dict[str, Any], devices: int) -> int:
+def check_batch_arithmetic(settings: Training, devices: int) -> int:
     """Micro-batches per optimizer step."""
-    total, each = config["train_batch_size"], config["per_device_train_batch_size"]
+    total, each = settings.train_batch_size, settings.per_device_train_batch_size
     for key in ("train_batch_size", "per_device_train_batch_size"):
-        if config[key] < 1:
-            raise Refused(f"{key}={config[key]} must be positive")
+        if getattr(settings, key) < 1:
+            raise Refused(f"{key}={getattr(settings, key)} must be positive")
     if total % (each * devices):
         fits = [d for d in range(1, total + 1) if total % (d * devices) == 0]
         remedy = f"use one of {fits}" if fits else f"train_batch_size must be a multiple of {devices} devices"
@@ -159,16 +180,16 @@ def check_batch_arithmetic(config: dict[str, Any], devices: int) -> int:
     return total // (each * devices)
 
 
-def check_groups(config: dict[str, Any], devices: int, generation_steps: int) -> None:
-    size = config["num_generations"]
-    total, batch = config["train_batch_size"], config["per_device_train_batch_size"] * devices * generation_steps
+def check_groups(settings: GRPOSettings, devices: int, generation_steps: int) -> None:
+    size = settings.num_generations
+    total, batch = settings.train_batch_size, settings.per_device_train_batch_size * devices * generation_steps
     fits = [n for n in range(2, batch + 1) if batch % n == 0 and total % n == 0]
     if size not in fits:
         raise Refused(
             f"num_generations={size} does not divide the batch of {batch} completions generated at once "
             f"(train_batch_size={total}): use one of {fits}"
         )
-    accumulation = total // (config["per_device_train_batch_size"] * devices)
+    accumulation = total // (settings.per_device_train_batch_size * devices)
     if generation_steps < 1 or (accumulation % generation_steps and generation_steps % accumulation):
         raise Refused(
             f"generation_aggregation_steps={generation_steps} must divide, or be a multiple of, the {accumulation} "
@@ -182,14 +203,15 @@ def _context_of(name: str | None) -> int | None:
     return found.get("text_config", found).get("max_position_embeddings")
 
 
-def context_length(config: dict[str, Any]) -> int:
+def context_length(settings: GRPOSettings | Sampling) -> int:
     """The longest text of the model and of its student, from local folders' config.json where there are any."""
-    own = _context_of(config["model_name_or_path"]) or config["model_max_length"]
-    return min(own, _context_of(config.get("student_model")) or own)
+    own = _context_of(settings.model_name_or_path) or settings.model_max_length
+    student = settings.student_model if isinstance(settings, StudentConfig) else None
+    return min(own, _context_of(student) or own)
 
 
-def check_context(config: dict[str, Any]) -> None:
-    prompt, completion, context = config["max_prompt_length"], config["max_completion_length"], context_length(config)
+def check_context(settings: GRPOSettings | Sampling) -> None:
+    prompt, completion, context = settings.max_prompt_length, settings.max_completion_length, context_length(settings)
     if completion is None or completion < 1:
         raise Refused(f"max_completion_length={completion} must be positive")
     if prompt + completion > context:
@@ -199,101 +221,104 @@ def check_context(config: dict[str, Any]) -> None:
         )
 
 
-def check_lengths(config: dict[str, Any]) -> None:
-    check_context(config)
-    prompt, completion = config["max_prompt_length"], config["max_completion_length"]
-    if config["logprob_token_budget"] is not None and config["logprob_token_budget"] < prompt + completion:
+def check_lengths(settings: GRPOSettings) -> None:
+    check_context(settings)
+    prompt, completion = settings.max_prompt_length, settings.max_completion_length or 0
+    if settings.logprob_token_budget is not None and settings.logprob_token_budget < prompt + completion:
         raise Refused(
-            f"logprob_token_budget={config['logprob_token_budget']} is smaller than the longest row, max_prompt_length="
+            f"logprob_token_budget={settings.logprob_token_budget} is smaller than the longest row, max_prompt_length="
             f"{prompt} + max_completion_length={completion}: the smallest that works is {prompt + completion}"
         )
 
 
-def check_combinations(config: dict[str, Any]) -> None:
-    if config["temperature"] <= 0:
-        raise Refused(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
-    if config["use_peft"] and config["sync_ref_model"]:
+def check_combinations(settings: GRPOSettings) -> None:
+    if settings.temperature <= 0:
+        raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
+    if settings.use_peft and settings.sync_ref_model:
         raise Refused("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
-    if config["sync_ref_model"] and not config["beta"]:
+    if settings.sync_ref_model and not settings.beta:
         raise Refused("sync_ref_model=true with beta=0: there is no reference model to move; set beta above 0")
-    teaches = profile_of(config).teaches
-    if teaches and not config["beta"] and config["student_model"] is None:
+    teaches = isinstance(settings, TeacherSettings)
+    if isinstance(settings, TeacherSettings) and not settings.beta and settings.student_model is None:
         raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
-    if not 0 <= config["save_completions_probability"] <= 1:
-        raise Refused(f"save_completions_probability={config['save_completions_probability']} must be in [0, 1]")
-    if teaches and config["answer_line"]:
+    if not 0 <= settings.save_completions_probability <= 1:
+        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
+    if teaches and settings.answer_line:
         raise Refused("answer_line=true: a teacher explains a solution that it is shown; unset it")
-    if config["overlap_generation"]:
-        check_overlap(config)
-    if config["use_vllm_server"] and not config.get("vllm_server_base_url"):
+    if settings.overlap_generation:
+        check_overlap(settings)
+    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
         raise Refused(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
         )
-    wanted = set(fields_of(VerifiedRewardConfig))
-    verifies = sorted(config.keys() & wanted)
-    if wanted <= config.keys():
-        check_verifier(config)
-        if not any(config[key] for key in ("answer_weight", "format_weight", "length_weight")):
+    if settings.verified:
+        check_verifier(settings.verified)
+        if not any((settings.verified.answer_weight, settings.verified.format_weight, settings.verified.length_weight)):
             raise Refused("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
-    elif verifies:
-        raise Refused(f"{verifies[0]} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
-    if config["reward_functions"] or not (teaches or verifies):
-        check_functions(config["reward_functions"])
+    if settings.reward_functions or not (teaches or settings.verified):
+        check_functions(settings.reward_functions)
 
 
-def check_overlap(config: dict[str, Any]) -> None:
+def check_overlap(settings: GRPOSettings) -> None:
     """What another process generates while this one trains is one batch off-policy, and shares the device."""
     wanted = {"use_vllm": True, "use_vllm_server": False, "vllm_enable_sleep_mode": False}
     for key, value in wanted.items():
-        if config[key] != value:
-            raise Refused(f"overlap_generation=true with {key}={config[key]}: set {key}={str(value).lower()}")
-    if not config.get("vllm_importance_sampling_correction", True):
+        if getattr(settings, key) != value:
+            raise Refused(
+                f"overlap_generation=true with {key}={getattr(settings, key)}: set {key}={str(value).lower()}"
+            )
+    if not settings.trl.get("vllm_importance_sampling_correction", True):
         raise Refused(
             "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
         )
 
 
-def check_verifier(config: dict[str, Any]) -> None:
-    if config["verifier"] not in VERIFIERS:
-        raise Refused(f"verifier={config['verifier']}: use one of {', '.join(VERIFIERS)}")
+def check_verifier(settings: VerifiedRewardConfig | StudentSettings | EvaluateSettings) -> None:
+    if settings.verifier not in VERIFIERS:
+        raise Refused(f"verifier={settings.verifier}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
-        if config.get(key, 1) <= 0:
-            raise Refused(f"{key}={config[key]} must be positive")
+        if getattr(settings, key, 1) <= 0:
+            raise Refused(f"{key}={getattr(settings, key)} must be positive")
 
 
-def check_sharding(config: dict[str, Any], devices: int, sharding: str) -> None:
+def check_sharding(settings: Training, devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
-    if devices > 1 and config.get("overlap_generation"):
+    generates = isinstance(settings, GRPOSettings)
+    if devices > 1 and generates and settings.overlap_generation:
         raise Refused(f"overlap_generation=true with {devices} devices: it is for one process that trains")
-    parallel = config.get("vllm_tensor_parallel_size", 1)
-    if config.get("use_vllm") and not config["use_vllm_server"] and devices % parallel:
+    parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
+    if generates and settings.use_vllm and not settings.use_vllm_server and devices % parallel:
         fits = [size for size in range(1, devices + 1) if devices % size == 0]
         raise Refused(
             f"vllm_tensor_parallel_size={parallel} does not divide the {devices} devices, whose neighbours share an "
             f"engine: use one of {fits}"
         )
-    optimizer = str(config.get("optim"))
+    optimizer = str(settings.trl.get("optim"))
     if sharding != "ddp" and ("8bit" in optimizer or "paged" in optimizer):
         raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
-        if config[key]:
+        if getattr(settings, key):
             raise Refused(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
 
 
-def check_server_devices(config: dict[str, Any], server_devices: int) -> None:
+def check_server_devices(settings: RunConfig, server_devices: int) -> None:
     """Refuse servers that do not fit the run.
 
     Raises:
         Refused: the run is none that servers can generate for, or tensor parallelism does not fit their devices.
     """
-    profile = profile_of(config)
-    if profile.stages:
+    if settings.profile.stages:
         raise Refused("a pipeline with servers: start its stages one by one")
-    if not config.get("use_vllm", not profile.trains):
-        raise Refused(f"use_vllm={config.get('use_vllm')} with servers: use ./launch.sh, or set use_vllm=true")
-    parallel = config.get("vllm_tensor_parallel_size", 1)
+    if isinstance(settings, Sampling):
+        parallel = settings.vllm_tensor_parallel_size
+    elif isinstance(settings, GRPOSettings) and settings.use_vllm:
+        parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
+    else:
+        raise Refused(
+            "use_vllm=false, or a run that does not generate, with servers: use ./launch.sh, or use_vllm=true"
+        )
     fits = [size for size in range(1, server_devices + 1) if server_devices % size == 0]
     if parallel not in fits:
         raise Refused(
@@ -316,13 +341,13 @@ def check_functions(paths: list[str] | None) -> None:
             raise Refused(f"reward_functions: {path!r} is not a dotted path to a function that can be imported")
 
 
-def check_reward(config: dict[str, Any]) -> None:
+def check_reward(settings: TeacherRewardConfig) -> None:
     """Reductions, coefficients and normalisers of the teacher reward; used by score.py as well."""
     for names_key, coefficients_key in (
         ("reduction_log_prob_fn", "answer_log_prob_coeff"),
         ("reduction_kl_fn", "kl_penalty_reward_coeff"),
     ):
-        names, coefficients = config[names_key], config[coefficients_key]
+        names, coefficients = getattr(settings, names_key), getattr(settings, coefficients_key)
         for name in names:
             if name not in REDUCTIONS:
                 raise Refused(f"{names_key}: {name!r} is not a reduction; use {', '.join(REDUCTIONS)}")
@@ -333,7 +358,7 @@ def check_reward(config: dict[str, Any]) -> None:
         if not all(_admits(value, ["float"]) for value in coefficients):
             raise Refused(f"{coefficients_key}={coefficients} must hold numbers only")
     for key in ("normalize_log_prob_fn", "normalize_kl_fn"):
-        if config[key] is not None and config[key] not in NORMALIZERS:
-            raise Refused(f"{key}={config[key]!r}: use null or one of {', '.join(NORMALIZERS)}")
-    if config["unbias_student_log_probs_temp"] <= 0:
-        raise Refused(f"unbias_student_log_probs_temp={config['unbias_student_log_probs_temp']} must be above 0")
+        if getattr(settings, key) is not None and getattr(settings, key) not in NORMALIZERS:
+            raise Refused(f"{key}={getattr(settings, key)!r}: use null or one of {', '.join(NORMALIZERS)}")
+    if settings.unbias_student_log_probs_temp <= 0:
+        raise Refused(f"unbias_student_log_probs_temp={settings.unbias_student_log_probs_temp} must be above 0")

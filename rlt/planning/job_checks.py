@@ -5,36 +5,39 @@ from typing import Any
 
 from rlt.errors import Refused
 from rlt.planning.checks import check_context, check_reward, check_verifier, context_length
-from rlt.schema import profile_of
+from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, RunConfig, Sampling
 
 
-def check_job(config: dict[str, Any]) -> None:
+def check_job(settings: RunConfig) -> None:
     """Collections, evaluations and pipelines."""
-    profile = profile_of(config)
-    if profile.stages:
-        check_stages(config["stages"])
-        return
+    if isinstance(settings, PipelineSettings):
+        check_stages(settings.stages)
+    elif isinstance(settings, Sampling):
+        check_sampling(settings)
+    if isinstance(settings, CollectSettings):
+        check_collection(settings)
+    elif isinstance(settings, EvaluateSettings):
+        check_evaluation(settings)
+
+
+def check_sampling(settings: Sampling) -> None:
     for key in ("max_completion_length", "questions_at_once", "max_prompt_length", "logprob_token_budget"):
-        if config[key] < 1:
-            raise Refused(f"{key}={config[key]} must be positive")
+        if getattr(settings, key) < 1:
+            raise Refused(f"{key}={getattr(settings, key)} must be positive")
     for key in ("use_peft", "load_in_4bit", "load_in_8bit", "eval_dataset_id_or_path"):
-        if config[key]:
-            raise Refused(f"{key} is for runs that train; a {config['trainer']} run ignores it")
-    check_context(config)
-    if config["use_vllm_server"] and not config["vllm_server_base_url"]:
+        if getattr(settings, key):
+            raise Refused(f"{key} is for runs that train; a {settings.trainer} run ignores it")
+    check_context(settings)
+    if settings.use_vllm_server and not settings.vllm_server_base_url:
         raise Refused("use_vllm_server=true needs vllm_server_base_url")
-    if config["vllm_tensor_parallel_size"] > 1 and not config["use_vllm_server"]:
+    if settings.vllm_tensor_parallel_size > 1 and not settings.use_vllm_server:
         raise Refused(
-            f"vllm_tensor_parallel_size={config['vllm_tensor_parallel_size']}: here every device has questions of its "
+            f"vllm_tensor_parallel_size={settings.vllm_tensor_parallel_size}: here every device has questions of its "
             "own; ./launch_with_server.sh has servers with tensor parallelism"
         )
-    if profile.teaches:
-        check_collection(config)
-    else:
-        check_evaluation(config)
 
 
-def check_stages(stages: list) -> None:
+def check_stages(stages: list[dict[str, Any]]) -> None:
     seen: set[str] = set()
     for entry in stages:
         if not isinstance(entry, dict) or not {"name", "run"} <= set(entry) <= {"name", "run", "set"}:
@@ -48,31 +51,31 @@ def check_stages(stages: list) -> None:
         seen.add(entry["name"])
 
 
-def check_collection(config: dict[str, Any]) -> None:
-    check_reward(config)
-    if config["student_model"] is None:
+def check_collection(settings: CollectSettings) -> None:
+    check_reward(settings)
+    if settings.student_model is None:
         raise Refused("student_model=null: name the student whose understanding ranks the traces")
-    if config["temperature"] <= 0:
-        raise Refused(f"temperature={config['temperature']}: sampling needs a temperature above 0, such as 0.7")
-    if config["top_p"] != 1:
-        raise Refused(f"top_p={config['top_p']}: the log-probs of a cut distribution are not those of the reward")
-    if config["max_student_length"] > (context := context_length(config)):
-        raise Refused(f"max_student_length={config['max_student_length']} is longer than the context of {context}")
-    count, kept = config["traces_per_question"], config["keep_per_question"]
+    if settings.temperature <= 0:
+        raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
+    if settings.top_p != 1:
+        raise Refused(f"top_p={settings.top_p}: the log-probs of a cut distribution are not those of the reward")
+    if settings.max_student_length > (context := context_length(settings)):
+        raise Refused(f"max_student_length={settings.max_student_length} is longer than the context of {context}")
+    count, kept = settings.traces_per_question, settings.keep_per_question
     if not 1 <= kept <= count:
         raise Refused(f"keep_per_question={kept} must be in 1 to traces_per_question={count}")
     for key in ("min_reward_quantile", "min_format_rate", "near_duplicate_similarity"):
-        if not 0 <= config[key] <= 1:
-            raise Refused(f"{key}={config[key]} must be in [0, 1]")
+        if not 0 <= getattr(settings, key) <= 1:
+            raise Refused(f"{key}={getattr(settings, key)} must be in [0, 1]")
 
 
-def check_evaluation(config: dict[str, Any]) -> None:
-    check_verifier(config)
-    if config["eval_size"]:
-        raise Refused(f"eval_size={config['eval_size']}: an evaluation asks all rows, none is held out; set it to 0")
-    samples = config["samples_per_question"]
-    if samples < 1 or (samples > 1 and config["temperature"] <= 0):
-        raise Refused(f"samples_per_question={samples} with temperature={config['temperature']}: all are the same")
-    for k in config["pass_at"]:
+def check_evaluation(settings: EvaluateSettings) -> None:
+    check_verifier(settings)
+    if settings.eval_size:
+        raise Refused(f"eval_size={settings.eval_size}: an evaluation asks all rows, none is held out; set it to 0")
+    samples = settings.samples_per_question
+    if samples < 1 or (samples > 1 and settings.temperature <= 0):
+        raise Refused(f"samples_per_question={samples} with temperature={settings.temperature}: all are the same")
+    for k in settings.pass_at:
         if not isinstance(k, int) or not 1 <= k <= samples:
-            raise Refused(f"pass_at={config['pass_at']}: {k} is not in 1 to samples_per_question={samples}")
+            raise Refused(f"pass_at={settings.pass_at}: {k} is not in 1 to samples_per_question={samples}")

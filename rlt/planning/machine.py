@@ -76,7 +76,7 @@ def check_device(config: dict[str, Any], gpus: int) -> None:
 
 def check_servers_answer(config: dict[str, Any]) -> None:
     """Servers that are said to be there already; those that the launcher starts have no port yet."""
-    for url in server_urls(config) if config.get("use_vllm_server") else []:
+    for url in server_urls(config.get("vllm_server_base_url")) if config.get("use_vllm_server") else []:
         address = urlsplit(url)
         if address.hostname is None or address.port is None:
             raise Refused(f"vllm_server_base_url={url} is no address such as http://host:8000")

@@ -6,7 +6,7 @@ that would do. Imports neither torch nor an engine.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from rlt.errors import Refused
@@ -31,10 +31,11 @@ from rlt.planning.machine import (
     gpu_memory_gib,
 )
 from rlt.planning.memory import estimate_memory
+from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, check_parts, models_of
-from rlt.schema import Profile, profile_of
+from rlt.schema import GRPOSettings, Profile, TeacherSettings, profile_of, renamed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Plan:
     @property
     def profile(self) -> Profile:
         return profile_of(self.config)
+
+    @cached_property
+    def settings(self) -> Any:
+        """The configuration as its profile's class has it, with attributes."""
+        return typed_settings(self.config)
 
     def report(self) -> str:
         """The batch table and the estimate, as text."""
@@ -106,12 +112,13 @@ def make_plan(
     Raises:
         Refused: one line on the first thing that cannot work.
     """
+    config = renamed(config)
     check_keys(config)
     profile, gpus = profile_of(config), count_gpus()
     if profile.trains:
         plan = _plan_of_training(config, devices, gpus, sharding)
     else:
-        check_job(config)
+        check_job(typed_settings(config))
         plan = Plan(config, devices, gpus, 0, 0)
     if not profile.stages:  # whose stages are planned by themselves
         load_format(config["reasoning_format"])
@@ -121,17 +128,17 @@ def make_plan(
 
 
 def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding: str | None) -> Plan:
-    profile, kind = profile_of(config), sharding or "ddp"
-    accumulation = check_batch_arithmetic(config, devices)
+    settings, kind = typed_settings(config), sharding or "ddp"
+    accumulation = check_batch_arithmetic(settings, devices)
     generation = config.get("generation_aggregation_steps") or accumulation
-    if profile.generates:
-        check_groups(config, devices, generation)
-        check_lengths(config)
-        check_combinations(config)
-    check_sharding(config, devices, kind)
-    if profile.teaches:
-        check_reward(config)
-    check_common(config)
+    if isinstance(settings, GRPOSettings):
+        check_groups(settings, devices, generation)
+        check_lengths(settings)
+        check_combinations(settings)
+    check_sharding(settings, devices, kind)
+    if isinstance(settings, TeacherSettings):
+        check_reward(settings)
+    check_common(settings)
     memory = estimate_memory(config, gpu_memory_gib(), devices, kind)
     return Plan(config, devices, gpus, accumulation, generation, memory)
 

@@ -9,8 +9,8 @@ from rlt.planning.checks import check_keys, check_server_devices
 from rlt.planning.configuration import compose_config, named_keys, quoted
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.profiles import with_memory_profile
+from rlt.planning.trl_fields import typed_settings
 from rlt.runs.folder import check_output, is_complete
-from rlt.schema import renamed
 
 STARTING = "http://127.0.0.1:0"  # the address of servers until they have their ports
 
@@ -46,11 +46,11 @@ def resolve(
     Raises:
         Refused: one line on the first thing that cannot work.
     """
-    config = with_memory_profile(renamed(config), given, devices, sharding or "ddp")
+    config = with_memory_profile(config, given, devices, sharding or "ddp")
     check_keys(config)
     config, warmup = with_warmup(config, given, devices, sharding or "ddp")
     if server_devices:
-        check_server_devices(config, server_devices)
+        check_server_devices(typed_settings(config), server_devices)
         config = {**config, "use_vllm_server": True, "vllm_server_base_url": STARTING}
     return Resolved(make_plan(config, devices, warmup is not None, sharding, list_missing), warmup)
 

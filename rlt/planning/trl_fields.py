@@ -7,8 +7,11 @@ The plan checks overrides against `trl_fields.json`, because importing TRL to as
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
+
+from rlt.schema import profile_of, settings_of
 
 TABLE = Path(__file__).with_name("trl_fields.json")
 
@@ -30,6 +33,16 @@ def fields_of(cls: type) -> dict[str, list[str]]:
     return {field.name: base_names(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
+def typed_settings(config: dict[str, Any]) -> Any:
+    """The settings of a flat configuration whose keys were checked, as its profile's class (`rlt.schema.settings_of`).
+
+    Raises:
+        Refused: the configuration lacks a key.
+    """
+    return settings_of(config, read_table().get(profile_of(config).config or "", ()))
+
+
+@cache
 def read_table() -> dict[str, dict[str, list[str]]]:
     """{`Profile.config`: {field: admitted types}}, and under "choices" {field: admitted values}."""
     return json.loads(TABLE.read_text())
