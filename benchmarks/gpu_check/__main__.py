@@ -31,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--device", choices=list(SIZES), default="cuda")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these, in this order")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these, in this order"
+    )
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

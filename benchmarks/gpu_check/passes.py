@@ -99,7 +99,9 @@ def model_of(variant: str, shape: Shape, device: str, trained: bool):
         model.requires_grad_(False)
     if variant == "stock":
         # As in stock: entropies of the policy are logged, those of frozen models are not computed.
-        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy") if trained else ("log_probs",))
+        add_fused_lm_head(
+            model, temperature=TEMPERATURE, outputs=("log_probs", "entropy") if trained else ("log_probs",)
+        )
     return model
 
 

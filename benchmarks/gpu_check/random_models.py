@@ -52,7 +52,9 @@ def configuration(shape: Shape):
     return Qwen3Config(head_dim=shape.head_size, **shared) if shape.kind == "qwen3" else Qwen2Config(**shared)
 
 
-def random_model(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0, attention: str = NAME) -> PreTrainedModel:
+def random_model(
+    shape: Shape, device: str, dtype: torch.dtype, seed: int = 0, attention: str = NAME
+) -> PreTrainedModel:
     """Made where it computes, which takes seconds on a GPU and minutes on a CPU."""
     torch.manual_seed(seed)
     with torch.device(device):
@@ -100,9 +102,7 @@ def write_rows(path: Path, count: int, trace_tokens: int) -> str:
     def words(number: int) -> str:
         return " ".join("".join(rng.choices(string.ascii_lowercase, k=2)) for _ in range(number))
 
-    rows = [
-        {"question": f"{number} {words(20)}", "solution": words(24), "reasoning_trace": words(trace_tokens)}
-        for number in range(count)
-    ]
+    asked = [{"question": f"{number} {words(20)}", "solution": words(24)} for number in range(count)]
+    rows = [{**row, "reasoning_trace": words(trace_tokens)} for row in asked]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

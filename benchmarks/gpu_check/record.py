@@ -29,6 +29,7 @@ class Record:
         self.path = path
         name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
         self.values: dict[str, Any] = {"machine": {"device": name, "torch": torch.__version__}, "unmet": []}
+        self.add()
 
     def add(self, **figures: Any) -> None:
         """Keep figures by name; floats to six digits."""
@@ -42,7 +43,6 @@ class Record:
 
     def finish(self) -> None:
         """Exit with 1 where a claim did not hold."""
-        self.add()
         if self.values["unmet"]:
             sys.exit("did not hold: " + "; ".join(self.values["unmet"]))
 

@@ -30,25 +30,27 @@ def run_parts(names: list[str], out: Path, device: str) -> dict[str, dict]:
     (out / "log.txt").unlink(missing_ok=True)
     deadline, results = time.monotonic() + TOTAL_LIMIT_S, {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part does not outlive it
-    for name in names:
-        limit = min(PARTS[name].limit_s, deadline - time.monotonic())
-        if limit < LEAST_S:
-            results[name] = {"status": "timeout", "seconds": 0.0, "error": f"{TOTAL_LIMIT_S} s were over before it"}
-        else:
-            results[name] = run_part(name, out, device, limit)
-        write_atomically(out / "results.json", results)
-        sys.stderr.write(f"{name}: {results[name]['status']} after {results[name]['seconds']:.0f} s\n")
+    with tempfile.TemporaryDirectory() as kernels:
+        for name in names:
+            limit = min(PARTS[name].limit_s, deadline - time.monotonic())
+            if limit < LEAST_S:
+                error = f"{TOTAL_LIMIT_S} s were over before it"
+                results[name] = {"status": "timeout", "seconds": 0.0, "error": error}
+            else:
+                results[name] = run_part(name, out, device, limit, kernels)
+            write_atomically(out / "results.json", results)
+            sys.stderr.write(f"{name}: {results[name]['status']} after {results[name]['seconds']:.0f} s\n")
     return results
 
 
-def run_part(name: str, out: Path, device: str, limit: float) -> dict:
-    """Status, seconds, figures and, where it was not ok, the error."""
+def run_part(name: str, out: Path, device: str, limit: float, kernels: str) -> dict:
+    """Status, seconds, figures and, where it was not ok, the error; `kernels` keeps what one part compiled for others."""
     with tempfile.TemporaryDirectory() as folder:
         figures, log = Path(folder) / "figures.json", Path(folder) / "log.txt"
         command = [sys.executable, "-m", "benchmarks.gpu_check", str(figures), "--device", device, "--part", name]
         start = time.monotonic()
         with log.open("wb") as said:
-            code = exit_code(command, said, environment(device, folder), limit)
+            code = exit_code(command, said, environment(device, folder, kernels), limit)
         seconds, text = time.monotonic() - start, log.read_text(errors="replace")
         measured = json.loads(figures.read_text()) if figures.exists() else {}
     with (out / "log.txt").open("a") as whole:
@@ -61,10 +63,11 @@ def run_part(name: str, out: Path, device: str, limit: float) -> dict:
     return result
 
 
-def environment(device: str, folder: str) -> dict[str, str]:
+def environment(device: str, folder: str, kernels: str) -> dict[str, str]:
     """Of a part: its temporary files go with it; on the CPU it sees no GPU."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{kernels}/inductor", "TRITON_CACHE_DIR": f"{kernels}/triton"}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return {**os.environ, **ENVIRONMENT, **hidden, "TMPDIR": folder}
+    return {**os.environ, **ENVIRONMENT, **caches, **hidden, "TMPDIR": folder}
 
 
 def exit_code(command: list[str], said, environment: dict[str, str], limit: float) -> int | None:

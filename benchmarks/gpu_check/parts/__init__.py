@@ -12,7 +12,7 @@ class Part:
 
 
 PARTS = {
-    "attention": Part("attention", 120),
+    "attention": Part("attention", 130),
     "head": Part("head", 50),
     "residence": Part("residence", 50),
     "grpo_12gb": Part("grpo", 110),
