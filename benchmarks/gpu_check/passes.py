@@ -19,7 +19,7 @@ from benchmarks.gpu_check.measures import (
 from benchmarks.gpu_check.random_models import random_model
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.sizes import PassLayout, Shape, Sizes
-from logprobs import token_log_probs
+from rlt.logprobs import token_log_probs
 
 TEMPERATURE = 0.7
 FIRST_TOKEN = 300  # behind special tokens and bytes

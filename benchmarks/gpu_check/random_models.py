@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from benchmarks.gpu_check.sizes import Shape
-from models.attention import NAME
+from rlt.models.attention import NAME
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

@@ -44,7 +44,7 @@ def run_parts(names: list[str], out: Path, device: str) -> dict[str, dict]:
 
 
 def run_part(name: str, out: Path, device: str, limit: float, kernels: str) -> dict:
-    """Status, seconds, figures and, where it was not ok, the error; `kernels` keeps what one part compiled for others."""
+    """Status, seconds, figures and, where it was not ok, the error; its kernels go to `kernels`, for others."""
     with tempfile.TemporaryDirectory() as folder:
         figures, log = Path(folder) / "figures.json", Path(folder) / "log.txt"
         command = [sys.executable, "-m", "benchmarks.gpu_check", str(figures), "--device", device, "--part", name]

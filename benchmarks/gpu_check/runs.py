@@ -6,10 +6,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from benchmarks.gpu_check.measures import compilations, forget_peak, now, peak_gib
-from configuration import apply_memory_profile, compose_config
-from plan import Plan, make_plan
-from train import prepare_output
-from trainers.build import build_trainer, quiet_libraries
+from rlt.models.loading import quiet_libraries
+from rlt.planning.configuration import compose_config
+from rlt.planning.plan import Plan
+from rlt.planning.resolve import resolve
+from rlt.runs.folder import prepare_output
+from trainers.build import build_trainer
 
 EVERY_RUN = ["report_to=null", "eval_size=0", "save_steps=100", "dataset_size=null", "learning_rate=1e-4"]
 
@@ -31,10 +33,7 @@ class StepSeconds(TrainerCallback):
 
 
 def plan_of(folder: Path, *overrides: str) -> Plan:
-    arguments = [*EVERY_RUN, f"output_dir={folder}", *overrides]
-    config, given = compose_config(arguments)
-    apply_memory_profile(config, given)
-    return make_plan(config)
+    return resolve(*compose_config([*EVERY_RUN, f"output_dir={folder}", *overrides])).plan
 
 
 def trainer_of(plan: Plan, device: str) -> tuple:

@@ -1,7 +1,7 @@
 """The attention of packed rows, forward and backward, against one row at a time; and how often it is compiled.
 
 Rows are random trees of sequences of many lengths. On a GPU that is FlexAttention with a block mask, compiled by
-torch.compile; on the CPU it is models/cpu_attention.py, which compiles nothing.
+torch.compile; on the CPU it is rlt/models/cpu_attention.py, which compiles nothing.
 """
 
 import logging
@@ -17,8 +17,8 @@ from benchmarks.gpu_check.measures import autocast, compilations, compile_second
 from benchmarks.gpu_check.random_models import random_model
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.sizes import Sizes
-from logprobs import token_log_probs
-from logprobs.packing import BLOCK, fill_rows
+from rlt.logprobs import token_log_probs
+from rlt.logprobs.packing import BLOCK, fill_rows
 
 FIRST_TOKEN = 300  # behind special tokens and bytes
 # In nats at worst and on average, and of the gradients' norm.

@@ -12,8 +12,8 @@ from benchmarks.gpu_check.random_models import save_model, tokenizer_of, write_r
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.runs import plan_of, train_and_measure
 from benchmarks.gpu_check.sizes import Shape, Sizes
-from data.formats import load_format
-from data.prompts import prompt_token_ids, render_teacher_prompt
+from rlt.prompts.rendering import prompt_token_ids, render_teacher_prompt
+from rlt.prompts.styles import load_format
 
 ROWS = 2  # of a micro-batch
 COUNT = 4 * ROWS

@@ -1,4 +1,4 @@
-"""The output head (logprobs/head.py) against log-softmax over whole logits: values, gradients, seconds, memory."""
+"""The output head (rlt/logprobs/head.py) against log-softmax over whole logits: values, gradients, seconds, memory."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from benchmarks.gpu_check.measures import forget_peak, peak_gib, seconds_of
 from benchmarks.gpu_check.random_models import random_model
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.sizes import Sizes
-from logprobs.head import head_log_probs
+from rlt.logprobs.head import head_log_probs
 
 TEMPERATURE = 0.7
 REPEATS = 3

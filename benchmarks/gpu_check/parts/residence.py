@@ -1,4 +1,4 @@
-"""A frozen model that comes to the device and goes back (models/residence.py): seconds, values, memory."""
+"""A frozen model that comes to the device and goes back (rlt/models/residence.py): seconds, values, memory."""
 
 import torch
 
@@ -6,7 +6,7 @@ from benchmarks.gpu_check.measures import GIB, forget_peak, now
 from benchmarks.gpu_check.random_models import random_model
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.sizes import Sizes
-from models.residence import resident
+from rlt.models.residence import resident
 
 VISITS = 3  # of which the first also makes the pinned copies
 
