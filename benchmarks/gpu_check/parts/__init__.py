@@ -15,7 +15,7 @@ PARTS = {
     "attention": Part("attention", 130),
     "head": Part("head", 50),
     "residence": Part("residence", 50),
-    "grpo_12gb": Part("grpo", 110),
+    "grpo_12gb": Part("grpo", 180),
     "estimate": Part("estimate", 90),
     "update": Part("update", 100),
     "scoring": Part("scoring", 80),
