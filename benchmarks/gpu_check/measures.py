@@ -1,5 +1,6 @@
 """Seconds, memory and rates of a device."""
 
+import gc
 import resource
 import time
 from collections.abc import Callable
@@ -27,9 +28,15 @@ def seconds_of(device: str, work: Callable[[], object]) -> float:
 
 def forget_peak(device: str) -> None:
     """Peaks count from here; a CPU's are those of the process, from its start."""
+    gc.collect()  # trainers stand in circles
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def held_gib(device: str) -> float:
+    """What is allocated on the GPU now; on the CPU, the largest resident set so far."""
+    return torch.cuda.memory_allocated() / GIB if device == "cuda" else peak_gib(device)
 
 
 def peak_gib(device: str) -> float:

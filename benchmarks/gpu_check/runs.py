@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from benchmarks.gpu_check.measures import compilations, forget_peak, now, peak_gib
+from benchmarks.gpu_check.measures import compilations, forget_peak, held_gib, now, peak_gib
 from rlt.models.loading import quiet_libraries
 from rlt.planning.configuration import compose_config
 from rlt.planning.plan import Plan
@@ -54,10 +54,10 @@ def train_and_measure(plan: Plan, device: str, look: Callable = lambda trainer: 
         look: at the trainer, before its first step.
 
     Returns:
-        the trainer, and seconds by step, compilations, measured peak and the estimate's largest phase.
+        the trainer, and seconds by step, compilations, measured peak over what was held before, and the estimate's largest phase.
     """
     forget_peak(device)
-    before = peak_gib(device) if device == "cpu" else 0.0
+    before = held_gib(device)
     trainer, steps = trainer_of(plan, device)
     look(trainer)
     trainer.train()

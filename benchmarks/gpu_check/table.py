@@ -19,15 +19,14 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def figure_lines(figures: dict, margin: str) -> list[str]:
-    """Figures that belong together share lines; what is nested stands below, further in."""
-    plain = [f"{key} {shown(value)}" for key, value in figures.items() if not isinstance(value, dict)]
-    plain = [text for text in plain if not text.startswith(TOO_LONG)]
-    wrap = textwrap.TextWrapper(WIDTH, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
-    lines = wrap.wrap(" · ".join(plain))
+def figure_lines(figures: dict, margin: str, title: str = "") -> list[str]:
+    """Figures that belong together share lines, behind their title; what is nested stands below, further in."""
+    plain = {key: value for key, value in figures.items() if not isinstance(value, dict) and key != TOO_LONG}
+    text = title + " · ".join(f"{key} {shown(value)}" for key, value in plain.items())
+    lines = textwrap.wrap(text, WIDTH, initial_indent=margin, subsequent_indent=f"{margin}    ", break_on_hyphens=False)
     for key, value in figures.items():
         if isinstance(value, dict):
-            lines += [f"{margin}{key}", *figure_lines(value, margin + "    ")]
+            lines += figure_lines(value, f"{margin}    " if title else margin, f"{key}: ")
     return lines
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu_check.measures import forget_peak, peak_gib, seconds_of
+from benchmarks.gpu_check.measures import forget_peak, held_gib, peak_gib, seconds_of
 from benchmarks.gpu_check.random_models import random_model
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.sizes import Sizes
@@ -37,7 +37,7 @@ def measure(compute: Callable, model, hidden_NH, targets_N, device: str) -> tupl
 
     both_ways()
     forget_peak(device)
-    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
+    before = held_gib(device)
     seconds = min(seconds_of(device, both_ways) for _ in range(REPEATS))
     return [x.float().cpu() for x in found], {"seconds": seconds, "peak_gib": peak_gib(device) - before}
 
