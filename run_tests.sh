@@ -3,7 +3,7 @@
 # Some:       ./run_tests.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-./setup.sh
+./setup.sh all
 export TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}" WANDB_MODE=offline
 if [ $# -eq 0 ] && ! grep -q ' gpu ' .venv/.setup-complete; then
   # Most of the time goes to imports and to waiting for other processes, on one processor.
