@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, launch
 
 from rlt.commands.launch import address_of_servers, read_arguments, read_machines
+from rlt.launching.agent import run_ranks
 from rlt.launching.lifetime import PREEMPTED, stop_signals
-from rlt.launching.supervisor import supervise
 
 LIMIT_S = 240
 END_LIMIT_S = 60  # from a failure to the end of all that was started
@@ -91,7 +91,12 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
         ({"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "host0"}, "needs NODE_RANK"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=2"),
-        ({"NNODES": "two"}, "NNODES=two is not a number"),
+        ({"NNODES": "a"}, "NNODES=a is not a number"),
+        ({"NNODES": "3:2"}, "NNODES=3:2: MIN:MAX needs MIN above 0"),
+        ({"NNODES": "0:2"}, "NNODES=0:2: MIN:MAX needs MIN above 0"),
+        ({"NNODES": "1:"}, "NNODES=1: is not a number"),
+        ({"NNODES": "1:2", "NODE_RANK": "0"}, "NNODES=1:2 needs MASTER_ADDR"),
+        ({"NNODES": "1:2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=1:2"),
     ],
 )
 def test_machines_that_do_not_go_together(environment, said):
@@ -157,10 +162,10 @@ def test_a_lost_terminal_ends_a_run_unless_nohup_said_otherwise():
 
 
 def test_what_the_ranks_of_the_life_before_said_is_kept(tmp_path):
-    command = [sys.executable, "-c", "import os, sys; sys.exit(os.environ['SAYS'])"]
+    script = "import os; os.write(2, (os.environ['SAYS'] + ' ' + os.environ['RANK']).encode())"
+    command = [sys.executable, "-c", script]
     for says in ("first", "second", "third"):
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "SAYS": f"{says} {rank}"} for rank in range(2)]
-        assert supervise(command, places, tmp_path) == 1
+        assert run_ranks(command, 2, tmp_path, {"SAYS": says}) == 0
     said = {path.name: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
         **{f"rank-{rank}.log": f"third {rank}" for rank in range(2)},
