@@ -3,6 +3,7 @@
     ./launch.sh DEVICES [RUN] [ddp | zero1 | zero2 | zero3 | offload | fsdp] [key=value ...]
 
 With NNODES, NODE_RANK and MASTER_ADDR set, and the same command on each machine, DEVICES are those of one machine.
+NNODES=MIN:MAX goes on with the machines that are left, and with those that come back.
 """
 
 import json
@@ -47,6 +48,9 @@ def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
     return int(number), arguments[1:]
 
 
+USAGE = "./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]"
+
+
 def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
     """(devices of this machine, sharding if one is named, what is left for the run).
 
@@ -54,13 +58,22 @@ def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
         Refused: the first word is not a number of devices, or two shardings are named.
     """
     if not arguments or not arguments[0].isdigit():
-        raise Refused("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
-    named = [word for word in arguments[1:] if word in SHARDINGS]
+        raise Refused(f"usage: {USAGE}; DEVICES is a number above 0")
+    return int(arguments[0]), *read_words(arguments[1:], USAGE)
+
+
+def read_words(words: list[str], usage: str) -> tuple[str | None, list[str]]:
+    """(sharding if one is named, what is left for the run).
+
+    Raises:
+        Refused: two shardings are named, or a flag.
+    """
+    named = [word for word in words if word in SHARDINGS]
     if len(named) > 1:
         raise Refused(f"{' and '.join(named)}: name one sharding")
-    if flags := [word for word in arguments if word.startswith("-")]:
-        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]")
-    return int(arguments[0]), named[0] if named else None, [word for word in arguments[1:] if word not in SHARDINGS]
+    if flags := [word for word in words if word.startswith("-")]:
+        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: {usage}")
+    return named[0] if named else None, [word for word in words if word not in SHARDINGS]
 
 
 def check_devices(devices: int, gpus: int, requires: str | None) -> None:
@@ -244,6 +257,8 @@ def check_machines(config: dict, machines: Machines, server_devices: int) -> Non
 
 def main() -> None:
     prepare_process()
+    if not sys.argv[1:]:
+        fail(Refused(f"usage: {USAGE}"), 2)
     try:
         servers, words = read_servers(sys.argv[1:])
         devices, sharding, rest = read_arguments(words)

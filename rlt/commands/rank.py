@@ -7,12 +7,13 @@ that started this one, with which this one ends.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import run_plan
-from rlt.launching.lifetime import REFUSED, end_with
+from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with
 from rlt.planning.plan import Plan
 
 
@@ -35,23 +36,29 @@ def main() -> None:
     run_rank(lambda: read_plan(Path(sys.argv[1])))
 
 
-def run_rank(plan) -> None:
+def run_rank(plan: Callable[[], Plan]) -> None:
     """Run what `plan` gives as one of several ranks, and leave their group."""
     try:
         run_plan(plan())
     except Refused as error:
         fail(error, REFUSED)
-    except SystemExit:  # asked to stop, and saved
-        leave_group()
+    except SystemExit as ended:  # asked to stop, and saved
+        leave_group(together=ended.code == PREEMPTED)
         raise
     leave_group()
 
 
-def leave_group() -> None:
-    """Threads of a process group that outlive the interpreter abort a run that came to its end."""
+def leave_group(together: bool = False) -> None:
+    """Threads of a process group that outlive the interpreter abort a run that came to its end.
+
+    Args:
+        together: wait for the others: torchrun would end those that are still saving.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
+        if together:
+            distributed.barrier()
         distributed.destroy_process_group()
 
 

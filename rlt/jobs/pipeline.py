@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.launching.child import run_child
+from rlt.jobs.child import run_child
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.configuration import compose_config, quoted
 from rlt.planning.plan import Plan

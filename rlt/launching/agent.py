@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch.distributed import DistError, HashStore
@@ -200,60 +200,62 @@ class Agent(LocalElasticAgent):
             return Failure(self.servers.last_words(), final=True)
         if self.meeting is None:
             return None
-        told, gone = self._told(worker_group), self._gone(worker_group)
-        if gone and told is None:
-            told = self._told(worker_group)  # it left for the next round in between
-        return told or (self._silence(gone) if gone else None)
+        silent = self._silent(worker_group)
+        return self._told(worker_group) or (Failure(silent) if silent else None)
 
     def _told(self, worker_group: WorkerGroup) -> Failure | None:
         if not worker_group.store.check([FAILED]):
             return None
         title, _, final = worker_group.store.get(FAILED).decode().partition("\n")
-        return Failure(f"\n{title}\n", title, final=bool(final))
+        return Failure(f"\n{title}\n", final=bool(final))
 
-    def _gone(self, worker_group: WorkerGroup) -> list[str]:
-        """Numbers of the machines of this round that are silent; `num_nodes_waiting` has brought the state."""
+    def _silent(self, worker_group: WorkerGroup) -> str:
+        """Which machines of this round are gone, as a sentence; the agent's `num_nodes_waiting` has brought the state.
+
+        A machine that has left the round for the next one waits for that.
+        """
         state = self._rdzv_handler._state_holder.state
         if state.wait_list or not state.complete:
-            return []
-        ranks = set(range(worker_group.group_world_size)) - set(state.participants.values())
-        return [worker_group.store.get(f"{MACHINE}/{rank}").decode() for rank in sorted(ranks)]
-
-    def _silence(self, gone: list[str]) -> Failure:
-        names = " and ".join(f"machine {name}" for name in gone)
-        return Failure(f"\n{names} was not heard of for {SILENCE_S} s, or ended without a word\n")
+            return ""
+        gone = sorted(set(range(worker_group.group_world_size)) - set(state.participants.values()))
+        names = " and ".join(f"machine {worker_group.store.get(f'{MACHINE}/{rank}').decode()}" for rank in gone)
+        return f"\n{names} was not heard of for {SILENCE_S} s, or ended without a word\n" if gone else ""
 
     def _failed(self, worker_group: WorkerGroup) -> RunResult:
         """Tell the other machines, and decide whether there is to be another round."""
-        failure, lost = self.failure, False
         if self.meeting is not None:
-            if failure.title and not worker_group.store.check([FAILED]):
-                title = f"machine {self.meeting.machines.node}: {failure.title}"
-                worker_group.store.set(FAILED, f"{title}\n{'final' if failure.final else ''}")
-            lost = self.meeting.machines.elastic and self._is_a_machine_lost(worker_group)
-        if failure.final or self.stops:
+            self._compare_notes(worker_group)
+        if self.failure.final or self.stops:
             self._remaining_restarts = 0
-        elif lost:  # which costs no restart
-            worker_group.spec.max_restarts += 1
-            self._remaining_restarts += 1
         if self._remaining_restarts:
-            sys.stderr.write(failure.words)
+            sys.stderr.write(self.failure.words)
             logger.warning("the ranks are started again, from the newest checkpoint")
         return RunResult(WorkerState.FAILED)
 
-    def _is_a_machine_lost(self, worker_group: WorkerGroup) -> bool:
-        """Whether the failure came of it: every machine that lives says within `SILENCE_S` that it has seen it."""
-        store, size = worker_group.store, worker_group.group_world_size
-        store.set(f"{FAILED}/{worker_group.group_rank}", "seen")
+    def _compare_notes(self, worker_group: WorkerGroup) -> None:
+        """Which machine's failure came first; whether one is lost, which costs no restart where fewer can go on."""
+        failure, told = self.failure, self._told(worker_group)
+        if told is not None and told.words != failure.words:
+            self.failure = replace(failure, words=failure.words + told.words, final=failure.final or told.final)
+        elif failure.title:
+            title = f"machine {self.meeting.machines.node}: {failure.title}"
+            worker_group.store.set(FAILED, f"{title}\n{'final' if failure.final else ''}")
+        if self.meeting.machines.elastic and (silent := self._wait_for_silence(worker_group)):
+            self.failure = replace(self.failure, words=self.failure.words.removesuffix(silent) + silent)
+            worker_group.spec.max_restarts += 1
+            self._remaining_restarts += 1
+
+    def _wait_for_silence(self, worker_group: WorkerGroup) -> str:
+        """Which machines are gone, if not all of the round say that they have seen its failure."""
+        seen = [f"{FAILED}/{rank}" for rank in range(worker_group.group_world_size)]
+        worker_group.store.set(seen[worker_group.group_rank], "")
         give_up = time.monotonic() + SILENCE_S + 10
-        while time.monotonic() < give_up:
-            if store.check([f"{FAILED}/{rank}" for rank in range(size)]):
-                return False
-            self._rdzv_handler.num_nodes_waiting()  # brings the state
-            if self._gone(worker_group):
-                return True
+        while time.monotonic() < give_up and not worker_group.store.check(seen):
+            self._rdzv_handler.num_nodes_waiting()
+            if silent := self._silent(worker_group):
+                return silent
             time.sleep(POLL_S)
-        return True
+        return ""
 
 
 def _failure_of(rank: int, code: int, log: Path) -> Failure:
@@ -306,9 +308,7 @@ def run_ranks(
     agent = Agent(spec, RankLogs(logs, environment), servers, meeting)
     before = {number: signal.signal(number, agent.stop) for number in stop_signals()}
     try:
-        if servers is not None:
-            servers.start()
-        return _outcome(agent, meeting)
+        return _outcome(agent)
     finally:
         agent.end_all()
         if servers is not None:
@@ -317,16 +317,19 @@ def run_ranks(
             signal.signal(number, handler)
 
 
-def _outcome(agent: Agent, meeting: Meeting | None) -> int:
+def _outcome(agent: Agent) -> int:
     """The exit code of a run, with its last words printed last."""
+    meeting = agent.meeting
     try:
+        if agent.servers is not None:
+            agent.servers.start()
         result = agent.run()
     except SignalException:
         return PREEMPTED  # before any rank ran: the same command starts it
     except (RendezvousError, DistError) as error:
         agent.failure = agent.failure or Failure(meeting.words_on(error))
         result = RunResult(WorkerState.FAILED)
-    if not result.is_failed():
+    if result is None or not result.is_failed():
         return PREEMPTED if agent.stopped else 0
     if meeting is not None:
         meeting.part()

@@ -52,7 +52,9 @@ def read_machines(environment: dict[str, str]) -> Machines:
 
     text = environment.get("NNODES", "1")
     least, most = (number("NNODES", part) for part in (text.partition(":")[0], text.rpartition(":")[2]))
-    node, port = (number(name, environment.get(name, default)) for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "0")))
+    node, port = (
+        number(name, environment.get(name, default)) for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "0"))
+    )
     if not 1 <= least <= most:
         raise Refused(f"NNODES={text}: MIN:MAX needs MIN above 0, and MAX not below it")
     if port >= 2**16:
