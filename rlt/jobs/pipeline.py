@@ -44,6 +44,7 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
         shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
         shared.append(f"report_to={config['report_to'] or 'null'}")
+        shared += [f"restarts={config['restarts']}"] if config.get("restarts") else []
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
 
