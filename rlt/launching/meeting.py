@@ -119,12 +119,11 @@ class Meeting:
         if node == 0:
             word = problem or self._hear_others(stage)
             self.store.set(stage, word)
-        elif self.store.check([stage]):
-            word = problem  # the others have begun, and this machine joins them
         else:
-            self.store.set(f"{stage}/{node}", problem)
+            if not (late := self.store.check([stage])):  # else the others have decided, and this machine joins them
+                self.store.set(f"{stage}/{node}", problem)
             self._wait_until(lambda: self.store.check([stage]))
-            word = self.store.get(stage).decode()
+            word = self.store.get(stage).decode() or (problem if late else "")
         if word:
             self.part()
             raise Refused(word)
