@@ -3,6 +3,7 @@ what they were started with, and say what stands in the way; PyTorch's rendezvou
 """
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import psutil
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -43,7 +45,19 @@ def open_store(machines: Machines, limit_s: float) -> TCPStore:
         _wait_for_answer(place, limit_s)
     store = TCPStore(*place, is_master=machines.node == 0, wait_for_workers=False)
     store.set_timeout(timedelta(seconds=ANSWER_LIMIT_S))
+    _limit_silence(machines.master_port)
     return store
+
+
+def _limit_silence(port: int) -> None:
+    """A request to a store on a machine that is gone fails after `SILENCE_S`; the store would wait without end."""
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as end:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S // 3)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
 
 
 def _wait_for_answer(place: tuple[str, int], limit_s: float) -> None:
