@@ -9,8 +9,9 @@ class Refused(ValueError):
     """A request that cannot work: its message is one line with the bad value and the remedy."""
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: Exception, code: int = 1) -> NoReturn:
     """One clear line; the traceback only on request."""
     if os.environ.get("RLT_TRACEBACK"):
         raise error
-    sys.exit(f"error: {' '.join(str(error).split())}")
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.exit(code)

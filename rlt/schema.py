@@ -24,6 +24,7 @@ class RunConfig:
     output_dir: str
     overwrite_output_dir: bool
     resume_from: str | None
+    restarts: int
     warmup_run: str | None
     dry_run: bool
     seed: int

@@ -1,4 +1,4 @@
-"""A rank whose completions are made up from where they stand: `python tests/fixed_rank.py PLAN LAUNCHER`."""
+"""A rank whose completions are made up from where they stand: `python tests/fixed_rank.py PLANS LAUNCHER`."""
 
 from rlt.commands import rank
 from trainers.grpo import GRPOTrainer

@@ -68,6 +68,16 @@ def test_a_killed_rank(phase, rank, tiny_run, undisturbed, tmp_path):
     continue_to_the_end(tiny_run, tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_rank_is_started_again_by_the_same_command(phase, tiny_run, undisturbed, tmp_path):
+    kill = {"RLT_KILL_AT": f"{phase}:3", "RLT_KILL_RANK": "1"}
+    done = launch("launch.py", *run_of(tiny_run, tmp_path), "restarts=1", **kill)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 1 ended first, with signal SIGKILL" in done.stderr
+    assert f"resuming from {tmp_path / 'checkpoint-'}" in done.stderr
+    assert_ends_as(tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_to_the_launcher(phase, number, tiny_run, undisturbed, tmp_path):

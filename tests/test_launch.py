@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, launch
 
 from rlt.commands.launch import address_of_servers, read_arguments, read_machines
-from rlt.launching.lifetime import PREEMPTED, stop_signals
-from rlt.launching.supervisor import supervise
+from rlt.launching.agent import run_ranks
+from rlt.launching.lifetime import PREEMPTED, REFUSED, stop_signals
 
 LIMIT_S = 240
 END_LIMIT_S = 60  # from a failure to the end of all that was started
@@ -62,7 +62,6 @@ def reached(folder: Path, step: int) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "usage: ./launch.sh DEVICES"),
         (("teacher_rlt_tiny",), "usage: ./launch.sh DEVICES"),
         (("2", "zero3", "ddp"), "zero3 and ddp: name one sharding"),
         (("4096", "teacher_rlt_tiny"), "4096 processes asked for"),
@@ -73,10 +72,11 @@ def reached(folder: Path, step: int) -> bool:
         (("--servers=1", "1", "teacher_rlt_tiny", "vllm_tensor_parallel_size=2"), "use one of [1]"),
         (("0", "teacher_rlt_tiny"), "0 devices: only servers"),
         (("2", "no_such_run"), "run_cfg=no_such_run does not exist"),
+        (("2", "teacher_rlt_tiny", "restarts=-1"), "restarts=-1 must not be negative"),
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
-    keys = ["max_steps=1", f"output_dir={tmp_path / 'run'}"] if arguments else []
+    keys = ["max_steps=1", f"output_dir={tmp_path / 'run'}"]
     done = launch("launch.py", *arguments, *keys, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert said in done.stderr
@@ -91,7 +91,12 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
         ({"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "host0"}, "needs NODE_RANK"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=2"),
-        ({"NNODES": "two"}, "NNODES=two is not a number"),
+        ({"NNODES": "a"}, "NNODES=a is not a number"),
+        ({"NNODES": "3:2"}, "NNODES=3:2: MIN:MAX needs MIN above 0"),
+        ({"NNODES": "0:2"}, "NNODES=0:2: MIN:MAX needs MIN above 0"),
+        ({"NNODES": "1:"}, "NNODES=1: is not a number"),
+        ({"NNODES": "1:2", "NODE_RANK": "0"}, "NNODES=1:2 needs MASTER_ADDR"),
+        ({"NNODES": "1:2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=1:2"),
     ],
 )
 def test_machines_that_do_not_go_together(environment, said):
@@ -126,6 +131,33 @@ def test_a_dry_run_counts_all_devices():
     assert alone.stdout.partition("devices  ")[2] == done.stdout.partition("devices  ")[2]  # as on GPUs
 
 
+def test_no_argument_is_answered_with_the_usage():
+    for door in ([sys.executable, "launch.py"], ["./launch.sh"], ["./launch_with_server.sh"]):
+        done = subprocess.run(door, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "usage: ./launch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "code", "said"),
+    [
+        ("3:4", 1, "NNODES=3:4, with 3 machines: train_batch_size must be a multiple of 3 devices"),
+        ("2:4", 0, "with 3 machines left the run will end: train_batch_size must be a multiple of 3 devices"),
+    ],
+)
+def test_a_batch_that_fewer_machines_cannot_divide(nodes, code, said):
+    model = "model_name_or_path=embedded/smollm2-135m-instruct"  # no warm-up, whose batch would be the first
+    run = ["1", "teacher_rlt_tiny", model, "train_batch_size=32", "per_device_train_batch_size=4", "dry_run=true"]
+    done = launch("launch.py", *run, NNODES=nodes, NODE_RANK="0", MASTER_ADDR="host0")
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
+def test_restarts_are_for_the_launcher():
+    done = launch("train.py", "teacher_rlt_tiny", "restarts=1", "dry_run=true")
+    assert done.returncode == 1
+    assert "restarts=1 is for ./launch.sh" in done.stderr
+
+
 def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run, tmp_path):
     run = [*tiny_run, "max_steps=10", "save_steps=100", "eval_size=0", f"output_dir={tmp_path}"]
     first = start("2", *run)
@@ -157,10 +189,10 @@ def test_a_lost_terminal_ends_a_run_unless_nohup_said_otherwise():
 
 
 def test_what_the_ranks_of_the_life_before_said_is_kept(tmp_path):
-    command = [sys.executable, "-c", "import os, sys; sys.exit(os.environ['SAYS'])"]
+    script = "import os; os.write(2, (os.environ['SAYS'] + ' ' + os.environ['RANK']).encode())"
+    command = [sys.executable, "-c", script]
     for says in ("first", "second", "third"):
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "SAYS": f"{says} {rank}"} for rank in range(2)]
-        assert supervise(command, places, tmp_path) == 1
+        assert run_ranks(command, 2, tmp_path, {"SAYS": says}) == 0
     said = {path.name: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
         **{f"rank-{rank}.log": f"third {rank}" for rank in range(2)},
@@ -178,6 +210,19 @@ def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "rank 1 ended first, with signal SIGKILL" in said.split("\n\n")[-1]
     assert not ranks_of(launcher.pid)
+
+
+def test_what_a_user_did_is_not_tried_again(tmp_path):
+    command = [sys.executable, "-c", f"import sys; sys.exit('error: no such thing' and {REFUSED})"]
+    assert run_ranks(command, 1, tmp_path, {}, restarts=3) == 1
+    assert not (tmp_path / "rank-0.before.log").exists()
+
+
+def test_a_crash_is_tried_again_as_often_as_asked(tmp_path):
+    script = "import os, sys; sys.exit(f'life {os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}')"
+    assert run_ranks([sys.executable, "-c", script], 1, tmp_path, {}, restarts=2) == 1
+    assert "life 2" in (tmp_path / "rank-0.log").read_text()
+    assert "life 1" in (tmp_path / "rank-0.before.log").read_text()
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(tiny_run, tmp_path):

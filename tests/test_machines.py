@@ -2,55 +2,84 @@
 
 import socket
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from rlt.launching.environment import free_port
-from rlt.launching.machines import Link, Machines
+from rlt.launching.environment import Machines, free_port
+from rlt.launching.meeting import Meeting
 
 RUN = {"beta": 0.04, "devices": 8}
 
 
-def link(node: int, port: int, nodes: int = 2, limit_s: float = 10.0) -> Link:
-    return Link(Machines(nodes, node, "127.0.0.1", port), limit_s)
+def meeting(node: int, port: int, nodes: int = 2, limit_s: float = 10.0, least: int | None = None) -> Meeting:
+    return Meeting(Machines(least or nodes, nodes, node, "127.0.0.1", port), "run", limit_s)
 
 
-def test_they_meet_agree_on_a_port_and_hear_of_a_failure():
-    port = free_port()
-    first, second = link(0, port), link(1, port)
-    agreed = []
-    thread = threading.Thread(target=lambda: (second.meet(RUN), agreed.append(second.agree(0)), second.start()))
+def beside(*actions: Callable) -> threading.Thread:
+    """Another machine, in a thread: its actions one after the other."""
+    thread = threading.Thread(target=lambda: [action() for action in actions])
     thread.start()
-    first.meet(RUN)
-    assert first.agree(4321) == 4321
-    first.start()
-    thread.join(10)
-    assert agreed == [4321]
-    second.announce("rank 9 ended first, with exit code 1")
-    assert first.given_up.wait(10)
-    assert first.last_words() == "\nmachine 1: rank 9 ended first, with exit code 1\n"
-    first.close(False)
-    second.close(False)
+    return thread
 
 
-def test_an_end_that_went_well_is_no_failure():
-    port = free_port()
-    first, second = link(0, port), link(1, port)
-    thread = threading.Thread(target=lambda: (second.meet(RUN), second.agree(0), second.start(), second.close(True)))
-    thread.start()
-    first.meet(RUN)
-    first.agree(1)
-    first.start()
+def test_they_meet_and_agree_on_the_start():
+    port, agreed = free_port(), []
+
+    def other():
+        second = meeting(1, port)
+        second.compare(RUN)
+        second.agree()
+        agreed.append(second.agreed)
+
+    thread = beside(other)
+    first = meeting(0, port)
+    first.compare(RUN)
+    first.agree()
     thread.join(10)
-    assert not first.given_up.wait(1.0)
-    first.close(True)
+    assert agreed == [True]
+
+
+@pytest.mark.parametrize("objecting", [0, 1])
+def test_what_stands_in_the_way_on_one_is_told_to_both(objecting):
+    port, told = free_port(), []
+    said = f"machine {objecting}: 8 devices asked for, and 4 GPUs are visible"
+
+    def one(node: int):
+        mine = meeting(node, port)
+        mine.compare(RUN)
+        if node == objecting:
+            mine.object(said.partition(": ")[2])
+        else:
+            with pytest.raises(ValueError, match=said):
+                mine.agree()
+        told.append(node)
+
+    thread = beside(lambda: one(1))
+    one(0)
+    thread.join(10)
+    assert sorted(told) == [0, 1]
 
 
 def test_the_missing_are_named():
     with pytest.raises(ValueError, match=r"NODE_RANK=1, NODE_RANK=2 did not come within 1 s"):
-        link(0, free_port(), nodes=3, limit_s=1.0).meet(RUN)
+        meeting(0, free_port(), nodes=3, limit_s=1.0).compare(RUN)
     with pytest.raises(ValueError, match=r"MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ did not answer within 1 s"):
-        link(1, free_port(), limit_s=1.0).meet(RUN)
+        meeting(1, free_port(), limit_s=1.0).compare(RUN)
+
+
+def test_of_a_range_the_least_number_is_enough_and_one_that_comes_later_is_compared_too(monkeypatch):
+    monkeypatch.setattr("rlt.launching.meeting.LAST_CALL_S", 0.5)
+    port = free_port()
+    first = meeting(0, port, least=1)
+    first.compare(RUN)
+    first.agree()
+    late = meeting(1, port, least=1)
+    with pytest.raises(ValueError, match="beta=0.04 with NODE_RANK=0 and 0.0 with NODE_RANK=1"):
+        late.compare({**RUN, "beta": 0.0})
+    again = meeting(1, port, least=1)
+    again.compare(RUN)
+    again.agree()
 
 
 @pytest.mark.parametrize(
@@ -66,38 +95,35 @@ def test_both_sides_are_told_of_a_difference(nodes, node, run, said):
 
     def other():
         with pytest.raises(ValueError, match=said) as caught:
-            link(node, port, nodes).meet(run)
+            meeting(node, port, nodes).compare(run)
         told.append(caught)
 
-    thread = threading.Thread(target=other)
-    thread.start()
+    thread = beside(other)
     with pytest.raises(ValueError, match=said):
-        link(0, port, nodes).meet(RUN)
+        meeting(0, port, nodes).compare(RUN)
     thread.join(10)
     assert told
 
 
+def test_one_that_comes_twice_is_sent_away():
+    port = free_port()
+    first = meeting(0, port)
+    second = beside(lambda: meeting(1, port).compare(RUN))
+    first.compare(RUN)
+    second.join(10)
+    with pytest.raises(ValueError, match="NODE_RANK=1 came twice"):
+        meeting(1, port).compare(RUN)
+
+
 def test_a_stranger_is_sent_away_and_a_port_in_use_is_named():
     port = free_port()
-    first, second = link(0, port), link(1, port)
-
-    def stranger_then_second():
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
-                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                break
-            except OSError:
-                pass
-        second.meet(RUN)
-
-    thread = threading.Thread(target=stranger_then_second)
-    thread.start()
-    first.meet(RUN)
-    thread.join(10)
-    first.close(True)
-    second.close(True)
+    first = meeting(0, port)
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        thread = beside(lambda: meeting(1, port).compare(RUN))
+        first.compare(RUN)
+        thread.join(10)
     with socket.create_server(("", 0)) as taken:
         number = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"MASTER_PORT={number} cannot be had"):
-            link(0, number).meet(RUN)
+            meeting(0, number)

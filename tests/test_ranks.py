@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, TINY_RUN, assert_best_is_kept, config_of, launch
 from safetensors.torch import load_file
 
-from rlt.launching.environment import RankPlace, free_port, rank_environment
-from rlt.launching.supervisor import supervise
+from rlt.launching.agent import run_ranks
+from rlt.launching.environment import rank_environment
 from rlt.planning.plan import make_plan
 from rlt.runs.folder import prepare_output
 
@@ -34,11 +34,9 @@ def run_steps(tiny_run, tmp_path_factory, module_environment):
         config = config_of(*base, *steps, f"output_dir={folder}", "eval_size=0", *overrides)
         plan = make_plan(config, processes, sharding=sharding)
         prepare_output(config)
-        (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-        port = free_port()
-        places = [RankPlace(local, processes, 0, 1, "127.0.0.1", port) for local in range(processes)]
-        script = [sys.executable, str(ROOT / "tests/fixed_rank.py"), str(folder / "plan.json"), module_environment]
-        code = supervise(script, [rank_environment(sharding, p, on_cpu=True) for p in places], folder / "logs")
+        (folder / "plan-1.json").write_text(json.dumps(asdict(plan)))
+        script = [sys.executable, str(ROOT / "tests/fixed_rank.py"), str(folder), module_environment]
+        code = run_ranks(script, processes, folder / "logs", rank_environment(sharding, processes, on_cpu=True))
         assert code == 0, (folder / "logs/rank-0.log").read_text()[-3000:]
         return folder
 

@@ -150,3 +150,32 @@ def test_other_configurations_on_two_machines_are_named_before_anything_starts(o
         assert launcher.returncode == 1
         assert said in text.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_when_a_machine_is_lost_the_other_ends_the_run(hosts, tiny_run, tmp_path):
+    run = [*tiny_run, "max_steps=6", "save_steps=1", "eval_size=0", "use_vllm=false"]
+    apart = [*run, f"output_dir={tmp_path / 'apart'}"]
+    first, second = start_on(hosts, *apart, NNODES="1:2")
+    wait_until(lambda: reached(tmp_path / "apart", 2))
+    second.kill()  # and what it started, with it
+    _, said = first.communicate(timeout=240)
+    assert first.returncode == 0, said[-3000:]
+    second.communicate(timeout=10)
+    assert "machine 1 was not heard of" in said or "onnection" in said
+    assert "resuming from" in said
+    done = launch("launch.py", "2", *run, f"output_dir={tmp_path / 'together'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(tmp_path / "apart", tmp_path / "together")
+
+
+def test_a_machine_that_comes_back_joins_without_losing_a_step(hosts, tiny_run, tmp_path):
+    run = [*tiny_run, "max_steps=40", "save_steps=100", "eval_size=0", "use_vllm=false", f"output_dir={tmp_path}"]
+    first = start_one(0, hosts[0], *run, NNODES="1:2")
+    wait_until(lambda: reached(tmp_path, 2))
+    second = start_one(1, hosts[1], *run, NNODES="1:2")
+    for launcher in (first, second):
+        _, said = launcher.communicate(timeout=240)
+        assert launcher.returncode == 0, said[-3000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == sorted(steps)
+    assert (tmp_path / "logs" / "rank-1.log").is_file()

@@ -20,7 +20,7 @@ import rows
 
 from rlt.errors import Refused, fail
 from rlt.jobs.pipeline import Stage, configuration_of
-from rlt.launching.child import run_child
+from rlt.jobs.child import run_child
 from rlt.places import ROOT
 from rlt.runs.folder import is_complete
 

@@ -3,6 +3,7 @@
     ./launch.sh DEVICES [RUN] [ddp | zero1 | zero2 | zero3 | offload | fsdp] [key=value ...]
 
 With NNODES, NODE_RANK and MASTER_ADDR set, and the same command on each machine, DEVICES are those of one machine.
+NNODES=MIN:MAX goes on with the machines that are left, and with those that come back.
 """
 
 import json
@@ -18,11 +19,9 @@ from pathlib import Path
 from rlt.commands.begin import begin, prepare_process, show
 from rlt.errors import Refused, fail
 from rlt.generation.shared_memory import weights_folder
-from rlt.jobs import run_plan
-from rlt.launching.environment import SHARDINGS, RankPlace, free_port, rank_environment
-from rlt.launching.machines import Link, Machines, read_machines
+from rlt.jobs import DEFAULT_LIMIT_S, run_plan
+from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
 from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
-from rlt.launching.supervisor import supervise
 from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
 from rlt.planning.configuration import compose_config
 from rlt.planning.machine import count_gpus
@@ -49,6 +48,9 @@ def read_servers(arguments: list[str]) -> tuple[int, list[str]]:
     return int(number), arguments[1:]
 
 
+USAGE = "./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]"
+
+
 def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
     """(devices of this machine, sharding if one is named, what is left for the run).
 
@@ -56,13 +58,22 @@ def read_arguments(arguments: list[str]) -> tuple[int, str | None, list[str]]:
         Refused: the first word is not a number of devices, or two shardings are named.
     """
     if not arguments or not arguments[0].isdigit():
-        raise Refused("usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]; DEVICES is a number above 0")
-    named = [word for word in arguments[1:] if word in SHARDINGS]
+        raise Refused(f"usage: {USAGE}; DEVICES is a number above 0")
+    return int(arguments[0]), *read_words(arguments[1:], USAGE)
+
+
+def read_words(words: list[str], usage: str) -> tuple[str | None, list[str]]:
+    """(sharding if one is named, what is left for the run).
+
+    Raises:
+        Refused: two shardings are named, or a flag.
+    """
+    named = [word for word in words if word in SHARDINGS]
     if len(named) > 1:
         raise Refused(f"{' and '.join(named)}: name one sharding")
-    if flags := [word for word in arguments if word.startswith("-")]:
-        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]")
-    return int(arguments[0]), named[0] if named else None, [word for word in arguments[1:] if word not in SHARDINGS]
+    if flags := [word for word in words if word.startswith("-")]:
+        raise Refused(f"{flags[0]} is for ./launch_mono.sh; here: {usage}")
+    return named[0] if named else None, [word for word in words if word not in SHARDINGS]
 
 
 def check_devices(devices: int, gpus: int, requires: str | None) -> None:
@@ -122,31 +133,34 @@ def serve(devices: int, arguments: list[str]) -> int:
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 
 
-def start_ranks(plan: Plan, devices: int, machines: Machines, server_devices: int, link: Link | None) -> int:
-    """Run a plan on this machine's devices; the exit code."""
-    port = free_port()
-    if link is not None:
-        port = link.agree(port)
+def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server_devices: int, meeting) -> int:
+    """Run a plan on this machine's devices; the exit code.
+
+    Args:
+        plans: by the number of machines.
+        meeting: with the other machines (`rlt.launching.meeting.Meeting`), or None.
+    """
+    from rlt.launching.agent import run_ranks
+
+    plan = plans[machines.most]
+    if meeting is not None:
+        meeting.agree()
         check_shared_folder(plan.config["output_dir"])
-    places = [
-        RankPlace(local, devices, machines.node, machines.nodes, machines.master_addr, port) for local in range(devices)
-    ]
-    shared = rank_environment(plan.sharding, places[0], on_cpu=not plan.gpus)
+    environment = rank_environment(plan.sharding, devices, not plan.gpus, machines)
     size = int(parameters(plan.config) * 4)
     served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
     with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
-        file = Path(folder) / "plan.json"
-        logs = Path(plan.config["output_dir"]) / LOGS
+        file, logs = Path(folder) / "plan-1.json", Path(plan.config["output_dir"]) / LOGS
         servers = servers_of(plan, server_devices, devices, file, logs) if server_devices else None
         if servers is not None:
-            plan = replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})
-            shared[KEY_VARIABLE] = servers.key
+            plans = {1: replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})}
+            environment[KEY_VARIABLE] = servers.key
         if weights is not None:
-            shared[WEIGHTS_VARIABLE] = weights
-        file.write_text(json.dumps(asdict(plan)))
-        environments = [{**shared, "RANK": str(p.rank), "LOCAL_RANK": str(p.local)} for p in places]
-        command = [sys.executable, "-m", "rlt.commands.rank", str(file), str(os.getpid())]
-        return supervise(command, environments, logs, servers, link)
+            environment[WEIGHTS_VARIABLE] = weights
+        for number, plan in plans.items():
+            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+        command = [sys.executable, "-m", "rlt.commands.rank", folder, str(os.getpid())]
+        return run_ranks(command, devices, logs, environment, plan.config["restarts"], servers, meeting)
 
 
 def check_shared_folder(folder: str) -> None:
@@ -178,14 +192,18 @@ def launch(devices: int, sharding: str | None, arguments: list[str], server_devi
     machines = read_machines(dict(os.environ))
     config, given = compose_config(arguments)
     sharding = sharding_of(config, sharding)
-    if machines.nodes == 1 or config["dry_run"]:
-        return launch_here(config, given, devices, sharding, server_devices, machines, None)
-    link = Link(machines, config.get("ddp_timeout", 1800))
-    link.meet({**hide_secrets(config), "sharding": sharding, "devices": devices})
+    here = partial(launch_here, config, given, devices, sharding, server_devices, machines)
+    if machines.most == 1 or config["dry_run"]:
+        return here(None)
+    from rlt.launching.meeting import Meeting
+
+    meeting = Meeting(machines, config["output_dir"], config.get("ddp_timeout", DEFAULT_LIMIT_S))
+    nodes = f"{machines.least}:{machines.most}"
+    meeting.compare({**hide_secrets(config), "sharding": sharding, "devices": devices, "NNODES": nodes})
     try:
-        return launch_here(config, given, devices, sharding, server_devices, machines, link)
+        return here(meeting)
     except Refused as error:
-        link.announce(str(error))
+        meeting.object(str(error))
         raise
 
 
@@ -196,22 +214,38 @@ def launch_here(
     sharding: str,
     server_devices: int,
     machines: Machines,
-    link: Link | None,
+    meeting,
 ) -> int:
     if not config["dry_run"]:
         check_devices(devices + server_devices, count_gpus(), config["requires"])
-    check_machines(config, machines.nodes, server_devices)
-    resolved = resolve(config, given, devices * machines.nodes, sharding, server_devices)
-    start = partial(start_here, devices=devices, machines=machines, server_devices=server_devices, link=link)
+    check_machines(config, machines, server_devices)
+    resolved = resolve(config, given, devices * machines.most, sharding, server_devices)
+    plans = {machines.most: resolved.plan}
+    for fewer in range(machines.most - 1, machines.least - 1, -1):
+        try:
+            plans[fewer] = resolve(config, given, devices * fewer, sharding).plan
+        except Refused as error:
+            if fewer == machines.least:
+                raise Refused(f"NNODES={machines.least}:{machines.most}, with {fewer} machines: {error}") from None
+            logger.warning("with %d machines left the run will end: %s", fewer, error)
+
+    def start(plan: Plan) -> int:
+        if plan.profile.stages:
+            run_plan(plan)
+            return 0
+        logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
+        return start_ranks(plans, devices, machines, server_devices, meeting)
+
     return begin(resolved, partial(launch, devices, sharding), start, holds_folder=machines.node == 0)
 
 
-def check_machines(config: dict, nodes: int, server_devices: int) -> None:
+def check_machines(config: dict, machines: Machines, server_devices: int) -> None:
     """Refuse what only one machine can do.
 
     Raises:
         Refused: servers of its own, or a pipeline, on several machines.
     """
+    nodes = machines.most
     if nodes > 1 and server_devices:
         raise Refused(
             f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
@@ -221,17 +255,10 @@ def check_machines(config: dict, nodes: int, server_devices: int) -> None:
         raise Refused(f"{config['run_name']} with NNODES={nodes}: start its stages one by one")
 
 
-def start_here(plan: Plan, devices: int, machines: Machines, server_devices: int, link: Link | None) -> int:
-    """Run a plan whose folder is ready; the exit code."""
-    if plan.profile.stages:
-        run_plan(plan)
-        return 0
-    logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
-    return start_ranks(plan, devices, machines, server_devices, link)
-
-
 def main() -> None:
     prepare_process()
+    if not sys.argv[1:]:
+        fail(Refused(f"usage: {USAGE}"), 2)
     try:
         servers, words = read_servers(sys.argv[1:])
         devices, sharding, rest = read_arguments(words)

@@ -1,37 +1,64 @@
-"""One rank of a run: `python -m rlt.commands.rank PLAN LAUNCHER`, started by launch.py.
+"""One rank of a run: `python -m rlt.commands.rank PLANS LAUNCHER`, started by launch.py.
 
-PLAN is the file of a plan, LAUNCHER the id of the process that started this one, with which this one ends.
+PLANS is a folder with a plan for each number of machines that the run can go on with, LAUNCHER the id of the process
+that started this one, with which this one ends.
 """
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import run_plan
-from rlt.launching.lifetime import end_with
+from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with
 from rlt.planning.plan import Plan
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan for as many machines as there are.
+
+    Raises:
+        Refused: the run cannot go on with as many.
+    """
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    file = folder / f"plan-{machines}.json"
+    if not file.is_file():
+        raise Refused(f"{machines} machines are left, and the batch does not divide: the same command continues")
+    return Plan(**json.loads(file.read_text()))
 
 
 def main() -> None:
     end_with(int(sys.argv[2]))
     prepare_process()
+    run_rank(lambda: read_plan(Path(sys.argv[1])))
+
+
+def run_rank(plan: Callable[[], Plan]) -> None:
+    """Run what `plan` gives as one of several ranks, and leave their group."""
     try:
-        run_plan(Plan(**json.loads(Path(sys.argv[1]).read_text())))
+        run_plan(plan())
     except Refused as error:
-        fail(error)
-    except SystemExit:  # asked to stop, and saved
-        leave_group()
+        fail(error, REFUSED)
+    except SystemExit as ended:  # asked to stop, and saved
+        leave_group(together=ended.code == PREEMPTED)
         raise
     leave_group()
 
 
-def leave_group() -> None:
-    """Threads of a process group that outlive the interpreter abort a run that came to its end."""
+def leave_group(together: bool = False) -> None:
+    """Threads of a process group that outlive the interpreter abort a run that came to its end.
+
+    Args:
+        together: wait for the others: torchrun would end those that are still saving.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
+        if together:
+            distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -2,7 +2,8 @@
 
     ./launch_mono.sh [RUN] [key=value ...]        or, in the environment:  python train.py [RUN] [key=value ...]
 
-A run file's `warmup_run` goes first, in a process of its own, unless it is complete or a model was named.
+A run file's `warmup_run` goes first, in a process of its own, unless it is complete or a model was named. Under
+torchrun this process is one of several ranks (`rlt.commands.torchrun`).
 """
 
 import sys
@@ -12,10 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from rlt.commands import torchrun
 from rlt.commands.begin import begin, prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import run_plan
-from rlt.launching.child import run_child
+from rlt.jobs.child import run_child
 from rlt.places import CFGS
 from rlt.planning.configuration import quoted, rewrite_arguments, sweeps
 from rlt.planning.plan import Plan
@@ -35,6 +37,10 @@ def job(cfg) -> None:
         run_child(["train.py", *overrides, f"output_dir={folder}"])
         return
     try:
+        if config["restarts"]:
+            raise Refused(
+                f"restarts={config['restarts']} is for ./launch.sh, which watches over the processes of a run"
+            )
         sys.exit(begin(resolve(config, overrides), warm_up, start))
     except Refused as error:
         fail(error)
@@ -63,6 +69,8 @@ def check_sweep(arguments: list[str]) -> None:
 
 def main() -> None:
     prepare_process()
+    if torchrun.is_rank():
+        sys.exit(torchrun.main(sys.argv[1:]))
     try:
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
         check_sweep(sys.argv[1:])

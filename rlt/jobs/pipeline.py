@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.launching.child import run_child
+from rlt.jobs.child import run_child
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.configuration import compose_config, quoted
 from rlt.planning.plan import Plan
@@ -44,6 +44,7 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
         shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
         shared.append(f"report_to={config['report_to'] or 'null'}")
+        shared += [f"restarts={config['restarts']}"] if config.get("restarts") else []
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages
 

@@ -1,4 +1,4 @@
-"""What a rank finds in its environment: its place among the others, and what accelerate is to make of it."""
+"""What the environment says of a run's machines, and what a rank finds there for accelerate and its threads."""
 
 import os
 import socket
@@ -19,43 +19,72 @@ SHARDINGS = {
 }
 
 
+DEFAULT_PORT = 29500
+
+
 @dataclass(frozen=True)
-class RankPlace:
-    """Where one process stands: `local` of `local_size` on machine `node` of `nodes`."""
+class Machines:
+    """This machine, `node`, among the `least` to `most` of a run; they meet at the address of node 0."""
 
-    local: int
-    local_size: int
-    node: int
-    nodes: int
-    master_addr: str
-    master_port: int
-
-    @property
-    def rank(self) -> int:
-        return self.node * self.local_size + self.local
+    least: int = 1
+    most: int = 1
+    node: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = DEFAULT_PORT
 
     @property
-    def world_size(self) -> int:
-        return self.nodes * self.local_size
+    def elastic(self) -> bool:
+        """Whether fewer than all can go on."""
+        return self.least < self.most
 
 
-def rank_environment(sharding: str, place: RankPlace, on_cpu: bool) -> dict[str, str]:
-    """What to add to the environment of a rank."""
+def read_machines(environment: dict[str, str]) -> Machines:
+    """The machines of a run, from the environment.
+
+    Raises:
+        Refused: NNODES, NODE_RANK, MASTER_ADDR or MASTER_PORT do not go together.
+    """
+
+    def number(name: str, text: str) -> int:
+        if not text.isdigit():
+            raise Refused(f"{name}={environment[name]} is not a number{' or MIN:MAX' if name == 'NNODES' else ''}")
+        return int(text)
+
+    text = environment.get("NNODES", "1")
+    least, most = (number("NNODES", part) for part in (text.partition(":")[0], text.rpartition(":")[2]))
+    node, port = (
+        number(name, environment.get(name, default)) for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "0"))
+    )
+    if not 1 <= least <= most:
+        raise Refused(f"NNODES={text}: MIN:MAX needs MIN above 0, and MAX not below it")
+    if port >= 2**16:
+        raise Refused(f"MASTER_PORT={port} must be below {2**16}")
+    if node >= most:
+        raise Refused(f"NODE_RANK={node} with NNODES={text}: it must be in 0 to {most - 1}")
+    if most == 1:
+        return Machines()
+    if "MASTER_ADDR" not in environment:
+        raise Refused(f"NNODES={text} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
+    if "NODE_RANK" not in environment:
+        raise Refused(f"NNODES={text} needs NODE_RANK, 0 to {most - 1}, another on each machine")
+    return Machines(least, most, node, environment["MASTER_ADDR"], port or DEFAULT_PORT)
+
+
+def rank_environment(sharding: str, devices: int, on_cpu: bool, machines: Machines | None = None) -> dict[str, str]:
+    """What a rank needs in its environment beside its number: what accelerate is to make of it, and its share.
+
+    Args:
+        devices: ranks of this machine.
+    """
     variables = {
-        "RANK": place.rank,
-        "LOCAL_RANK": place.local,
-        "WORLD_SIZE": place.world_size,
-        "LOCAL_WORLD_SIZE": place.local_size,
-        "MASTER_ADDR": place.master_addr,
-        "MASTER_PORT": place.master_port,
         "RLT_SHARDING": sharding,
-        "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // place.local_size),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // devices)),
     }
-    if place.nodes > 1 and (name := interface_to(place.master_addr)):
+    if machines is not None and machines.most > 1 and (name := route_to(machines.master_addr)[1]):
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", name)
     if on_cpu:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**_of_accelerate(sharding), **{name: str(value) for name, value in variables.items()}}
+    return {**_of_accelerate(sharding), **variables}
 
 
 def _of_accelerate(sharding: str) -> dict[str, str]:
@@ -75,8 +104,12 @@ def _of_accelerate(sharding: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def interface_to(address: str) -> str | None:
-    """The network interface by which another machine is reached; gloo would take that of this host's name."""
+def route_to(address: str) -> tuple[str, str | None]:
+    """This machine's own address and network interface on the way to another machine.
+
+    Raises:
+        Refused: there is none, or it is the loopback.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # sends nothing
@@ -86,7 +119,7 @@ def interface_to(address: str) -> str | None:
     if mine.startswith("127."):
         raise Refused(f"MASTER_ADDR={address} is this machine's loopback address: name one that the others can reach")
     found = (name for name, places in psutil.net_if_addrs().items() if any(p.address == mine for p in places))
-    return next(found, None)
+    return mine, next(found, None)  # gloo would take the interface of this host's name
 
 
 def free_port(wanted: int = 0, host: str = "") -> int:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): the same command continues it
+REFUSED = 78  # of a rank that can never work (EX_CONFIG), whose launcher makes 1 of it
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIDY_UP_S = 5.0
@@ -35,6 +36,11 @@ def end_with(launcher: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         sys.exit(1)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child has ended that is yet to be waited for: until then its id cannot be another's."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -92,6 +92,8 @@ def check_keys(config: dict[str, Any]) -> None:
         if config.get(key) not in (None, *choices):
             close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
             raise Refused(f"{key}={config[key]} does not exist: use {', '.join(close)}")
+    if config["restarts"] < 0:
+        raise Refused(f"restarts={config['restarts']} must not be negative; 0: a crash ends the run")
 
 
 def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:

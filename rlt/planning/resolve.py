@@ -61,7 +61,8 @@ def with_warmup(
     """The run as it starts from its warm-up's model, unless a model was named; and the arguments of a warm-up that has
     yet to run.
 
-    Of the run's own keys a warm-up takes only where results and logs go, and its micro-batch has to fit the devices.
+    Of the run's own keys a warm-up takes only where results and logs go, and how often ranks restart; its micro-batch
+    has to fit the devices.
 
     Raises:
         Refused: the warm-up cannot run on these devices, or another run stands in its folder.
@@ -71,6 +72,8 @@ def with_warmup(
     name = config["warmup_run"]
     arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
     arguments.append(f"report_to={config['report_to'] or 'null'}")
+    if config["restarts"]:
+        arguments.append(f"restarts={config['restarts']}")
     first, _ = compose_config(arguments)
     config = {**config, "model_name_or_path": first["output_dir"]}
     try:

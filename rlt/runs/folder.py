@@ -39,7 +39,7 @@ REPORT = "report.html"  # of a pipeline
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
 CONTINUABLE = frozenset(
     {
-        *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run"),
+        *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run", "restarts"),
         *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
         *("save_steps", "save_total_limit", "save_merged_model"),

@@ -1,0 +1,87 @@
+"""Ranks that torchrun starts: the run of `./launch.sh 2`, and what is refused there."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, RUN_TIMEOUT_S, launch
+from safetensors.torch import load_file
+from test_launch import reached, wait_until
+
+STEPS = ["max_steps=2", "save_steps=1", "eval_size=0"]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *start, str(ROOT / "train.py"), *arguments]
+
+
+def run_torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        torchrun(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_torchrun_trains_as_the_launcher_does(tiny_run, tmp_path):
+    done = run_torchrun(*tiny_run, *STEPS, f"output_dir={tmp_path / 'torchrun'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "teacher_rlt_tiny on 2 processes, ddp" in done.stderr
+    assert done.stdout.count("2 steps, model in") == 1
+    ours = launch("launch.py", "2", *tiny_run, *STEPS, f"output_dir={tmp_path / 'launched'}")
+    assert ours.returncode == 0, ours.stderr[-3000:]
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("torchrun", "launched"))
+    for name in b:  # sums differ in their last bits with the number of threads
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("pipeline_tiny",), "pipeline_tiny with torchrun: start its stages one by one"),
+        (("teacher_rlt_tiny", "use_vllm_server=true"), "use_vllm_server=true with torchrun: start servers with"),
+        (("teacher_rlt_tiny", "restarts=1"), "restarts=1 is for ./launch.sh: torchrun has --max-restarts"),
+        (("teacher_rlt_tiny", "zero3", "ddp"), "zero3 and ddp: name one sharding"),
+        (("teacher_rlt_tiny", "warmup_run=teacher_sft_tiny"), "starts from teacher_sft_tiny, which has yet to run"),
+    ],
+)
+def test_what_takes_more_than_ranks_is_refused_in_one_line(arguments, said, tmp_path):
+    done = run_torchrun(*arguments, "report_to=null", f"results_dir={tmp_path}")
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        line for line in done.stderr.splitlines() if said in line
+    ]
+    assert done.stderr.count(said) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["generation:2", "backward:2"])
+def test_a_peer_of_a_dead_rank_saves_nothing_and_the_restart_ends_the_run(moment, tiny_run, tmp_path):
+    place = {"RLT_KILL_AT": moment, "RLT_KILL_RANK": "1"}
+    command = torchrun(*tiny_run, *STEPS, f"output_dir={tmp_path}")
+    command[3:3] = ["--max-restarts", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False, env={**os.environ, **place}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_from_outside_saves(tiny_run, tmp_path):
+    run = [*tiny_run, "max_steps=200", "save_steps=1000", "eval_size=0", f"output_dir={tmp_path}"]
+    process = subprocess.Popen(torchrun(*run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: reached(Path(tmp_path), 1))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert "the same command continues" in said, said[-3000:]
+    assert list(tmp_path.glob("checkpoint-*"))
