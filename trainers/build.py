@@ -36,6 +36,7 @@ from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.sft import SFTConfig, SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
+from trainers.tracking import track, tracker_arguments
 
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
@@ -47,7 +48,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
         **settings.trl,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "bf16": uses_bfloat16(settings.bf16),
-        "report_to": settings.report_to or "none",
+        **tracker_arguments(plan.config),
         "use_cpu": device_type() == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -113,6 +114,7 @@ def build_trainer(plan: Plan):
     trainer, evaluation = BUILDERS[plan.profile.config](plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
+    track(trainer, plan.config)
     folder = settings.output_dir
     for callback in (MetricsFile(folder), ProgressBar(), Plot(folder)):
         trainer.add_callback(callback)
