@@ -55,6 +55,8 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
         "dataloader_pin_memory": device_type() != "cpu",
         "save_strategy": "steps",
     }
+    # Pushed once, at the end, by rlt/runs/hub.py; and what a trainer does not know it cannot save.
+    arguments |= {"push_to_hub": False, "hub_token": None}
     if "logprob_token_budget" in read_table()[plan.profile.config]:
         arguments["logprob_token_budget"] = token_budget(plan.config)
     if not plan.profile.generates and settings.eval_size and settings.eval_steps:
