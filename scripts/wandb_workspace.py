@@ -8,6 +8,9 @@ import argparse
 import json
 import sys
 
+import wandb
+
+from rlt.errors import Refused, fail
 from rlt.reports.workspace import workspace
 from rlt.runs.dashboard import PROJECT
 from trainers.tracking import tracker_name
@@ -23,7 +26,10 @@ def main() -> None:
     if asked.json:
         sys.stdout.write(f"{json.dumps(made._spec, indent=1)}\n")  # the package has no public way to it
         return
-    sys.stdout.write(f"{made.save().url}\n")
+    try:
+        sys.stdout.write(f"{made.save().url}\n")
+    except wandb.Error as error:
+        fail(Refused(f"W&B did not take the workspace of {asked.entity}/{asked.project}: {error}"))
 
 
 if __name__ == "__main__":

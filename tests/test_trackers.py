@@ -271,6 +271,17 @@ def test_the_wandb_workspace_has_every_panel_of_a_report(tmp_path):
     assert "completions" in json.dumps(sections[2])
 
 
+def test_a_workspace_needs_a_login_and_says_so(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "wandb_workspace.py"), "us"],
+        capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        env={**kept, **NOWHERE, "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: W&B did not take the workspace of us/rlt: No API key")
+
+
 def test_every_tracker_is_one_that_transformers_knows():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
