@@ -75,7 +75,7 @@ def _licence_on_card(name: str) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     own = Path(name).expanduser() / MODEL_CARD
-    if not own.is_file() and name.startswith(LOCAL_STARTS):
+    if is_local(name) and not own.is_file():
         return None
     try:
         return ModelCard.load(own if own.is_file() else name, ignore_metadata_errors=True).data.license
@@ -88,7 +88,7 @@ def metadata(runs: list[dict[str, Any]], base: str, licence: str | None) -> dict
     datasets = [run["dataset_id_or_path"] for run in runs if is_hub_dataset(run["dataset_id_or_path"])]
     found = {
         "license": licence,
-        "base_model": None if base.startswith(LOCAL_STARTS) or Path(base).exists() else base,
+        "base_model": None if is_local(base) else base,
         "datasets": list(dict.fromkeys(datasets)),
         "library_name": "peft" if runs[0]["use_peft"] and not runs[0]["save_merged_model"] else "transformers",
         "pipeline_tag": "text-generation",
@@ -97,9 +97,12 @@ def metadata(runs: list[dict[str, Any]], base: str, licence: str | None) -> dict
     return {key: value for key, value in found.items() if value}
 
 
+def is_local(name: str) -> bool:
+    return name.startswith(LOCAL_STARTS) or Path(name).expanduser().exists()
+
+
 def is_hub_dataset(name: str) -> bool:
-    local = name.startswith((*LOCAL_STARTS, GENERATOR, BENCHMARK)) or Path(name).expanduser().exists()
-    return not local and name.count("/") == 1
+    return not is_local(name) and not name.startswith((GENERATOR, BENCHMARK)) and name.count("/") == 1
 
 
 def made_by(config: dict[str, Any]) -> str:
