@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +48,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(text)
+        if self.command != "HEAD":
+            self.wfile.write(text)
 
     def do_PUT(self):
         content = self.body()
@@ -174,6 +176,15 @@ def test_a_hub_that_lets_nobody_in_or_is_not_there_is_noticed_before_training(tm
             make_repository(config)
         assert "hf_wrong" not in str(refused.value)
     assert make_repository({**config, "push_to_hub": False}) is None
+
+
+def test_a_hub_that_takes_the_call_and_says_nothing_is_given_up(tmp_path, monkeypatch):
+    config = config_of(f"output_dir={tmp_path}/run", "push_to_hub=true", "hub_token=hf_wrong")
+    monkeypatch.setattr("rlt.runs.hub.ANSWERS_WITHIN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Refused, match="timed out"):
+            make_repository(config)
 
 
 def test_pushes_in_between_are_refused(tmp_path):

@@ -16,6 +16,7 @@ KEPT_BACK = (
     *(f"{folder}/*" for folder in (LOGS, COMPLETIONS, PARTS, WANDB, TRACKIO, TENSORBOARD)),
     *(WANDB_RUN, MLFLOW_RUN),
 )
+ANSWERS_WITHIN_S = 30
 LOG_IN = "log in with `hf auth login`, or set hub_token to one that may write there"
 
 
@@ -30,13 +31,14 @@ def make_repository(config: dict[str, Any]) -> str | None:
     """
     if not config.get("push_to_hub"):
         return None
-    from httpx import HTTPError
+    from httpx import HTTPError, head
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
     name = config.get("hub_model_id") or Path(config["output_dir"]).absolute().name
     api = HfApi(token=config.get("hub_token"))
     try:
+        head(api.endpoint, timeout=ANSWERS_WITHIN_S)  # the hub's own client waits without end
         return api.create_repo(name, private=config.get("hub_private_repo"), exist_ok=True).repo_id
     except HFValidationError as error:
         raise Refused(f"hub_model_id={name}: {error}") from error
