@@ -27,7 +27,7 @@ class RunConfig:
     warmup_run: str | None
     dry_run: bool
     seed: int
-    report_to: str | list | None
+    report_to: str | list[str] | None
     requires: str | None
 
     @property
