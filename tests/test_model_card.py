@@ -53,6 +53,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         content = self.body()
+        if self.server.large is None:
+            self.answer({"error": "no room"}, 400)
+            return
         assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/large/")
         self.server.large[self.path.removeprefix("/large/")] = content
         self.answer({})

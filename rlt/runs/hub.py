@@ -41,9 +41,11 @@ def make_repository(config: dict[str, Any]) -> str | None:
         head(api.endpoint, timeout=ANSWERS_WITHIN_S)  # the hub's own client waits without end
         return api.create_repo(name, private=config.get("hub_private_repo"), exist_ok=True).repo_id
     except HFValidationError as error:
-        raise Refused(f"hub_model_id={name}: {error}") from error
+        raise Refused(f"hub_model_id={name}: {_in_one_line(error)}") from error
     except (HTTPError, OSError) as error:
-        raise Refused(f"push_to_hub=true: {name} cannot be made on {api.endpoint} ({error}): {LOG_IN}") from error
+        raise Refused(
+            f"push_to_hub=true: {name} cannot be made on {api.endpoint} ({_in_one_line(error)}): {LOG_IN}"
+        ) from error
 
 
 def push(config: dict[str, Any], repository: str) -> str:
@@ -70,7 +72,11 @@ def push(config: dict[str, Any], repository: str) -> str:
         )
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: an upload of one of its threads
         raise Refused(
-            f"push_to_hub=true: {repository} was not pushed to {api.endpoint} ({error}); the model is in {folder}, and "
-            "the same command tries again"
+            f"push_to_hub=true: {repository} was not pushed to {api.endpoint} ({_in_one_line(error)}); the model is in "
+            f"{folder}, and the same command tries again"
         ) from error
     return str(pushed.repo_url)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
