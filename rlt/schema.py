@@ -28,7 +28,7 @@ class RunConfig:
     warmup_run: str | None
     dry_run: bool
     seed: int
-    report_to: str | None
+    report_to: str | list[str] | None
     requires: str | None
 
     @property

@@ -36,6 +36,7 @@ from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
 from trainers.sft import SFTConfig, SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
+from trainers.tracking import track, tracker_arguments
 
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
@@ -47,13 +48,15 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
         **settings.trl,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "bf16": uses_bfloat16(settings.bf16),
-        "report_to": settings.report_to or "none",
+        **tracker_arguments(plan.config),
         "use_cpu": device_type() == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device_type() != "cpu",
         "save_strategy": "steps",
     }
+    # Pushed once, at the end, by rlt/runs/hub.py; and what a trainer does not know it cannot save.
+    arguments |= {"push_to_hub": False, "hub_token": None}
     if "logprob_token_budget" in read_table()[plan.profile.config]:
         arguments["logprob_token_budget"] = token_budget(plan.config)
     if not plan.profile.generates and settings.eval_size and settings.eval_steps:
@@ -113,6 +116,7 @@ def build_trainer(plan: Plan):
     trainer, evaluation = BUILDERS[plan.profile.config](plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
+    track(trainer, plan.config)
     folder = settings.output_dir
     for callback in (MetricsFile(folder), ProgressBar(), Plot(folder)):
         trainer.add_callback(callback)

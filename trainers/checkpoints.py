@@ -75,7 +75,7 @@ class AtomicCheckpoints:
         return os.path.join(base, SAVING) if self._writing_aside else base
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL would write a card at every checkpoint; the run's own files say more."""
+        """TRL would write a card at every checkpoint; ours (rlt/reports/model_card.py) comes with the model's push."""
 
     def _save_checkpoint(self, model, trial) -> None:
         output_dir = Path(self.args.output_dir)

@@ -91,9 +91,9 @@ class HeldOutEvaluation(TrainerCallback):
         self.records.append(evaluate_held_out(self.trainer, self.rows))
         self._write()
         means = {f"eval/{k}": _nanmean(v) for k, v in self.records[-1].items() if k != "step"}
-        trainer = self.trainer
+        trainer, logs = self.trainer, {**means, **self._difference()}
         step_is_logged = trainer.control.should_log  # which the handler takes for done
-        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, means)
+        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
         trainer.control.should_log = step_is_logged
         if trainer.args.load_best_model_at_end:
             self._look_for_the_best(step, means)
@@ -107,6 +107,14 @@ class HeldOutEvaluation(TrainerCallback):
         if step:  # before the first there is nothing to go back to
             trainer._determine_best_metric({f"eval_{wanted}": means[f"eval/{wanted}"]}, trial=None)
             trainer.control.should_save = True
+
+    def _difference(self) -> dict[str, float]:
+        """The paired difference of the last evaluation from the first, with its 95 % interval; empty at the start."""
+        if len(self.records) < 2:
+            return {}
+        gain = paired_bootstrap(self.records[0]["reward"], self.records[-1]["reward"])
+        key = "eval/reward_difference"
+        return {key: gain.mean, f"{key}_low": gain.low, f"{key}_high": gain.high}
 
     def _kept(self) -> dict:
         """The evaluation of the weights that the run ends with."""

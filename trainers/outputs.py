@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from rlt.generation.seeds import request_seed
 from rlt.reports.curves import draw_curves
 from rlt.runs.folder import COMPLETIONS, CURVES, METRICS
+from trainers.tracking import log_completions
 
 logger = logging.getLogger("rlt")
 
@@ -104,6 +105,7 @@ class CompletionsFile(TrainerCallback):
         table["advantage"] = list(logs["advantages"])
         table.insert(0, "step", state.global_step)
         table.to_parquet(self.folder / f"step-{state.global_step:05d}.parquet")
+        log_completions(args.report_to, table, state.global_step)
 
 
 def weighted_sum(rewards: list[Sequence[float]], weights: list[float]) -> list[float]:

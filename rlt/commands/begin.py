@@ -13,7 +13,7 @@ from rlt.places import ROOT
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import Resolved
 from rlt.planning.versions import check_versions, requirements_file
-from rlt.runs.dashboard import prepare_wandb
+from rlt.runs.dashboard import prepare_dashboards
 from rlt.runs.folder import folder_lock, hide_secrets, is_complete, prepare_output
 
 logger = logging.getLogger("rlt")
@@ -51,7 +51,7 @@ def begin(
     with folder_lock(config["output_dir"]) if holds_folder else nullcontext():
         if holds_folder:
             prepare_output(config)
-            prepare_wandb(config)
+            prepare_dashboards(config)
         return start(plan)
 
 

@@ -20,6 +20,7 @@ from rlt.planning.configuration import compose_config, quoted
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
 from rlt.runs.folder import MARKER, REPORT, SECRET, is_complete
+from rlt.runs.trackers import as_override
 from rlt.schema import profile_of
 from rlt.survival.stop_signals import StopOnSignal
 
@@ -43,7 +44,7 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
         overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
         shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
-        shared.append(f"report_to={config['report_to'] or 'null'}")
+        shared.append(as_override(config))
         shared += [f"restarts={config['restarts']}"] if config.get("restarts") else []
         stages.append(Stage(entry["name"], folders[entry["name"]], [entry["run"], *shared, *overrides]))
     return stages

@@ -11,7 +11,9 @@ from rlt.launching.roll_call import RollCall, is_one_of_several
 from rlt.models.loading import quiet_libraries
 from rlt.models.paths import merged_model_path
 from rlt.planning.plan import Plan
+from rlt.reports.model_card import write_model_card
 from rlt.runs.folder import MARKER
+from rlt.runs.hub import make_repository, push
 from rlt.schema import Training
 from rlt.survival.kill_points import kill_point
 from rlt.survival.stop_signals import StopOnSignal
@@ -27,6 +29,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     settings: Training = plan.settings
     quiet_libraries()
     trainer, evaluation = build_trainer(plan)
+    repository = make_repository(plan.config) if trainer.is_world_process_zero() else None
     together = StopTogether(stop)
     for callback in (together, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
@@ -36,7 +39,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
         if trainer.is_world_process_zero():
             logger.warning("stopped after step %d and saved: the same command continues", trainer.state.global_step)
         sys.exit(PREEMPTED)
-    finish(trainer, settings)
+    finish(trainer, plan, repository)
     if not trainer.is_world_process_zero():
         return
     sentence = evaluation.sentence() if evaluation else None
@@ -59,8 +62,16 @@ def starting_point(settings: Training) -> Path | None:
     return checkpoint
 
 
-def finish(trainer, settings: Training) -> None:
-    """The final model and tokenizer, adapters merged on request, and the marker that says so."""
+def finish(trainer, plan: Plan, repository: str | None = None) -> None:
+    """The final model and tokenizer, adapters merged on request, pushed on request, and the marker that says so.
+
+    Args:
+        repository: to push to, on the main process.
+
+    Raises:
+        Refused: the hub did not take the model; without the marker, the same command tries again.
+    """
+    settings: Training = plan.settings
     kill_point("finishing")
     folder = Path(settings.output_dir)
     trainer.save_model(str(folder))  # together with all ranks
@@ -69,4 +80,7 @@ def finish(trainer, settings: Training) -> None:
     trainer.processing_class.save_pretrained(str(folder))
     if settings.save_merged_model and settings.use_peft:
         merged_model_path(folder, settings.trust_remote_code)
+    if repository is not None:
+        write_model_card(folder, trainer.state.best_global_step if trainer.args.load_best_model_at_end else None)
+        logger.info("pushed to %s", push(plan.config, repository))
     (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))

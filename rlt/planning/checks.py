@@ -42,6 +42,7 @@ DERIVED = {
 # Every run here needs them as they are.
 FIXED = frozenset(
     {
+        *("hub_strategy", "hub_always_push"),
         *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),
         *("remove_unused_columns", "save_only_model", "save_strategy", "use_cpu"),
         *("vllm_server_host", "vllm_server_port", "vllm_structured_outputs_regex"),

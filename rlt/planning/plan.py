@@ -35,6 +35,7 @@ from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, check_parts, models_of
+from rlt.runs.trackers import check_packages, check_trackers
 from rlt.schema import GRPOSettings, Profile, TeacherSettings, profile_of, renamed
 
 
@@ -114,6 +115,7 @@ def make_plan(
     """
     config = renamed(config)
     check_keys(config)
+    check_trackers(config)
     profile, gpus = profile_of(config), count_gpus()
     if profile.trains:
         plan = _plan_of_training(config, devices, gpus, sharding)
@@ -152,6 +154,7 @@ def _missing(plan: Plan, listed: bool) -> Iterator[str]:
     config = plan.config
     models = [key for key in MODELS if not (key == "model_name_or_path" and plan.warms_up_first)]
     checks = (
+        partial(check_packages, config),
         partial(check_device, config, plan.gpus),
         partial(check_servers_answer, config),
         partial(check_data, config),

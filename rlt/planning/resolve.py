@@ -11,6 +11,7 @@ from rlt.planning.plan import Plan, make_plan
 from rlt.planning.profiles import with_memory_profile
 from rlt.planning.trl_fields import typed_settings
 from rlt.runs.folder import check_output, is_complete
+from rlt.runs.trackers import as_override
 
 STARTING = "http://127.0.0.1:0"  # the address of servers until they have their ports
 
@@ -71,7 +72,7 @@ def with_warmup(
         return config, None
     name = config["warmup_run"]
     arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
-    arguments.append(f"report_to={config['report_to'] or 'null'}")
+    arguments.append(as_override(config))
     if config["restarts"]:
         arguments.append(f"restarts={config['restarts']}")
     first, _ = compose_config(arguments)

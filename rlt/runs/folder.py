@@ -36,6 +36,10 @@ ANSWERS = "answers.parquet"  # of an evaluation
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
+MODEL_CARD = "README.md"  # of a model that is pushed to a hub
+# What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
+WANDB, TRACKIO, TENSORBOARD, MLFLOW = "wandb", "trackio", "tensorboard", "mlflow.db"
+WANDB_RUN, MLFLOW_RUN = "wandb_run_id", "mlflow_run_id"  # which run a resumed one goes on with
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
 CONTINUABLE = frozenset(
     {
