@@ -4,7 +4,6 @@ import os
 import sys
 from typing import NoReturn
 
-
 USAGE_CODE = 2  # of a command line that cannot be read
 
 

@@ -61,7 +61,9 @@ def thinned(frame, characters: int):
 
 def order(frame) -> list[str]:
     """The columns of a table: numbers and texts that lead, then others of the file in its own order."""
-    usable = [name for name in frame.columns if name not in LEFT_OUT and (is_text(frame[name]) or is_number(frame[name]))]
+    usable = [
+        name for name in frame.columns if name not in LEFT_OUT and (is_text(frame[name]) or is_number(frame[name]))
+    ]
     leading = [name for name in (*NUMBERS, *TEXTS) if name in usable]
     return [*leading, *(name for name in usable if name not in leading)]
 
