@@ -6,6 +6,7 @@ Made from what a run leaves in its folder, so that the sentence on a page is the
 import html
 import json
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from rlt.estimates import Estimate, finite_mean, paired_bootstrap
@@ -90,7 +91,7 @@ def kept(records: list[dict], best: tuple[str, bool] | None) -> dict:
         return records[-1]
     quantity, more_is_better = best
     means = [(finite_mean(record[quantity]), record) for record in records if record["step"]]
-    finite = [(mean if more_is_better else -mean, record) for mean, record in means if mean == mean]
+    finite = [(mean if more_is_better else -mean, record) for mean, record in means if isfinite(mean)]
     return max(finite, key=lambda pair: pair[0])[1] if finite else records[-1]
 
 
