@@ -1,10 +1,11 @@
-"""Accuracy, pass@k and their bootstrap intervals; a question counts once, however many answers it has.
+"""Means, pass@k and their bootstrap intervals; a question counts once, however many answers it has.
 
 N questions, n answers of each.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import comb
+from math import comb, isfinite
 
 import numpy as np
 
@@ -27,6 +28,18 @@ class Estimate:
     def signed(self) -> str:
         """As a difference."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """Mean of what is finite; NaN where nothing is."""
+    finite = [value for value in values if isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def best_median_worst(rewards: list[float]) -> list[int]:
+    """Their places among the finite rewards, each once; fewer when there are fewer."""
+    order = sorted((i for i, reward in enumerate(rewards) if isfinite(reward)), key=lambda i: -rewards[i])
+    return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])) if order else []
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:

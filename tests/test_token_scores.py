@@ -5,8 +5,9 @@ import json
 import pytest
 from test_teacher_reward import reward  # noqa: F401  (a fixture)
 
+from rlt.estimates import best_median_worst
 from rlt.reports.completions import completion, token
-from rlt.rewards.tokens import best_median_worst, token_columns
+from rlt.rewards.tokens import token_columns
 
 
 def test_best_median_and_worst_are_of_the_finite():

@@ -32,7 +32,7 @@ from rlt.prompts.rendering import prompt_token_ids
 from rlt.schema import server_urls
 from rlt.survival.kill_points import kill_point
 from trainers.checkpoints import AtomicCheckpoints
-from trainers.outputs import update_seconds
+from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
 
 logger = logging.getLogger("rlt")
@@ -311,10 +311,12 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         return ["policy"] * policy + ["reference"] * (self.beta != 0.0)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # Extended: infinite rewards count as missing, as NaN does in TRL.
+        # Extended: infinite rewards count as missing, as NaN does in TRL; what was asked is logged.
         kill_point("scoring")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rewards[~torch.isfinite(rewards)] = torch.nan
+        if self.model.training:
+            self._pending_extra_logs |= asked_columns(inputs)
         scored = ~rewards.isnan().all(dim=1)
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["completions/unscored"].append((~scored).sum().item())

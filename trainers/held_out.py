@@ -3,19 +3,14 @@
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from rlt.errors import Refused
-from rlt.estimates import paired_bootstrap
+from rlt.estimates import finite_mean, paired_bootstrap
+from rlt.reports.result import held_out_result
 from rlt.runs.folder import EVALUATIONS, as_json_lines, read_json_lines, write_whole
-
-
-def _nanmean(values) -> float:
-    finite = [v for v in values if np.isfinite(v)]
-    return float(np.mean(finite)) if finite else float("nan")
 
 
 @torch.no_grad()
@@ -46,7 +41,7 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     columns["reward"] = _weighted(rewards, trainer.reward_weights.to(rewards.device)).tolist()
     model.train(was_training)
     per_question = {
-        name: [_nanmean(values[i : i + repeats]) for i in range(0, len(rows) * repeats, repeats)]
+        name: [finite_mean(values[i : i + repeats]) for i in range(0, len(rows) * repeats, repeats)]
         for name, values in columns.items()
         if all(isinstance(value, float | int) for value in values)  # rewards may log text
     }
@@ -90,7 +85,7 @@ class HeldOutEvaluation(TrainerCallback):
             return
         self.records.append(evaluate_held_out(self.trainer, self.rows))
         self._write()
-        means = {f"eval/{k}": _nanmean(v) for k, v in self.records[-1].items() if k != "step"}
+        means = {f"eval/{k}": finite_mean(v) for k, v in self.records[-1].items() if k != "step"}
         trainer, logs = self.trainer, {**means, **self._difference()}
         step_is_logged = trainer.control.should_log  # which the handler takes for done
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
@@ -116,11 +111,6 @@ class HeldOutEvaluation(TrainerCallback):
         key = "eval/reward_difference"
         return {key: gain.mean, f"{key}_low": gain.low, f"{key}_high": gain.high}
 
-    def _kept(self) -> dict:
-        """The evaluation of the weights that the run ends with."""
-        best = self.trainer.state.best_global_step if self.trainer.args.load_best_model_at_end else None
-        return next((record for record in self.records if record["step"] == best), self.records[-1])
-
     def _write(self) -> None:
         if not self.trainer.is_world_process_zero():
             return
@@ -128,22 +118,7 @@ class HeldOutEvaluation(TrainerCallback):
 
     def sentence(self) -> str | None:
         """The run's result in one sentence; None before two evaluations."""
-        if len(self.records) < 2:
-            return None
-        first, last = self.records[0], self._kept()
-        gain = paired_bootstrap(first["reward"], last["reward"])
-        text = (
-            f"reward on {len(self.rows)} held-out questions x {self.trainer.num_generations_eval}: "
-            f"{_nanmean(first['reward']):.3f} -> {_nanmean(last['reward']):.3f}, "
-            f"paired difference {gain.signed} (95 % bootstrap)"
-        )
-        if "solution_log_prob_reward" in last:
-            solution = paired_bootstrap(first["solution_log_prob_reward"], last["solution_log_prob_reward"])
-            text += f"; solution part {solution.signed}; format rate {_nanmean(last['format_rate']):.0%}"
-        if "answer_reward" in last:
-            before, after = first["answer_reward"], last["answer_reward"]
-            text += f"; accuracy {_nanmean(before):.1%} -> {_nanmean(after):.1%}, "
-            text += paired_bootstrap(before, after).signed
-        if self.trainer.args.load_best_model_at_end:
-            text += f"; step {last['step']}, chosen on these questions from {len(self.records) - 1} evaluations"
-        return f"{text}; length {_nanmean(first['length']):.0f} -> {_nanmean(last['length']):.0f} tokens"
+        args = self.trainer.args
+        best = (args.metric_for_best_model, args.greater_is_better) if args.load_best_model_at_end else None
+        result = held_out_result(self.records, self.trainer.num_generations_eval, best)
+        return result and result.sentence

@@ -5,7 +5,9 @@ import logging
 import math
 import random
 import time
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,6 +83,37 @@ class ProgressBar(TrainerCallback):
             self.bar = None
 
 
+ASKED = ("question", "solution")
+
+
+def asked_columns(rows: list[dict]) -> dict[str, list]:
+    """What stands beside each completion, of the columns that all rows have."""
+    return {column: [row[column] for row in rows] for column in ASKED if all(column in row for row in rows)}
+
+
+def places_of_step(step: int, accumulation: int, steps_per_generation: int, ranks: int, count: int) -> list[int]:
+    """Which of the logged completions an optimizer step trains on.
+
+    Args:
+        step: of the optimizer, from 1.
+        accumulation: micro-batches of a step on each rank.
+        steps_per_generation: micro-batches that are generated together; several steps' where it is more.
+        count: of the logged completions: the first rank's micro-batches, one after the other, then the next rank's.
+    """
+    if steps_per_generation <= accumulation:  # all that a step generated
+        return list(range(count))
+    first = (step - 1) * accumulation % steps_per_generation
+    of_rank, of_micro_batch = count // ranks, count // ranks // steps_per_generation
+    wanted = range(first * of_micro_batch, (first + accumulation) * of_micro_batch)
+    return [rank * of_rank + place for rank in range(ranks) for place in wanted]
+
+
+def hold(logs: dict, count: int) -> None:
+    """Let the trainer's logs keep the completions of a whole step; TRL keeps those of one generation."""
+    for name, kept in logs.items():
+        logs[name] = deque(kept, count) if isinstance(kept, deque) else defaultdict(partial(deque, maxlen=count), kept)
+
+
 class CompletionsFile(TrainerCallback):
     """Writes a step's completions with their rewards, parts and advantages to `completions/step-00001.parquet`."""
 
@@ -88,6 +121,10 @@ class CompletionsFile(TrainerCallback):
         self.folder = Path(output_dir) / COMPLETIONS
         self.probability = probability
         self.trainer = None  # set once the trainer exists
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        hold(self.trainer._logs, max(of_step, args.generation_batch_size))
 
     def on_step_end(self, args, state, control, **kwargs):
         chosen = random.Random(request_seed(args.seed, "completions", state.global_step)).random() < self.probability
@@ -103,6 +140,8 @@ class CompletionsFile(TrainerCallback):
         columns = {"prompt": logs["prompt"], "completion": logs["completion"], **rewards, **logs["extra"]}
         table = pandas.DataFrame({name: list(values) for name, values in columns.items()})
         table["advantage"] = list(logs["advantages"])
+        generated = (args.gradient_accumulation_steps, args.steps_per_generation, args.world_size)
+        table = table.iloc[places_of_step(state.global_step, *generated, len(table))].reset_index(drop=True)
         table.insert(0, "step", state.global_step)
         table.to_parquet(self.folder / f"step-{state.global_step:05d}.parquet")
         log_completions(args.report_to, table, state.global_step)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from rlt.errors import Refused
+from rlt.errors import Refused, usage
 
 DIRECTIONS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 PASS, FAIL, UNDECIDABLE = 0, 1, 2
@@ -92,8 +92,7 @@ def decide(gates: list[Gate], result: dict) -> tuple[int, str]:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        sys.stderr.write(f"{USAGE}\n")
-        sys.exit(UNDECIDABLE)
+        usage(USAGE)
     gates_file, result_file = map(Path, sys.argv[1:])
     try:
         gates = read_gates(gates_file)

@@ -10,7 +10,7 @@ side: their curves, evaluations, and the keys in which they differ. A pipeline's
 import sys
 from pathlib import Path
 
-from rlt.errors import Refused, fail
+from rlt.errors import Refused, fail, usage
 from rlt.reports.page import write_report
 
 USAGE = "usage: python report.py OUTPUT_DIR... [--out=report.html]"
@@ -20,7 +20,7 @@ def main() -> None:
     named = [word for word in sys.argv[1:] if not word.startswith("--out=")]
     out = next((word.removeprefix("--out=") for word in sys.argv[1:] if word.startswith("--out=")), "report.html")
     if not named or any(word.startswith("-") for word in named):
-        sys.exit(f"error: {USAGE}")
+        usage(USAGE)
     try:
         write_report([Path(name) for name in named], Path(out))
     except (Refused, OSError) as error:  # OSError: a place that cannot be written to

@@ -23,7 +23,7 @@ import hydra
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from rlt.data.files import read_file, readable
-from rlt.errors import Refused, fail
+from rlt.errors import Refused, fail, usage
 from rlt.places import CFGS
 from rlt.planning.checks import check_reward, check_types
 from rlt.planning.configuration import read_overrides
@@ -33,6 +33,10 @@ from rlt.schema import TeacherRewardConfig, pick
 from rlt.traces.ranking import ranks, sources_of, summary, table
 
 DTYPES = ("float32", "bfloat16")
+USAGE = (
+    "usage: python score.py input=ROWS.jsonl output=SCORED.jsonl teacher_model=… student_model=… [KEY=VALUE...]\n"
+    "       python score.py --help"
+)
 REQUIRED = ("question", "solution")
 OPTIONAL = ("teacher_system_prompt", "student_system_prompt")
 
@@ -212,6 +216,8 @@ def job(cfg) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) == 1:
+        usage(USAGE)
     known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
         read_overrides(sys.argv[1:], known)

@@ -18,6 +18,7 @@ from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import prompt_token_ids, split_completion
 from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import ALL_TRACES, CARD, MARKER, TRACES, TRACES_AS_LINES, as_json_lines, write_whole
 from rlt.runs.parts import Parts
@@ -60,7 +61,7 @@ def run(plan: Plan, stop) -> None:
         selection = finish(plan, parts.read(), folder, asked)
         log_figures(plan.config, logged(selection))
         (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
-        kept = f"{len(selection.kept)} of {selection.scored} traces kept, {selection.format_rate:.0%} have the format"
+        kept = traces_sentence(len(selection.kept), selection.scored, selection.format_rate)
         sys.stdout.write(f"{settings.run_name}: {kept}; in {folder}\n")
 
 

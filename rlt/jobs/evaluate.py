@@ -22,6 +22,7 @@ from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import prompt_token_ids, render_question
 from rlt.prompts.styles import load_format
+from rlt.reports.result import evaluation_difference, evaluation_heading
 from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import ANSWERS, CONFIG, EVALUATION, EVALUATION_PICTURE, MARKER
 from rlt.runs.learned import learned_rows, lineage, rows_of
@@ -244,16 +245,13 @@ def mean(values) -> float:
 
 
 def table(settings: EvaluateSettings, result: dict) -> str:
-    lines = [f"{settings.model_name_or_path} on {result['questions']} questions of {settings.dataset_id_or_path}"]
+    lines = [evaluation_heading(vars(settings), result)]
     lines += [f"  {name:<12} {Estimate(**value)}" for name, value in result["figures"].items()]
     if result["left_out"]:
         limit = settings.max_prompt_length
         lines.append(f"  {result['left_out']} more questions are left out, longer than max_prompt_length={limit}")
     if "difference" in result:
-        lines.append(
-            f"  against {settings.compare_with}: {Estimate(**result['difference']).signed}, paired over "
-            f"{result['compared']} questions"
-        )
+        lines.append(f"  {evaluation_difference(vars(settings), result)}")
     return "\n".join([*lines, ""])
 
 

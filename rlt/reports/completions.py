@@ -9,7 +9,7 @@ import html
 import json
 from pathlib import Path
 
-from rlt.rewards.tokens import best_median_worst
+from rlt.estimates import best_median_worst
 from rlt.runs.folder import ALL_TRACES, COMPLETIONS
 
 FULL = 8.0  # nats at which a colour is at its strongest
@@ -32,7 +32,28 @@ def completions(folder: Path) -> str:
         frame = frame[frame["token_scores"].notna()]
     rows = [frame.iloc[place] for place in best_median_worst(frame[score].astype(float).tolist())]
     shown = [completion(row, name) for row, name in zip(rows, names(len(rows)), strict=True)]
-    return f"<details open><summary>completions of {files[-1].stem}</summary>{''.join(shown)}</details>"
+    key = legend() if any(isinstance(row.get("token_scores"), str) for row in rows) else ""
+    return f"<details open><summary>completions of {files[-1].stem}</summary>{key}{''.join(shown)}</details>"
+
+
+def legend() -> str:
+    """What the colours say, from none to the strongest."""
+    ramps = (
+        (SURPRISED, f"the student expected the token less (log-prob 0 to -{FULL:g} nats or below)"),
+        (TEACHER_KNEW, f"the teacher expected it more than the student (KL 0 to +{FULL:g} nats or above)"),
+        (STUDENT_KNEW, f"the student expected it more than the teacher (KL 0 to -{FULL:g} nats or below)"),
+    )
+    items = (
+        f'<li><span class=ramp style="background:linear-gradient(90deg,{rgba(colour, 0)},{rgba(colour, 1)})"></span>'
+        f"{text}</li>"
+        for colour, text in ramps
+    )
+    return f"<ul class=legend aria-label=colours>{''.join(items)}</ul>"
+
+
+def rgba(colour: tuple[int, int, int], strength: float) -> str:
+    """Of a strength from 0 to 1."""
+    return f"rgba({','.join(map(str, colour))},{0.75 * strength:.2f})"
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -40,12 +61,26 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def completion(row, name: str) -> str:
-    """Its numbers and its text, coloured where there are token scores."""
+    """Its numbers, and its text beside what it answers."""
     listed = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
-    head = f"<h3>{name}</h3><p class=n>{html.escape(listed)}</p>"
+    return (
+        f"<h3>{name}</h3><p class=n>{html.escape(listed)}</p>"
+        f"<div class=beside><div>{asked(row)}</div><div>{written(row)}</div></div>"
+    )
+
+
+def asked(row) -> str:
+    """The question and the solution; of an older run, which wrote neither, the prompt."""
+    names = ("question", "solution") if isinstance(row.get("question"), str) else ("prompt",)
+    shown = ((name, row[name]) for name in names if isinstance(row.get(name), str))
+    return "".join(f"<h4>{name}</h4><pre>{html.escape(text)}</pre>" for name, text in shown)
+
+
+def written(row) -> str:
+    """The completion, coloured where there are token scores."""
     scores = row.get("token_scores")
     if not isinstance(scores, str):
-        return f"{head}<pre>{html.escape(row['completion'])}</pre>"
+        return f"<h4>completion</h4><pre>{html.escape(row['completion'])}</pre>"
     found = json.loads(scores)
     student = [(text, -log_prob, f"log p_student {log_prob:.2f}") for text, log_prob, *_ in found["explanation"]]
     solution = [(text, -log_prob, f"log p_student {log_prob:.2f}") for text, log_prob in found["solution"]]
@@ -53,15 +88,14 @@ def completion(row, name: str) -> str:
         (text, abs(k), f"KL {k:+.2f}", STUDENT_KNEW if k < 0 else TEACHER_KNEW) for text, _, k in found["explanation"]
     ]
     return (
-        f"{head}<p class=n>the student's log-probs of the explanation, then of the solution</p>"
+        "<h4>the student's log-probs of the explanation, then of the solution</h4>"
         f"<pre>{''.join(token(*entry, SURPRISED) for entry in student)}<hr>"
         f"{''.join(token(*entry, SURPRISED) for entry in solution)}</pre>"
-        f"<p class=n>KL from the student to the teacher</p><pre>{''.join(token(*entry) for entry in kl)}</pre>"
+        f"<h4>KL from the student to the teacher</h4><pre>{''.join(token(*entry) for entry in kl)}</pre>"
     )
 
 
 def token(text: str, nats: float, title: str, colour: tuple[int, int, int]) -> str:
     """One token with its number on hover; the stronger the colour, the more nats."""
     strength = min(1.0, max(0.0, nats) / FULL)
-    background = f"rgba({','.join(map(str, colour))},{0.75 * strength:.2f})"
-    return f'<span title="{html.escape(title)}" style="background:{background}">{html.escape(text)}</span>'
+    return f'<span title="{html.escape(title)}" style="background:{rgba(colour, strength)}">{html.escape(text)}</span>'

@@ -1,9 +1,15 @@
-"""Curves of one or several runs' logs, as one picture."""
+"""Curves of one or several runs' logs, as one picture.
+
+Of a single run a panel has the training batch in grey and the held-out questions, on which progress is measured, over
+it; of several, a panel has a line for each run, and held-out questions have panels of their own.
+"""
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlt.runs.folder import METRICS, read_json_lines
 
@@ -28,7 +34,29 @@ PANELS = (  # of a run's logs; after them one for each of several reward functio
     ("eval_accuracy", "accuracy on held-out questions, students"),
     ("eval_format_rate", "format rate on held-out questions, students"),
 )
+# What held-out questions have for what a training batch has.
+OVER = {
+    "reward": "eval/reward",
+    "reward_parts/solution_log_prob_reward": "eval/solution_log_prob_reward",
+    "reward_parts/kl_reward": "eval/kl_reward",
+    "reward_parts/format_rate": "eval/format_rate",
+    "completions/mean_length": "eval/length",
+    "rewards/answer_reward/mean": "eval/answer_reward",
+    "loss": "eval_loss",
+}
+COLUMNS = 3
 COLORS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#e09f3e", "#335c67")
+TRAINING = {"color": "#999999", "linewidth": 1.2}
+HELD_OUT = {"color": COLORS[0], "linewidth": 2, "marker": "o", "markersize": 4}
+ALONE = {"color": COLORS[0]}  # where nothing stands over it
+
+
+class Line(NamedTuple):
+    """One curve of a panel: `steps` are pairs of a step and its value, `look` is matplotlib's."""
+
+    name: str
+    steps: list[tuple[int, float]]
+    look: dict[str, Any]
 
 
 def records_of(folder: Path) -> list[dict]:
@@ -52,32 +80,67 @@ def panels_of(logs: dict[str, list[dict]]) -> tuple[tuple[str, str], ...]:
 
 
 def curves(runs: dict[str, Path]) -> Figure | None:
-    """Every panel that some run has figures for, the runs side by side in it; None where none has.
+    """Every panel that some run has figures for; None where none has.
 
     Args:
         runs: folders by what the legend calls them.
     """
     logs = {name: records for name, folder in runs.items() if (records := records_of(folder))}
-    lines = {label: {name: points(records, key) for name, records in logs.items()} for key, label in panels_of(logs)}
-    drawn = {label: of_runs for label, of_runs in lines.items() if any(of_runs.values())}
-    if not drawn:
+    if len(logs) == 1:
+        (records,) = logs.values()
+        panels = panels_of_one(records, panels_of(logs))
+    else:
+        panels = panels_of_several(logs, panels_of(logs))
+    if not panels:
         return None
-    rows = math.ceil(len(drawn) / 3)
-    figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False)
-    colors = dict(zip(logs, COLORS * len(logs), strict=False))
-    for axis, (label, of_runs) in zip(axes.flat, drawn.items(), strict=False):
-        for name, steps in of_runs.items():
-            if steps:
-                marker = "." if len(steps) < 3 else ""
-                axis.plot(*zip(*steps, strict=True), color=colors[name], label=name, marker=marker)
-        axis.set_title(label, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(logs) > 1:  # by its lines: of itself a legend leaves out names that begin with an underscore
-            axis.legend(handles=axis.get_lines(), frameon=False, fontsize=7)
-    for axis in axes.flat[len(drawn) :]:
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (label, lines) in zip(axes.flat, panels.items(), strict=False):
+        draw_panel(axis, label, lines)
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     return figure
+
+
+def panels_of_several(logs: dict[str, list[dict]], named) -> dict[str, list[Line]]:
+    """A line for each run that has the figure."""
+    colors = dict(zip(logs, COLORS * len(logs), strict=False))
+    found = {
+        label: [
+            Line(name, steps, {"color": colors[name]})
+            for name, records in logs.items()
+            if (steps := points(records, key))
+        ]
+        for key, label in named
+    }
+    return {label: lines for label, lines in found.items() if lines}
+
+
+def panels_of_one(records: list[dict], named) -> dict[str, list[Line]]:
+    """The training batch, and over it the held-out questions where the run has them."""
+    known = {key: steps for key, _ in named if (steps := points(records, key))}
+    over = {key: steps for key in known if key in OVER and (steps := points(records, OVER[key]))}
+    found = {}
+    for key, label in named:
+        if key not in known or key in (OVER[below] for below in over):
+            continue
+        training = Line("training batch", known[key], TRAINING if key in over else ALONE)
+        found[label] = [training, Line("held-out questions", over[key], HELD_OUT)] if key in over else [training]
+    return found
+
+
+def draw_panel(axis, label: str, lines: list[Line]) -> None:
+    for line in lines:
+        marker = {"marker": "."} if len(line.steps) < 3 else {}
+        axis.plot(*zip(*line.steps, strict=True), label=line.name, **{**marker, **line.look})
+    axis.set_title(label, fontsize=10)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.set_xlabel("step", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:  # by its lines: of itself a legend leaves out names that begin with an underscore
+        axis.legend(handles=axis.get_lines(), frameon=False, fontsize=7)
 
 
 def points(records: list[dict], key: str) -> list[tuple[int, float]]:

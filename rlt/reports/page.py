@@ -7,18 +7,15 @@ from pathlib import Path
 
 from rlt.errors import Refused
 from rlt.reports.comparison import comparison
+from rlt.reports.completion_table import completion_table
 from rlt.reports.completions import completions
 from rlt.reports.curves import draw_curves
+from rlt.reports.result import summary
 from rlt.reports.tables import configuration, evaluation
 from rlt.runs.folder import CARD, saved_configuration
 from rlt.schema import profile_of
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "h1,h2,h3{line-height:1.2}table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;"
-    "vertical-align:top;border-bottom:1px solid #ddd}pre{white-space:pre-wrap;background:#f6f6f4;padding:.8rem}"
-    "img{max-width:100%}details{margin:.6rem 0}.n{color:#777}"
-)
+HERE = Path(__file__).parent
 
 
 def write_report(folders: list[Path], path: Path) -> None:
@@ -29,7 +26,7 @@ def write_report(folders: list[Path], path: Path) -> None:
     """
     runs = labelled([run for folder in folders for run in runs_of(folder)])
     name = ", ".join(labelled(folders))
-    parts = [f"<h1>{html.escape(name)}</h1>"]
+    parts = [f"<h1>{html.escape(name)}</h1>", summary(runs)]
     if draw_curves(runs, picture_of(path)):
         picture = base64.b64encode(picture_of(path).read_bytes()).decode()
         parts.append(f'<img alt="curves" src="data:image/png;base64,{picture}">')
@@ -37,8 +34,11 @@ def write_report(folders: list[Path], path: Path) -> None:
         parts.append(comparison(runs))
     for label, folder in runs.items():
         parts += [f"<h2>{html.escape(label)}</h2>", *sections(folder)]
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "table.js"))
     page = (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(name)}</title><style>{STYLE}</style>{''.join(parts)}"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(name)}</title><style>{style}</style>{''.join(parts)}<script>{script}</script></html>"
     )
     path.write_text(page, encoding="utf-8")
 
@@ -79,8 +79,8 @@ def picture_of(page: Path) -> Path:
 
 def sections(folder: Path) -> list[str]:
     """What a run left, as far as it is there."""
-    found = [evaluation(folder), card(folder), completions(folder), configuration(folder)]
-    return [section for section in found if section]
+    found = [evaluation, card, completions, completion_table, configuration]
+    return [section for make in found if (section := make(folder))]
 
 
 def card(folder: Path) -> str:

@@ -1,15 +1,9 @@
 """Token by token, what a reward saw: for a page that colours the text with it."""
 
 import json
-import math
 
+from rlt.estimates import best_median_worst
 from rlt.rewards.teacher import Reading, Scored
-
-
-def best_median_worst(rewards: list[float]) -> list[int]:
-    """Their places among the finite rewards, each once; fewer when there are fewer."""
-    order = sorted((i for i, reward in enumerate(rewards) if math.isfinite(reward)), key=lambda i: -rewards[i])
-    return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])) if order else []
 
 
 def token_columns(tokenizer, readings: list[Reading], scored: list[Scored]) -> list[str | None]:
