@@ -263,7 +263,7 @@ def of_another_task(completions, log_extra, **_) -> list[None]:
 
 def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(tiny_run, tmp_path, in_root):
     plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
-    rewards = "reward_functions=[rewards.exact.exact_answer,test_training.of_another_task]"
+    rewards = "reward_functions=[rlt.rewards.exact.exact_answer,test_training.of_another_task]"
     data = "dataset_id_or_path=reasoning_gym/gcd"
     plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, rewards, "max_steps=1", f"output_dir={tmp_path}"))
     prepare_output(plan.config)
@@ -271,6 +271,37 @@ def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(ti
     evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert evaluated["reward"] == evaluated["exact_answer"]
     assert "answer" not in evaluated
+
+
+SEEN: list[dict] = []
+
+
+def of_own_columns(completions, question, tests, data_prompt, **_) -> list[float]:
+    """A reward that looks at columns of the user's file."""
+    values = zip(question, tests, data_prompt, strict=True)
+    SEEN.extend({"question": q, "tests": t, "data_prompt": p} for q, t, p in values)
+    return [0.0] * len(completions)
+
+
+def test_own_columns_reach_a_reward_function_with_their_types_in_training_and_evaluation(
+    tiny_run, tmp_path, in_root, caplog
+):
+    tests = [3, "three", None, {"in": [1.5]}, {"out": True}, [], {}, [{"a": None}], False, 0, "", [1, "1"]]
+    rows = [{"question": f"{n}?", "solution": str(n), "tests": value} for n, value in enumerate(tests)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "prompt": row["tests"]}) + "\n" for row in rows))
+    plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
+    more = [f"dataset_id_or_path={tmp_path / 'rows.jsonl'}", "reward_functions=[test_training.of_own_columns]"]
+    run = ["run_cfg=grpo_exact", *plain, *more, "max_steps=5", f"output_dir={tmp_path / 'run'}", "eval_size=2"]
+    plan = make_plan(config_of(*run))
+    prepare_output(plan.config)
+    SEEN.clear()
+    run_plan(plan)
+    wanted = {row["question"]: row["tests"] for row in rows}
+    assert {seen["question"] for seen in SEEN} == wanted.keys()
+    for seen in SEEN:
+        (found, renamed), value = (seen["tests"], seen["data_prompt"]), wanted[seen["question"]]
+        assert (found, type(found)) == (renamed, type(renamed)) == (value, type(value))
+    assert "column prompt reaches reward functions as data_prompt" in caplog.text
 
 
 def test_rows_can_be_taken_in_their_order(tiny_run, tmp_path, in_root):

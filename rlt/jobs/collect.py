@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlt.data.sources import Rows
+from rlt.data.sources import KNOWN, Rows
 from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import prompt_token_ids, split_completion
@@ -135,7 +135,7 @@ def answer(
     shown = token_columns(sampler.tokenizer, scorer.readings, scored)
     columns = zip(asked, texts, sampled, scored, scorer.readings, shown, strict=True)
     for number, text, ids, score, reading, tokens in columns:
-        known = {key: value for key, value in rows[number].items() if key not in ("prompt", "reasoning_trace")}
+        known = {key: value for key, value in rows[number].items() if key in KNOWN and key != "reasoning_trace"}
         trace = split_completion(style, text)[0].strip()
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
         written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
