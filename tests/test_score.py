@@ -95,9 +95,9 @@ def test_a_row_that_is_longer_than_the_context_is_named_before_anything_is_score
     long = {"question": "Why?", "solution": "4", "completions": ["short", " so" * 2100]}
     rows.write_text(rows.read_text() + json.dumps(long) + "\n")
     done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert done.returncode == 1 and "Loading weights" not in done.stderr
     said = r"row 3: with completion 2 the text has 2\d\d\d tokens, and the context of teacher_model 2048: shorten"
-    assert re.search(said, done.stderr)
+    assert re.search(said, done.stderr.splitlines()[-1])
     assert not list(tmp_path.glob("out*"))
 
 

@@ -100,12 +100,12 @@ def say_renamed(rows: list[dict]) -> None:
 def as_dataset(rows: list[dict]) -> Dataset:
     """Rows whose values are of any JSON type; Arrow's tables would refuse a column of several types, and would give
     all objects of a column the same keys."""
+    return Dataset.from_list([{"row": json.dumps(row)} for row in rows]).with_transform(_columns_of_rows)
 
-    def read(batch: dict[str, list[str]]) -> dict[str, list]:
-        read = [json.loads(row) for row in batch["row"]]
-        return {column: [row[column] for row in read] for column in read[0]}
 
-    return Dataset.from_list([{"row": json.dumps(row)} for row in rows]).with_transform(read)
+def _columns_of_rows(batch: dict[str, list[str]]) -> dict[str, list]:
+    rows = [json.loads(row) for row in batch["row"]]
+    return {column: [row[column] for row in rows] for column in rows[0]}
 
 
 def question_prompt(settings: GRPOSettings, style: ReasoningFormat) -> Callable[..., str]:
