@@ -175,7 +175,7 @@ class SamplingConfig:
     temperature: float
     top_p: float
     max_completion_length: int
-    questions_at_once: int
+    questions_at_once: int | None
     bf16: bool | None
     logprob_token_budget: int
     use_vllm_server: bool

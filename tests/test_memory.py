@@ -161,8 +161,60 @@ def test_auto_takes_the_profile_of_the_gpu_and_leaves_the_cpu_alone(monkeypatch)
 def test_the_estimate_of_full_training_by_hand():
     config = config_of(f"model_name_or_path={EMBEDDED}", "use_vllm=false", "per_device_train_batch_size=8")
     tokens, hidden, layers, size = 512 + 8 * 192, 576, 30, 134_515_008
-    by_hand = size * (4 + 6 + 8) + tokens * hidden * layers * 50 + 2**26 * 6 + size * (4 + 2)
+    by_hand = size * (4 + 6 + 8) + tokens * hidden * layers * 50 + 2**26 * 6 + size * 4  # the reference is the student
     assert estimate_memory(config)["update (policy, optimizer)"] == pytest.approx(by_hand / GIB)
+
+
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2}
+
+
+def of_size(folder, numbers: int) -> str:
+    """A model's folder with so many parameters."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    save_file({"weight": torch.zeros(numbers)}, folder / "model.safetensors")
+    return str(folder)
+
+
+def phases(*overrides: str, devices: int = 1, sharding: str = "ddp") -> dict[str, float]:
+    """Bytes by phase."""
+    found = estimate_memory(config_of("use_vllm=false", *overrides), None, devices, sharding)
+    return {name.split()[0]: gib * GIB for name, gib in found.items()}
+
+
+def test_a_student_of_another_size_is_counted_by_its_own_parameters(tmp_path):
+    policy, student = of_size(tmp_path / "policy", 1000), of_size(tmp_path / "student", 5000)
+    without = phases(f"model_name_or_path={policy}", "student_model=null")
+    for name, wanted in ((student, 5000), (f"{tmp_path}/gone", 1000), ("some/hub-model", 1000), (policy, 0)):
+        found = phases(f"model_name_or_path={policy}", f"student_model={name}")
+        for phase in found:
+            assert found[phase] - without[phase] == pytest.approx(2 * wanted, abs=0.01), (name, phase)
+    in_float32 = phases(f"model_name_or_path={policy}", f"student_model={student}", "bf16=false")
+    assert in_float32["generation"] - without["generation"] == pytest.approx(4 * 5000, abs=0.01)
+    # One that the reference would leave behind is loaded beside it, however it is named.
+    moved = phases(f"model_name_or_path={policy}", f"student_model={policy}", "sync_ref_model=true")
+    assert moved["generation"] - without["generation"] == pytest.approx(2 * 1000, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sharding", "per_parameter"),
+    [
+        ([], "ddp", 0),  # it waits in the host's memory, as the student does
+        (["sync_ref_model=true"], "ddp", 4),
+        ([], "zero1", 2),  # DeepSpeed casts it, and keeps it whole
+        ([], "zero3", 2 / 4),
+        ([], "fsdp", 4 / 4),
+        ([], "offload", 0),
+        (["bf16=false"], "zero2", 4),
+    ],
+)
+def test_a_reference_waits_unless_it_moves_or_is_held_with_the_policy(overrides, sharding, per_parameter, tmp_path):
+    policy, student = of_size(tmp_path / "policy", 1000), of_size(tmp_path / "student", 5000)
+    run = [f"model_name_or_path={policy}", f"student_model={student}", "offload_untrained_models=true", *overrides]
+    there = {"devices": 4, "sharding": sharding}
+    found, without = phases(*run, **there), phases(*run, "sync_ref_model=false", "beta=0", **there)
+    for phase in ("generation", "update"):
+        assert found[phase] - without[phase] == pytest.approx(1000 * per_parameter, abs=0.01), phase
 
 
 def test_the_profiles_differ_in_values_only():

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from conftest import config_of, launch, save_tiny, spawn_ranks
 
 from rlt.prompts.styles import FORMATS, ReasoningFormat
-from rlt.runs.parts import Parts, check_parts, models_of
+from rlt.runs.parts import Parts, check_parts, models_of, part_size
 
 STYLE = FORMATS["stratos"]
 ROWS = [{"question": f"{n} + 1?", "solution": str(n + 1), "prompt": "rendered"} for n in range(4)]
@@ -28,6 +28,24 @@ def job(tmp_path):
     weights_of(tmp_path / "model", version=100)
     (tmp_path / "out").mkdir()
     return config_of("evaluate_tiny", f"model_name_or_path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "parts"),
+    [(30, 4, 8), (8, 1, 8), (3, 1, 3), (100, 13, 8), (256, 32, 8), (5000, 32, 157)],
+)
+def test_without_a_number_eight_devices_have_work_and_parts_depend_on_the_questions_alone(count, size, parts, tmp_path):
+    assert part_size(count) == size
+    ranges = Parts(tmp_path, count, None).ranges
+    assert len(ranges) == parts and [number for part in ranges for number in part] == list(range(count))
+    assert {len(part) for part in ranges[:-1]} <= {size}
+    (whole,) = Parts(tmp_path, count, 5000).ranges  # a number that is named is taken as it is
+    assert whole == range(count)
+
+
+def test_the_shipped_evaluation_leaves_the_number_to_the_questions_and_the_tiny_one_does_not():
+    assert config_of("evaluate", "model_name_or_path=m")["questions_at_once"] is None
+    assert config_of("evaluate_tiny")["questions_at_once"] == 32
 
 
 class Stop:

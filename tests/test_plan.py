@@ -11,11 +11,18 @@ from omegaconf import OmegaConf
 
 from rlt.commands.begin import show
 from rlt.commands.train import check_sweep
+from rlt.planning import checks
+from rlt.planning.checks import known_keys
 from rlt.planning.configuration import GROUPS, options, rewrite_arguments
 from rlt.planning.plan import make_plan
+from rlt.planning.ranges import RANGES
 from rlt.planning.resolve import with_warmup
 from rlt.planning.trl_fields import TABLE, read_table
+from rlt.prompts.styles import load_format
+from rlt.rewards import reductions, verifiers
+from rlt.rewards.verified import verified_rewards
 from rlt.runs.folder import hide_secrets, prepare_output
+from rlt.schema import PROFILES, VerifiedRewardConfig
 from trainers.field_table import build_table
 
 EMBEDDED = "model_name_or_path=embedded/smollm2-135m-instruct"
@@ -71,7 +78,8 @@ def test_the_paper_run_has_the_papers_values():
         0.9,
         True,
     )
-    assert config["max_prompt_length"] + config["max_completion_length"] == 16384
+    assert config["max_prompt_length"] + config["max_completion_length"] == 16384  # the paper's context
+    assert config["eval_steps"] == 4
     assert (config["answer_log_prob_coeff"], config["kl_penalty_reward_coeff"]) == ([1, 0.01], [3, 0.03])
 
 
@@ -119,6 +127,25 @@ BAD = [
     (["verifier=math"], "verifier is a verifier's: set trainer_cfg=grpo_verifier"),
     (["format_weight=0.5"], "format_weight is a verifier's"),
     (["reward_functions=[no.such]"], "'no.such' is not a dotted path"),
+    (["max_steps=-5"], "max_steps=-5: use -1 for num_train_epochs, or a number above 0"),
+    (["reward_weights=[1.0,2.0]"], "reward_weights=[1.0, 2.0] must be 1 number, for teacher_reward"),
+    (
+        ["run_cfg=grpo_verifier_tiny", "format_weight=0.5", "length_weight=0", "reward_weights=[1.0]"],
+        "reward_weights=[1.0] must be 2 numbers, for answer_reward, format_reward",
+    ),
+    (
+        ["run_cfg=grpo_exact", "reward_weights=[x]"],
+        "reward_weights=['x'] must be 1 number, for exact_answer",
+    ),
+    (["ref_model_sync_steps=0"], "ref_model_sync_steps=0 must be at least 1"),
+    (["logging_steps=0"], "logging_steps=0 must be above 0"),
+    (["beta=-0.1"], "beta=-0.1 must be 0 or more"),
+    (["top_p=0"], "top_p=0 must be above 0 and at most 1"),
+    (["vllm_gpu_memory_utilization=1.5"], "vllm_gpu_memory_utilization=1.5 must be above 0 and at most 1"),
+    (["adam_beta2=1.0"], "adam_beta2=1.0 must be 0 or more and below 1"),
+    (["ref_model_mixup_alpha=-1"], "ref_model_mixup_alpha=-1 must be in 0 to 1"),
+    (["top_k=-2"], "top_k=-2 must be -1 or 0 for all tokens, or at least 1"),
+    (["run_cfg=evaluate_tiny", "questions_at_once=0"], "questions_at_once=0 must be positive"),
 ]
 
 
@@ -154,6 +181,33 @@ def test_several_values_are_refused_where_nothing_sweeps():
 @pytest.mark.parametrize("name", ["teacher_sft_tiny", "teacher_sft_tiny.yaml", "cfgs/run_cfg/teacher_sft_tiny.yaml"])
 def test_a_run_is_named_bare_with_suffix_or_by_path(name):
     assert rewrite_arguments([name]) == ["run_cfg=teacher_sft_tiny"]
+
+
+def test_every_key_with_a_range_is_a_number_that_some_run_has():
+    known = [kinds for trainer in PROFILES for kinds in [known_keys(trainer)]]
+    for key in [key for keys, *_ in RANGES for key in keys]:
+        assert any({"int", "float"} & set(kinds.get(key, ())) for kinds in known), key
+
+
+def test_the_names_that_the_plan_admits_are_those_that_the_rewards_have():
+    assert set(checks.REDUCTIONS) == reductions.REDUCTIONS.keys()
+    assert set(checks.NORMALIZERS) == reductions.NORMALIZERS.keys()
+    assert set(checks.VERIFIERS) == {"auto", *verifiers.CHECKS}
+    every = dict.fromkeys(checks.VERIFIED.values(), 0.5)
+    config = VerifiedRewardConfig(**every, length_free=1, verifier="math", verifier_limit_s=1.0)
+    functions, weights = verified_rewards(config, load_format("stratos"))
+    assert [function.__name__ for function in functions] == list(checks.VERIFIED) and weights == [0.5] * 3
+
+
+def test_servers_alone_may_share_the_devices_of_an_engine(tmp_path):
+    run = ["teacher_rlt_tiny", "vllm_tensor_parallel_size=2", "dry_run=true", f"results_dir={tmp_path}"]
+    done = launch("launch.py", "--servers=2", "0", *run)
+    assert done.returncode == 0, done.stderr
+    assert "use_vllm_server: true" in done.stdout and "warm-up teacher_sft_tiny would run first" in done.stdout
+    refused = launch("launch.py", "--servers=3", "0", *run)
+    assert (
+        refused.returncode == 1 and "does not divide the 3 devices of the servers: use one of [1, 3]" in refused.stderr
+    )
 
 
 def test_a_missing_column_is_named_with_those_found(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pandas
 import pytest
@@ -86,6 +87,18 @@ def test_a_system_prompt_that_is_no_text_is_refused(rows):
     rows.write_text(json.dumps({**json.loads(rows.read_text().splitlines()[0]), "student_system_prompt": 3}))
     with pytest.raises(ValueError, match="row 1: student_system_prompt must be text, not 3"):
         list(read_lines(rows))
+
+
+def test_a_row_that_is_longer_than_the_context_is_named_before_anything_is_scored(
+    rows, tmp_path, tiny_teacher, tiny_student
+):
+    long = {"question": "Why?", "solution": "4", "completions": ["short", " so" * 2100]}
+    rows.write_text(rows.read_text() + json.dumps(long) + "\n")
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
+    assert done.returncode == 1 and "Loading weights" not in done.stderr
+    said = r"row 3: with completion 2 the text has 2\d\d\d tokens, and the context of teacher_model 2048: shorten"
+    assert re.search(said, done.stderr.splitlines()[-1])
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_none_is_best_where_no_reward_is_finite():

@@ -82,7 +82,8 @@ def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(s
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
-def test_of_an_adapter_only_the_factors_travel(served, tiny_teacher, monkeypatch):
+def test_of_an_adapter_only_the_factors_travel(served, server, tiny_teacher, monkeypatch):
+    running = server.processes[0].pid
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), config)
     for name, parameter in policy.named_parameters():
@@ -101,6 +102,12 @@ def test_of_an_adapter_only_the_factors_travel(served, tiny_teacher, monkeypatch
     monkeypatch.setattr(policy.get_base_model(), "name_or_path", "another/model")
     with pytest.raises(RuntimeError, match="500"):
         served.sync_weights()
+    with pytest.raises(RuntimeError, match="of the weights"):  # it still answers, with the weights from before
+        served._ask_server(served.servers[0], lambda one: one.complete(PROMPTS[0], 1, 3, served._sampling(4)))
+    served.number -= 1
+    assert served.generate_seeded(PROMPTS, SEEDS)[0] == ours
+    served.number += 1
+    assert server.processes[0].pid == running
     for a, b in zip(our_values, their_values, strict=True):
         assert a == pytest.approx(b, abs=2e-4)
 

@@ -1,5 +1,6 @@
 """Where rows come from: every kind of source, what is left out, and what is refused."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -94,10 +95,39 @@ def test_a_missing_number_in_a_table_is_an_empty_solution(tmp_path):
     assert ([row["solution"] for row in loaded.rows], loaded.dropped) == (["2.0"], {"empty solution": 1})
 
 
-def test_system_prompts_of_the_rows_are_carried_and_other_columns_are_not(tmp_path):
+def test_system_prompts_and_own_columns_are_carried_with_their_types(tmp_path):
     carried = {"system": "s", "teacher_system_prompt": "t", "student_system_prompt": "u"}
-    source = write_lines(tmp_path / "r.jsonl", [{**ROW, **carried, "difficulty": 3}])
-    assert load_rows(source).rows == [{**ROW, **carried}]
+    own = {"difficulty": 3, "share": 0.5, "easy": True, "tests": [{"in": 1}, {"out": "2"}], "note": "a"}
+    source = write_lines(tmp_path / "r.jsonl", [{**ROW, **carried, **own}])
+    assert load_rows(source).rows == [{**ROW, **carried, **own}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_missing_cell_of_an_own_column_is_none_in_every_kind_of_file(tmp_path, suffix):
+    source = write(tmp_path / f"rows{suffix}", [{**ROW, "level": "hard"}, {**ROW, "level": None}])
+    assert [row["level"] for row in load_rows(source).rows] == ["hard", None]
+
+
+def test_what_json_does_not_have_becomes_text_and_no_number_none(tmp_path):
+    when = datetime.date(2026, 1, 31)
+    table = pyarrow.table({"question": ["q"], "solution": ["s"], "when": [when], "level": [float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    (row,) = load_rows(str(tmp_path / "r.parquet")).rows
+    assert (row["when"], row["level"]) == ("2026-01-31", None)
+
+
+def test_a_conversations_own_columns_are_carried_without_the_conversation(tmp_path):
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": STRATOS}]
+    source = write_lines(tmp_path / "r.jsonl", [{"conversations": messages, "difficulty": 3}])
+    assert load_rows(source).rows == [{**ROW, "reasoning_trace": "Two and\ntwo.", "difficulty": 3}]
+
+
+def test_a_column_with_a_name_of_trls_is_renamed_unless_the_new_name_is_taken(tmp_path):
+    source = write_lines(tmp_path / "r.jsonl", [{**ROW, "prompt": "p", "completions": [1]}])
+    assert load_rows(source).rows == [{**ROW, "data_prompt": "p", "data_completions": [1]}]
+    source = write_lines(tmp_path / "r.jsonl", [{**ROW, "prompt": "p", "data_prompt": "q"}])
+    with pytest.raises(ValueError, match="row 1 has columns 'prompt' and 'data_prompt'"):
+        load_rows(source)
 
 
 def test_size_counts_usable_rows(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from rlt.data.sources import load_rows
 from rlt.data.splits import questions_of
 from rlt.jobs.collect import questions
 from rlt.jobs.evaluate import check_apart, check_comparable, trained_on
-from rlt.jobs.pipeline import Stage, check_evaluations, check_fresh, command_of, configuration_of, stages_of
+from rlt.jobs.pipeline import Stage, check, check_evaluations, check_fresh, command_of, configuration_of, stages_of
 from rlt.launching.lifetime import PREEMPTED
-from rlt.planning.plan import Plan
+from rlt.planning.plan import Plan, make_plan
 from rlt.prompts.rows import load_split_rows
 from rlt.prompts.styles import FORMATS
-from rlt.runs.folder import HELD_OUT, MARKER, check_output
+from rlt.runs.folder import HELD_OUT, MARKER, check_output, prepare_output
 from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out
 from rlt.schema import DataConfig, TraceConfig, pick
 from rlt.traces.card import card
@@ -42,7 +43,8 @@ def style(tmp_path_factory):
 def collection(style, tmp_path_factory):
     """(arguments but for the output folder, that of an undisturbed run)."""
     run = [
-        *("collect_tiny", f"reasoning_format={style}", "dataset_size=6", "questions_at_once=2", "bf16=false"),
+        *("collect_tiny", f"reasoning_format={style}", "dataset_size=7", "questions_at_once=2", "bf16=false"),
+        "eval_size=1",
         *("traces_per_question=3", "keep_per_question=2", "max_completion_length=32"),
     ]
     folder = tmp_path_factory.mktemp("traces")
@@ -70,7 +72,9 @@ def test_traces_are_scored_ranked_filtered_and_counted(collection):
     assert kept[0]["reasoning_trace"] in answer and kept[0]["solution"] in answer
     card = (folder / "DATA_CARD.md").read_text()
     assert "| completions scored | 18 |" in card and f"| kept | {len(kept)} |" in card
-    assert "| rows read | 6 |" in card and "| questions asked | 6 |" in card
+    assert "| rows read | 7 |" in card and "| left out: held out | 1 |" in card and "| questions asked | 6 |" in card
+    (held_out,) = load_rows(f"{folder}/{HELD_OUT}").rows
+    assert held_out["question"] not in set(everything["question"]) and held_out["solution"]
     assert "| share of them in the format | " in card
 
 
@@ -446,6 +450,27 @@ def test_what_is_made_of_samples_may_change_until_a_run_is_complete(tmp_path):
         check_output(changed)
 
 
+def test_the_stages_of_an_unfinished_pipeline_may_change_and_finished_ones_may_not(tmp_path):
+    def pipeline(*stages: str) -> Plan:
+        named = f"stages=[{','.join(stages)}]"
+        return make_plan(config_of("pipeline_tiny", named, f"output_dir={tmp_path / 'p'}"), list_missing=False)
+
+    def stage(name: str, steps: int = 2, rate: str = "1e-5") -> str:
+        return f"{{name:{name},run:student_sft_tiny,set:{{max_steps:{steps},learning_rate:{rate}}}}}"
+
+    first = pipeline(stage("a"), stage("b"))
+    prepare_output(first.config)
+    prepare_output(check(first)[0][1])
+    (tmp_path / "p" / "a" / MARKER).write_text('{"steps": 2, "epochs": 1.0}')
+    assert [s.name for s, _ in check(pipeline(stage("a"), stage("b", rate="2e-5"), stage("c")))] == ["a", "b", "c"]
+    changed = pipeline(stage("a", rate="2e-5"), stage("b"))
+    with pytest.raises(ValueError, match="stage a: output_dir=.* holds a different run .learning_rate: 1e-05 there"):
+        check(changed)
+    (tmp_path / "p" / MARKER).write_text('{"stages": ["a", "b"]}')
+    with pytest.raises(ValueError, match="holds a different run .stages"):
+        pipeline(stage("a"), stage("c"))
+
+
 def test_a_source_that_is_named_must_be_there_and_one_that_is_remembered_need_not(tmp_path, caplog):
     gone = {**config_of("student_sft_tiny"), "dataset_id_or_path": str(tmp_path / "gone.jsonl")}
     evaluation = config_of("evaluate_tiny")
@@ -493,6 +518,19 @@ def test_what_a_model_learned_is_its_runs_sources_without_what_they_held_out(tmp
     write_held_out(Path(warmed), rows[1:3])
     assert learned_questions(warmed) == questions_of([rows[0], rows[3]])
     assert questions_of(load_rows(f"{warmed}/{HELD_OUT}").rows) == questions_of(rows[1:3])
+
+
+def test_an_earlier_run_whose_folder_is_gone_is_said(tmp_path, caplog):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"question": "1 + 1?", "solution": "2"}) + "\n")
+    settings = {"dataset_id_or_path": str(source), "eval_size": 0}
+    first = made_by(tmp_path / "first", **settings, model_name_or_path="Qwen/Qwen2.5-7B-Instruct")
+    second = made_by(tmp_path / "second", **settings, model_name_or_path=first)
+    assert [config["output_dir"] for config in lineage(Path(second))] == [second, first]
+    assert not caplog.text  # a model of the hub was made by no run here
+    shutil.rmtree(first)
+    assert [config["output_dir"] for config in lineage(Path(second))] == [second]
+    assert f"{second} was made from {first}, which is gone: what that was trained on is not known" in caplog.text
 
 
 def test_no_held_out_sum_of_the_verifiers_run_was_learned_in_its_warm_up(tmp_path):
@@ -558,9 +596,10 @@ def test_the_card_counts_every_row_that_was_read(tokenizer, tmp_path):
     source.write_text("".join(json.dumps({"question": text, "solution": "2"}) + "\n" for text in texts))
     config = config_of("collect_tiny", f"dataset_id_or_path={source}", "eval_size=1", "dataset_size=null")
     config["dataset_seed"] = 3  # holds out the question that comes twice
-    asked = questions(config, tokenizer, FORMATS["stratos"])
+    asked, held_out = questions(config, tokenizer, FORMATS["stratos"])
+    assert [row["question"] for row in held_out] == ["1 + 1?"]
     row = {"reasoning_trace": "t", "matched": True, "student_tokens": 1, "tokens": 1}
-    row |= {name: 0.0 for name in ("reward", "solution_log_prob_reward", "kl_reward")}
+    row |= dict.fromkeys(("reward", "solution_log_prob_reward", "kl_reward"), 0.0)
     scored = [{**row, "question": its["question"]} for its in asked.rows]
     text = card(config, asked, select(rank(scored), pick(config, TraceConfig)))
     counted = [line for line in text.splitlines() if line.startswith(("| rows read", "| left out", "| questions"))]

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
 from conftest import assert_best_is_kept, build, config_of
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from rlt.jobs import run_plan
 from rlt.models.loading import load_frozen
@@ -17,6 +20,7 @@ from rlt.models.residence import resident
 from rlt.planning.plan import make_plan
 from rlt.runs.folder import prepare_output
 from trainers.build import build_trainer
+from trainers.checkpoints import last_checkpoint
 from trainers.outputs import update_seconds
 from trainers.sft import example
 
@@ -263,7 +267,7 @@ def of_another_task(completions, log_extra, **_) -> list[None]:
 
 def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(tiny_run, tmp_path, in_root):
     plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
-    rewards = "reward_functions=[rewards.exact.exact_answer,test_training.of_another_task]"
+    rewards = "reward_functions=[rlt.rewards.exact.exact_answer,test_training.of_another_task]"
     data = "dataset_id_or_path=reasoning_gym/gcd"
     plan = make_plan(config_of("run_cfg=grpo_exact", *plain, data, rewards, "max_steps=1", f"output_dir={tmp_path}"))
     prepare_output(plan.config)
@@ -271,6 +275,97 @@ def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(ti
     evaluated = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert evaluated["reward"] == evaluated["exact_answer"]
     assert "answer" not in evaluated
+
+
+KEEP_BEST = ["load_best_model_at_end=true", "greater_is_better=false", "save_steps=1", "eval_steps=1"]
+
+
+def test_a_run_whose_folder_was_moved_still_finds_its_best_checkpoint(tiny_run, tmp_path, in_root):
+    """The reward is said to be better when it is lower, so that the first step, the least trained, stays the best."""
+    run = [*tiny_run, *KEEP_BEST, "learning_rate=1e-2"]
+
+    def life(folder, steps: int):
+        trainer, _ = build(run, folder, f"max_steps={steps}", "save_total_limit=2")
+        checkpoint = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trainer
+
+    first = life(tmp_path / "first", 2).state
+    best = f"checkpoint-{first.best_global_step}"
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved = life(tmp_path / "moved", 2)
+    assert Path(moved.state.best_model_checkpoint) == tmp_path / "moved" / best
+    assert moved.state.best_metric == first.best_metric
+    wanted = load_file(tmp_path / "moved" / best / "model.safetensors")
+    assert all(torch.equal(p, wanted[n]) for n, p in moved.model.named_parameters() if n in wanted)
+    # Of a copy, the original's is not touched, though it is there.
+    (tmp_path / "moved").rename(tmp_path / "first")
+    assert Path(life(tmp_path / "copy", 2).state.best_model_checkpoint) == tmp_path / "copy" / best
+
+
+def test_a_best_checkpoint_that_is_gone_is_said_and_forgotten(tiny_run, tmp_path, in_root, caplog):
+    folder = tmp_path / "run"
+    trainer, _ = build([*tiny_run, *KEEP_BEST], folder, "max_steps=2")
+    trainer.train()
+    state_file = folder / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state |= {"best_global_step": 1, "best_metric": -1e9, "best_model_checkpoint": str(folder / "checkpoint-1")}
+    state_file.write_text(json.dumps(state))
+    shutil.rmtree(folder / "checkpoint-1", ignore_errors=True)
+    again, _ = build([*tiny_run, *KEEP_BEST], folder, "max_steps=3")
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert "checkpoint-1, the best checkpoint so far, is gone" in caplog.text
+    assert again.state.best_global_step == 3
+
+
+def test_the_gradient_scaler_of_fp16_is_part_of_a_checkpoint(tiny_run, tmp_path, in_root):
+    """A real scaler on the CPU, which doubles its scale at every step: 2**10, 2**11, 2**12, ..."""
+
+    def life(folder, steps: int):
+        trainer, _ = build(tiny_run, folder, f"max_steps={steps}", "eval_size=0", "save_steps=1")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        checkpoint = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trainer
+
+    straight = life(tmp_path / "straight", 3)
+    assert life(tmp_path / "broken", 2).accelerator.scaler.get_scale() == 2.0**12
+    resumed = life(tmp_path / "broken", 3)
+    assert resumed.accelerator.scaler.get_scale() == straight.accelerator.scaler.get_scale() == 2.0**13
+    for name, parameter in parameters_of(straight.model).items():
+        assert torch.equal(parameter, dict(resumed.model.named_parameters())[name])
+
+
+SEEN: list[dict] = []
+
+
+def of_own_columns(completions, question, tests, data_prompt, **_) -> list[float]:
+    """A reward that looks at columns of the user's file."""
+    values = zip(question, tests, data_prompt, strict=True)
+    SEEN.extend({"question": q, "tests": t, "data_prompt": p} for q, t, p in values)
+    return [0.0] * len(completions)
+
+
+def test_own_columns_reach_a_reward_function_with_their_types_in_training_and_evaluation(
+    tiny_run, tmp_path, in_root, caplog
+):
+    tests = [3, "three", None, {"in": [1.5]}, {"out": True}, [], {}, [{"a": None}], False, 0, "", [1, "1"]]
+    rows = [{"question": f"{n}?", "solution": str(n), "tests": value} for n, value in enumerate(tests)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "prompt": row["tests"]}) + "\n" for row in rows))
+    plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
+    more = [f"dataset_id_or_path={tmp_path / 'rows.jsonl'}", "reward_functions=[test_training.of_own_columns]"]
+    run = ["run_cfg=grpo_exact", *plain, *more, "max_steps=5", f"output_dir={tmp_path / 'run'}", "eval_size=2"]
+    plan = make_plan(config_of(*run))
+    prepare_output(plan.config)
+    SEEN.clear()
+    run_plan(plan)
+    wanted = {row["question"]: row["tests"] for row in rows}
+    assert {seen["question"] for seen in SEEN} == wanted.keys()
+    for seen in SEEN:
+        (found, renamed), value = (seen["tests"], seen["data_prompt"]), wanted[seen["question"]]
+        assert (found, type(found)) == (renamed, type(renamed)) == (value, type(value))
+    assert "column prompt reaches reward functions as data_prompt" in caplog.text
 
 
 def test_rows_can_be_taken_in_their_order(tiny_run, tmp_path, in_root):

@@ -30,7 +30,15 @@ from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
 from trainers.dpo import DPOTrainer
-from trainers.examples import check_enough_questions, question_prompt, sft_examples, whole_pairs, with_all_columns
+from trainers.examples import (
+    as_dataset,
+    check_enough_questions,
+    question_prompt,
+    say_renamed,
+    sft_examples,
+    whole_pairs,
+    with_all_columns,
+)
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
@@ -205,6 +213,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
 
     held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
     asked = with_all_columns(prepare(train_rows))
+    say_renamed(asked)
     evaluation = HeldOutEvaluation(held_out, settings.output_dir)
     completions = CompletionsFile(settings.output_dir, settings.save_completions_probability)
     teacher = teacher_arguments(settings, tokenizer, style) if isinstance(settings, TeacherSettings) else None
@@ -221,7 +230,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     shared = {
         "model": policy,
         "args": arguments,
-        "train_dataset": Dataset.from_list(asked),
+        "train_dataset": as_dataset(asked),
         "processing_class": tokenizer,
         "peft_config": adapter,
         "callbacks": [ReturnFreedMemory(), completions, evaluation],  # in this order

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, and that hold all a run needs to go on bit for bit.
 
 Mixed into TRL's trainers. Beside what `Trainer` saves (weights, scheduler, random generators, state) a checkpoint holds
-the optimizer's state in a form that any sharding reads; one of GRPO the buffered generations, the micro-step, and the
-reference model where it moves.
+the optimizer's state in a form that any sharding reads, and with fp16 the gradient scaler's; one of GRPO the buffered
+generations, the micro-step, and the reference model where it moves.
 """
 
 import json
@@ -69,6 +69,7 @@ class AtomicCheckpoints:
     """Overrides `Trainer._save_checkpoint`, which writes into place and can be cut off half-way."""
 
     _writing_aside = False
+    _resumed_from: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
         base = super()._get_output_dir(trial)
@@ -122,9 +123,23 @@ class AtomicCheckpoints:
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Overridden for the same reason: what is wrapped and sharded by now is loaded from the one form that is kept.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            self._restore(Path(resume_from_checkpoint))
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if self._resumed_from is not None:
+            self._restore(self._resumed_from)
         return prepared
+
+    def _init_training_state(self, *args, **kwargs):
+        # Extended because the best checkpoint is remembered by its path, and a run's folder may have moved since.
+        started = super()._init_training_state(*args, **kwargs)
+        folder, kept = self._resumed_from, self.args.load_best_model_at_end and self.state.best_global_step
+        if folder is not None and kept:
+            best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            else:
+                logger.warning("%s, the best checkpoint so far, is gone: the best of those to come is kept", best)
+                self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
+        return started
 
     def _load_best_model(self) -> None:
         # Overridden for the same reason.
@@ -138,6 +153,8 @@ class AtomicCheckpoints:
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+        if self.accelerator.scaler is not None:  # fp16
+            self._load_scaler(str(folder))
         self._load_extra_state(folder)
 
     def _save_extra_state(self, folder: Path) -> None:

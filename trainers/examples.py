@@ -1,8 +1,12 @@
 """From rows to the examples of a trainer: what is tokenised, cut, paired or left out."""
 
+import json
+import logging
 from collections.abc import Callable
 
-from rlt.data.sources import say_dropped
+from datasets import Dataset
+
+from rlt.data.sources import RENAMED, TAKEN, say_dropped
 from rlt.errors import Refused
 from rlt.prompts.rendering import render_question, student_answer
 from rlt.prompts.rows import plain_prompt, student_system, teaching_rows
@@ -10,6 +14,8 @@ from rlt.prompts.styles import ReasoningFormat
 from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings
 from trainers.grpo import GRPOConfig
 from trainers.sft import example
+
+logger = logging.getLogger("rlt")
 
 
 def whole_pairs(settings: DPOSettings, rows: list[dict], tokenizer) -> list[dict[str, str]]:
@@ -79,9 +85,27 @@ def check_enough_questions(rows: list[dict], arguments: GRPOConfig) -> None:
 
 
 def with_all_columns(rows: list[dict]) -> list[dict]:
-    """`Dataset.from_list` and TRL look for the columns of the first row in all others, and for no more."""
+    """TRL gives reward functions the columns of a batch's first row, and looks for them in all others."""
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def say_renamed(rows: list[dict]) -> None:
+    """Name the columns that reach reward functions by another name than the source has them."""
+    for column in sorted(TAKEN):
+        if f"{RENAMED}{column}" in rows[0]:
+            logger.warning("column %s reaches reward functions as %s%s: TRL has its own", column, RENAMED, column)
+
+
+def as_dataset(rows: list[dict]) -> Dataset:
+    """Rows whose values are of any JSON type; Arrow's tables would refuse a column of several types, and would give
+    all objects of a column the same keys."""
+    return Dataset.from_list([{"row": json.dumps(row)} for row in rows]).with_transform(_columns_of_rows)
+
+
+def _columns_of_rows(batch: dict[str, list[str]]) -> dict[str, list]:
+    rows = [json.loads(row) for row in batch["row"]]
+    return {column: [row[column] for row in rows] for column in rows[0]}
 
 
 def question_prompt(settings: GRPOSettings, style: ReasoningFormat) -> Callable[..., str]:

@@ -118,14 +118,14 @@ def serve(devices: int, arguments: list[str]) -> int:
     config, given = compose_config(arguments)
     resolved = resolve({**config, "overwrite_output_dir": True}, given, server_devices=devices)  # the trainer's folder
     plan, config = resolved.plan, resolved.plan.config
+    if config["dry_run"]:
+        show(plan)
+        return 0
     if resolved.warmup:
         raise Refused(
             f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
         )
     check_devices(devices, plan.gpus, config["requires"])
-    if config["dry_run"]:
-        show(plan)
-        return 0
     with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps(asdict(plan)))

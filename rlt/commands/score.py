@@ -37,6 +37,7 @@ USAGE = (
     "usage: python score.py input=ROWS.jsonl output=SCORED.jsonl teacher_model=… student_model=… [KEY=VALUE...]\n"
     "       python score.py --help"
 )
+MODELS = ("teacher_model", "student_model")
 REQUIRED = ("question", "solution")
 OPTIONAL = ("teacher_system_prompt", "student_system_prompt")
 
@@ -82,7 +83,7 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
             raise Refused(f"output={settings.output}: {path} exists and would be overwritten: name another file")
     if not Path(settings.output).absolute().parent.is_dir():
         raise Refused(f"output={settings.output}: its folder does not exist")
-    check_models_exist({key: getattr(settings, key) for key in ("teacher_model", "student_model")})
+    check_models_exist({key: getattr(settings, key) for key in MODELS})
     return settings
 
 
@@ -146,7 +147,7 @@ def build_reward(settings: ScoreSettings):
 
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = [resolve_model_path(getattr(settings, key)) for key in ("teacher_model", "student_model")]
+    paths = [resolve_model_path(getattr(settings, key)) for key in MODELS]
     options = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = load_frozen(paths[0], **options).to(device)
     tokenizer = load_tokenizer(paths[0], settings.trust_remote_code)
@@ -161,14 +162,69 @@ def build_reward(settings: ScoreSettings):
     )
 
 
+def contexts(settings: ScoreSettings) -> dict[str, int]:
+    """Tokens of the longest text that each model takes, by key; a model without a limit has none."""
+    from transformers import AutoConfig
+
+    from rlt.models.paths import resolve_model_path
+
+    found = {}
+    for key in MODELS:
+        path = resolve_model_path(getattr(settings, key))
+        its = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code).get_text_config()
+        if (limit := getattr(its, "max_position_embeddings", None)) is not None:
+            found[key] = limit
+    return found
+
+
+def check_readings(settings: ScoreSettings, rows: list[dict]) -> None:
+    """That every row can be read and is short enough, before a model is loaded.
+
+    Raises:
+        Refused: names the row.
+    """
+    from rlt.models.loading import load_tokenizer
+    from rlt.models.paths import resolve_model_path
+    from rlt.rewards import TeacherReward
+
+    tokenizer = load_tokenizer(resolve_model_path(settings.teacher_model), settings.trust_remote_code)
+    style, longest = load_format(settings.reasoning_format), contexts(settings)
+    reader = TeacherReward(tokenizer, style, settings, settings.temperature, _not_asked, _not_asked)
+    for number, row in enumerate(rows, start=1):
+        readings = reader.read([row] * len(_answers(row)), _answers(row))
+        check_context(f"input={settings.input} row {number}", readings, longest)
+
+
+def _not_asked(*_) -> list:
+    raise AssertionError("texts are read here, and not scored")
+
+
+def check_context(place: str, readings: list, longest: dict[str, int]) -> None:
+    """Refuse a row with a text that is longer than a model's context.
+
+    Args:
+        readings: of the row's completions.
+        longest: as `contexts` gives it.
+
+    Raises:
+        Refused: names the row, its completion, and the model.
+    """
+    for number, reading in enumerate(readings, start=1):
+        for key, text in (("teacher_model", reading.teacher), ("student_model", reading.student)):
+            if len(text.ids) > longest.get(key, len(text.ids)):
+                raise Refused(
+                    f"{place}: with completion {number} the text has {len(text.ids)} tokens, and the context of {key} "
+                    f"{longest[key]}: shorten the row or leave it out"
+                )
+
+
 def score_file(settings: ScoreSettings) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(settings.input)))
     if not rows:
         raise Refused(f"input={settings.input} has no line to score")
+    check_readings(settings, rows)
     reward = build_reward(settings)
-    for row in rows:  # refused before the first is scored
-        reward.read([row], [""])
     output = Path(settings.output)
     aside = output.with_name(f"{output.name}.tmp")
     count, ranked = 0, []

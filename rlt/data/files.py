@@ -89,8 +89,10 @@ def _csv(path: Path) -> Iterator[csv.DictReader]:
 
 
 def _csv_rows(path: Path) -> Iterable[dict]:
+    """An empty cell is a missing one, as in the other kinds of file."""
     with _csv(path) as reader:
-        yield from reader
+        for row in reader:
+            yield {column: value or None for column, value in row.items()}
 
 
 def columns_of(path: Path) -> Iterable[str]:

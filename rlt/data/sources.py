@@ -1,8 +1,9 @@
 """Where rows come from: a question generator, JSONL, JSON, CSV or Parquet files, a dataset hub.
 
 A row has `question`, `solution` and `reasoning_trace` (None where there is none), all text. Rows of two-message
-`conversations` (as in Bespoke-Stratos-17k) are taken apart by their thought and solution tags. Importing this module
-is quick, and so is `inspect_source`: plan.py asks it before anything heavy is loaded.
+`conversations` (as in Bespoke-Stratos-17k) are taken apart by their thought and solution tags. Columns of the source's
+own stay beside them as JSON has them, for a user's reward functions. Importing this module is quick, and so is
+`inspect_source`: plan.py asks it before anything heavy is loaded.
 """
 
 import json
@@ -22,6 +23,16 @@ from rlt.places import LOCAL_STARTS
 
 REQUIRED = ("question", "solution")
 OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
+KNOWN = (*REQUIRED, "reasoning_trace", *OPTIONAL)
+# What a source's own columns may not be called: TRL gives these to a reward function itself, keeps them from it, or
+# takes them for pictures.
+TAKEN = frozenset(
+    {
+        *("prompt", "prompts", "completion", "completions", "completion_ids"),
+        *("trainer_state", "log_extra", "log_metric", "environments", "image", "images"),
+    }
+)
+RENAMED = "data_"  # what the name of such a column begins with here
 TAGS = (("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>"))
 
 Tags = tuple[tuple[str, str], tuple[str, str]]
@@ -99,10 +110,39 @@ def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
     trace = _text(row.get("reasoning_trace"))
     clean["reasoning_trace"] = trace if trace.strip() else None
     clean |= {column: _as_text(row[column]) for column in OPTIONAL if _is_there(row.get(column))}
+    clean |= _own_columns(row, place)
     for column in REQUIRED:
         if not clean[column].strip():
             return None, f"empty {column}"
     return clean, ""
+
+
+def _own_columns(row: dict, place: str) -> dict:
+    """What a row has beside the known columns, under names that TRL leaves free; None where a cell is missing.
+
+    Raises:
+        Refused: a column stands where one of a taken name would go.
+    """
+    own = {}
+    for column, value in row.items():
+        if column is None or column in KNOWN:  # None: a CSV row that is too long
+            continue
+        name = f"{RENAMED}{column}" if column in TAKEN else column
+        if name != column and name in row:
+            raise Refused(
+                f"{place} has columns {column!r} and {name!r}, of which the first becomes the second: rename one"
+            )
+        own[name] = _as_json(value)
+    return own
+
+
+def _as_json(value: object) -> object:
+    """Text, numbers, truth values, lists and objects as they are; what JSON does not have, as text."""
+    if not _is_there(value):
+        return None
+    if isinstance(value, str):
+        return _text(value)
+    return json.loads(json.dumps(value, default=str))
 
 
 def _is_there(value: object) -> bool:
@@ -140,7 +180,7 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
     if None in parts:
         return None, "no thought or solution tags"
     thought, solution = (part.group(1).strip() for part in parts)
-    rest = {column: row[column] for column in OPTIONAL if column in row}
+    rest = {column: value for column, value in row.items() if column != "conversations"}
     return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
 
 

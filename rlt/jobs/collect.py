@@ -3,8 +3,9 @@
     ./launch_mono.sh collect_tiny model_name_or_path=results/teacher_rlt_tiny        (launch.sh: on several devices)
 
 Leaves `traces.parquet` and `traces.jsonl` (what a student is trained on), `all/traces.parquet` (every completion with
-its rewards and rank) and `DATA_CARD.md` in the output folder. Questions are worked on in parts, each written at once:
-after a kill the same command goes on with the next part. In float32 parts are the same on any number of devices.
+its rewards and rank), `held_out.jsonl` (with `eval_size`) and `DATA_CARD.md` in the output folder. Questions are worked
+on in parts, each written at once: after a kill the same command goes on with the next part. In float32 parts are the
+same on any number of devices.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlt.data.sources import Rows
+from rlt.data.sources import KNOWN, Rows
 from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import prompt_token_ids, split_completion
@@ -21,6 +22,7 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import ALL_TRACES, CARD, MARKER, TRACES, TRACES_AS_LINES, as_json_lines, write_whole
+from rlt.runs.learned import check_held_out, write_held_out
 from rlt.runs.parts import Parts
 from rlt.schema import CollectSettings
 from rlt.traces.card import write_card
@@ -42,9 +44,12 @@ def run(plan: Plan, stop) -> None:
     quiet_libraries()
     style, folder = load_format(settings.reasoning_format), Path(settings.output_dir)
     sampler = Sampler(settings)
-    asked = questions(settings, sampler.tokenizer, style)
+    asked, held_out = questions(settings, sampler.tokenizer, style)
+    check_held_out(folder, held_out)
     parts = Parts(folder, len(asked.rows), settings.questions_at_once)
     parts.keep_to(sampler.accelerator, plan.config, asked.rows, style)
+    if held_out and sampler.accelerator.is_main_process:
+        write_held_out(folder, held_out)
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(settings, sampler, style), Pace()
 
@@ -65,13 +70,13 @@ def run(plan: Plan, stop) -> None:
         sys.stdout.write(f"{settings.run_name}: {kept}; in {folder}\n")
 
 
-def questions(settings: CollectSettings, tokenizer, style: ReasoningFormat) -> Rows:
-    """What the teacher is asked, and how many other rows were read, by why they are left out."""
+def questions(settings: CollectSettings, tokenizer, style: ReasoningFormat) -> tuple[Rows, list[dict]]:
+    """What the teacher is asked, with how many other rows were read, by why they are left out; and what is held out."""
     from rlt.prompts.rows import load_split_rows, teaching_rows
 
-    usable, _, left_out = load_split_rows(settings, style)
+    usable, held_out, left_out = load_split_rows(settings, style)
     asked = teaching_rows(usable, tokenizer, style, settings)
-    return Rows(asked.rows, {**left_out, **asked.dropped})
+    return Rows(asked.rows, {**left_out, **asked.dropped}), held_out
 
 
 @dataclass
@@ -136,7 +141,7 @@ def answer(
     shown = token_columns(sampler.tokenizer, scorer.readings, scored)
     columns = zip(asked, texts, sampled, scored, scorer.readings, shown, strict=True)
     for number, text, ids, score, reading, tokens in columns:
-        known = {key: value for key, value in rows[number].items() if key not in ("prompt", "reasoning_trace")}
+        known = {key: value for key, value in rows[number].items() if key in KNOWN and key != "reasoning_trace"}
         trace = split_completion(style, text)[0].strip()
         sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
         written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}

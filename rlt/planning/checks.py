@@ -6,10 +6,12 @@ plan.py calls these before it looks at the machine. Each raises a `ValueError` o
 import difflib
 import importlib.util
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rlt.errors import Refused
 from rlt.planning.memory import model_folder
+from rlt.planning.ranges import check_ranges
 from rlt.planning.trl_fields import base_names, fields_of, read_table
 from rlt.schema import (
     PROFILES,
@@ -29,6 +31,8 @@ from rlt.schema import (
 REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
 VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
+# The functions of rewards/verified.py, in their order, and the keys of their weights.
+VERIFIED = {"answer_reward": "answer_weight", "format_reward": "format_weight", "length_penalty": "length_weight"}
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
 DERIVED = {
     "gradient_accumulation_steps": "train_batch_size",
@@ -82,6 +86,7 @@ def check_keys(config: dict[str, Any]) -> None:
         if key in FIXED or key in FIXED_BY_CONFIG.get(PROFILES[trainer].config, ()):
             raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
+    check_ranges(config)
     wanted = fields_of(VerifiedRewardConfig).keys()
     if (
         "verified" in fields_of(PROFILES[trainer].settings)
@@ -120,6 +125,8 @@ def check_common(settings: Training) -> None:
             raise Refused(f"{key}={getattr(settings, key)} must not be negative")
     if settings.max_prompt_length < 1:
         raise Refused(f"max_prompt_length={settings.max_prompt_length} must be positive")
+    if settings.max_steps < -1:
+        raise Refused(f"max_steps={settings.max_steps}: use -1 for num_train_epochs, or a number above 0")
     if settings.max_steps <= 0 and settings.num_train_epochs <= 0:
         raise Refused(f"max_steps={settings.max_steps}: set it, or num_train_epochs, above 0")
     for key in ("load_in_4bit", "load_in_8bit"):
@@ -256,10 +263,24 @@ def check_combinations(settings: GRPOSettings) -> None:
         )
     if settings.verified:
         check_verifier(settings.verified)
-        if not any((settings.verified.answer_weight, settings.verified.format_weight, settings.verified.length_weight)):
+        if not any(getattr(settings.verified, key) for key in VERIFIED.values()):
             raise Refused("answer_weight, format_weight and length_weight are all 0: there is nothing to learn")
     if settings.reward_functions or not (teaches or settings.verified):
         check_functions(settings.reward_functions)
+    if (weights := settings.trl.get("reward_weights")) is not None:
+        check_reward_weights(settings, weights)
+
+
+def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None:
+    """One number for each reward function, in the order in which trainers/build.py adds them."""
+    named = ["teacher_reward"] if isinstance(settings, TeacherSettings) else []
+    named += [str(path).rpartition(".")[2] for path in settings.reward_functions or []]
+    named += [function for function, key in VERIFIED.items() if getattr(settings.verified, key, None)]
+    if len(weights) != len(named) or not all(_admits(weight, ["float"]) for weight in weights):
+        raise Refused(
+            f"reward_weights={list(weights)} must be {len(named)} number{'s' * (len(named) > 1)}, for "
+            f"{', '.join(named)}"
+        )
 
 
 def check_overlap(settings: GRPOSettings) -> None:

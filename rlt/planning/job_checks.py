@@ -22,8 +22,8 @@ def check_job(settings: RunConfig) -> None:
 
 def check_sampling(settings: Sampling) -> None:
     for key in ("max_completion_length", "questions_at_once", "max_prompt_length", "logprob_token_budget"):
-        if getattr(settings, key) < 1:
-            raise Refused(f"{key}={getattr(settings, key)} must be positive")
+        if (value := getattr(settings, key)) is not None and value < 1:
+            raise Refused(f"{key}={value} must be positive")
     for key in ("use_peft", "load_in_4bit", "load_in_8bit", "eval_dataset_id_or_path"):
         if getattr(settings, key):
             raise Refused(f"{key} is for runs that train; a {settings.trainer} run ignores it")

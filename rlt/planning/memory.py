@@ -16,6 +16,12 @@ from rlt.models.paths import MERGED, adapter_base, is_adapter
 from rlt.schema import profile_of
 
 GIB = 2**30
+# Per parameter:
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+FOUR_BIT_BYTES, EIGHT_BIT_BYTES = 0.6, 1.1  # with their scales, and the layers that stay as they are
+GRADIENT_BYTES = 6  # a float32 gradient, and under autocast the weight's copy from the forward to the backward pass
+ADAM_BYTES, ADAM_8BIT_BYTES, PAGED_BYTES = 8, 2, 0  # two moments; what is paged moves to the host when it has to
+READING_BYTES = 40  # per hidden unit and token of a packed pass without gradients
 ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for the way back under autocast
 CHECKPOINT_BYTES = 4  # the same with gradient checkpointing: a layer's input
 HEAD_BYTES = 2**26 * 6  # logits held at once (logprobs/head.py), in bfloat16 and float32
@@ -47,6 +53,17 @@ def model_folder(config: dict[str, Any]) -> Path | None:
         return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
     except (ValueError, OSError):  # said by the plan's check of models, or when it is loaded
         return None
+
+
+def student_shape(config: dict[str, Any], policy: Shape) -> Shape | None:
+    """The frozen student's, from its folder, else the policy's; None where no student is held: there is none, or the
+    reference is it (`build_student` in trainers/build.py)."""
+    name = config.get("student_model")
+    moves = config.get("sync_ref_model") or config["load_in_4bit"] or config["load_in_8bit"]
+    if name is None or (config.get("beta") and not moves and name == config["model_name_or_path"]):
+        return None
+    student = {"model_name_or_path": name, "model_size": policy.parameters / 1e9}
+    return shape_of(student) if model_folder(student) else policy
 
 
 def parameters(config: dict[str, Any]) -> float:
@@ -94,21 +111,26 @@ def estimate_memory(
     """
     shape = shape_of(config)
     weights, gradients, state = _held_bytes(config, shape, devices, sharding)
-    gathered = 2 * 4 * shape.parameters / shape.layers if sharding in WEIGHTS_SHARDED else 0.0  # two layers at once
+    sharded = sharding in WEIGHTS_SHARDED
+    gathered = 2 * FLOAT32_BYTES * shape.parameters / shape.layers if sharded else 0.0  # two layers at once
     resident = weights + state + gathered
     update = resident + gradients + _activation_bytes(config, shape) + HEAD_BYTES
-    reference = 0.0 if config["use_peft"] or not config.get("beta") else shape.parameters * 4
-    reference /= devices if sharding in WEIGHTS_SHARDED else 1
+    reference = _reference_bytes(config, shape, devices, sharding)
     if not profile_of(config).generates:
         return {"update (policy, optimizer)": (update + reference) / GIB}
-    frozen = reference + (shape.parameters * 2 if config.get("student_model") else 0.0)
+    found = student_shape(config, shape)
+    half = config["bf16"] is not False
+    student = found.parameters * (BFLOAT16_BYTES if half else FLOAT32_BYTES) if found else 0.0
     engine = 0.0
     if config["use_vllm"] and not config["use_vllm_server"]:
-        engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * 2
+        engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * BFLOAT16_BYTES
     asleep = config["vllm_enable_sleep_mode"]
     resident += 0.0 if asleep else engine
-    stays = 0.0 if config["offload_untrained_models"] else frozen
-    reading = token_budget(config) * shape.hidden * 40 + HEAD_BYTES
+    frozen, waits = reference + student, config["offload_untrained_models"]
+    # A reference that moves, or that DeepSpeed or FSDP holds, stays where the policy is (trainers/grpo.py).
+    reference_waits = waits and sharding == "ddp" and not config["sync_ref_model"]
+    stays = (0.0 if reference_waits else reference) + (0.0 if waits else student)
+    reading = token_budget(config) * max(shape.hidden, found.hidden if found else 0) * READING_BYTES + HEAD_BYTES
     phases = {
         "generation": resident + stays + (engine if asleep else 0.0),
         "log-probs and reward": resident + frozen + reading,
@@ -127,9 +149,23 @@ def token_budget(config: dict[str, Any]) -> int:
     return config["max_prompt_length"] + min(rows, config["num_generations"]) * config["max_completion_length"]
 
 
+def _reference_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: str) -> float:
+    """Of an adapter's policy the base is the reference; shards of `offload` are in the host's memory."""
+    if config["use_peft"] or not config.get("beta") or sharding == "offload":
+        return 0.0
+    each = BFLOAT16_BYTES if _deepspeed_in_bfloat16(config, sharding) else FLOAT32_BYTES
+    return shape.parameters * each / (devices if sharding in WEIGHTS_SHARDED else 1)
+
+
+def _deepspeed_in_bfloat16(config: dict[str, Any], sharding: str) -> bool:
+    """Whether DeepSpeed casts the models that it is given."""
+    return sharding in STATE_SHARDED and sharding != "fsdp" and config["bf16"] is not False
+
+
 def _policy_bytes(config: dict[str, Any], shape: Shape) -> float:
-    each = 0.6 if config["load_in_4bit"] else 1.1 if config["load_in_8bit"] else 2 if config["use_peft"] else 4
-    return shape.parameters * each
+    if config["load_in_4bit"] or config["load_in_8bit"]:
+        return shape.parameters * (FOUR_BIT_BYTES if config["load_in_4bit"] else EIGHT_BIT_BYTES)
+    return shape.parameters * (BFLOAT16_BYTES if config["use_peft"] else FLOAT32_BYTES)
 
 
 def _trained(config: dict[str, Any], shape: Shape) -> float:
@@ -137,15 +173,14 @@ def _trained(config: dict[str, Any], shape: Shape) -> float:
 
 
 def _gradient_bytes(config: dict[str, Any], shape: Shape) -> float:
-    # Under autocast a float32 weight has a copy in bfloat16 from the forward to the backward pass.
-    return _trained(config, shape) * (4 if config["use_peft"] else 6)
+    return _trained(config, shape) * (FLOAT32_BYTES if config["use_peft"] else GRADIENT_BYTES)
 
 
 def _state_bytes(config: dict[str, Any], shape: Shape) -> float:
     """Optimizer state, and an adapter's own float32 weights."""
     optimizer = str(config.get("optim"))
-    state = 0 if "paged" in optimizer else 2 if "8bit" in optimizer else 8
-    adapter = 4 if config["use_peft"] else 0
+    state = PAGED_BYTES if "paged" in optimizer else ADAM_8BIT_BYTES if "8bit" in optimizer else ADAM_BYTES
+    adapter = FLOAT32_BYTES if config["use_peft"] else 0
     return _trained(config, shape) * (state + adapter)
 
 
@@ -156,9 +191,10 @@ def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: st
         _gradient_bytes(config, shape),
         _state_bytes(config, shape),
     )
-    if sharding in STATE_SHARDED and sharding != "fsdp" and config["bf16"] is not False and not config["use_peft"]:
-        # DeepSpeed trains in bfloat16 and counts the float32 masters among the optimizer's state.
-        weights, gradients, state = shape.parameters * 2, shape.parameters * 2, state + shape.parameters * 4
+    if _deepspeed_in_bfloat16(config, sharding) and not config["use_peft"]:
+        # The float32 masters are counted among the optimizer's state.
+        weights = gradients = shape.parameters * BFLOAT16_BYTES
+        state += shape.parameters * FLOAT32_BYTES
     if sharding in STATE_SHARDED:
         state /= devices
     if sharding in GRADIENTS_SHARDED:

@@ -34,7 +34,7 @@ from rlt.planning.memory import estimate_memory
 from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
-from rlt.runs.parts import MODELS, check_parts, models_of
+from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
 from rlt.schema import GRPOSettings, Profile, TeacherSettings, profile_of, renamed
 
@@ -69,9 +69,10 @@ class Plan:
             return "\n".join(f"{number}. {s['name']}: {s['run']}" for number, s in enumerate(c["stages"], start=1))
         if not self.profile.trains:
             samples = c.get("traces_per_question") or c["samples_per_question"]
+            at_once = c["questions_at_once"] or f"at most {MOST_AT_ONCE}"
             return (
                 f"devices              {self.devices}{'' if self.gpus else ' (CPU)'}\n"
-                f"questions x answers  {c['dataset_size'] or 'all'} x {samples}, {c['questions_at_once']} at once"
+                f"questions x answers  {c['dataset_size'] or 'all'} x {samples}, {at_once} at once"
             )
         lines = [
             f"devices                       {self.devices}{'' if self.gpus else ' (CPU)'}",

@@ -51,11 +51,12 @@ CONTINUABLE = frozenset(
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
     }
 )
-# And with other values of these while it is not complete: they say what is made of its samples.
+# And with other values of these while it is not complete: they say what is made of its samples, or of a pipeline which
+# runs it has, whose own folders refuse what changed.
 UNTIL_COMPLETE = frozenset(
     {
         *("min_format_rate", "min_reward_quantile", "keep_per_question", "max_student_length"),
-        *("near_duplicate_similarity", "compare_with", "pass_at"),
+        *("near_duplicate_similarity", "compare_with", "pass_at", "stages"),
     }
 )
 # What a run reads.

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlt.data.sources import Rows, load_rows
 from rlt.data.splits import hold_out, questions_of
 from rlt.errors import Refused
+from rlt.places import LOCAL_STARTS
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import (
     ALL_TRACES,
@@ -26,6 +27,8 @@ def lineage(model: Path) -> Iterator[dict]:
 
     A run's output folder is a model, and so are its `merged` and `checkpoint-N`.
 
+    A folder that is gone since is said: what stands behind it is not known.
+
     Raises:
         Refused: a pipeline's folder, which is no model.
     """
@@ -41,8 +44,17 @@ def lineage(model: Path) -> Iterator[dict]:
             config["dataset_id_or_path"] += f"/{ALL_TRACES}"
             config["dataset_size"] = None  # of pairs, there
         yield {**config, "output_dir": str(place)}  # where it is now
-        yield from lineage(Path(config["model_name_or_path"]).expanduser())
+        before = config["model_name_or_path"]
+        if _is_gone(before):
+            logger.warning("%s was made from %s, which is gone: what that was trained on is not known", place, before)
+        yield from lineage(Path(before).expanduser())
         return
+
+
+def _is_gone(model: str) -> bool:
+    """Whether a model's name is a path at which nothing stands; one of the hub is none."""
+    is_path = model.startswith(LOCAL_STARTS) or model.count("/") != 1
+    return is_path and not Path(model).expanduser().exists()
 
 
 def rows_of(config: dict) -> Rows:

@@ -24,6 +24,15 @@ END_BYTES = 2**20
 # Not the rendered prompts: some chat templates write today's date into them.
 ASKED = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 WHAT = {"dataset_id_or_path": "the questions", "reasoning_format": "the tags or prompts"}  # else the weights
+MOST_AT_ONCE, DEVICES = 32, 8
+
+
+def part_size(count: int) -> int:
+    """Rows of a part, from their number alone, so that the eight devices of a machine have a part each.
+
+    Fewer at once take longer on one device (README.md has figures): `questions_at_once` may name another number.
+    """
+    return max(1, min(MOST_AT_ONCE, -(-count // DEVICES)))
 
 
 class Parts:
@@ -32,10 +41,11 @@ class Parts:
     Args:
         folder: of the job's output.
         count: rows in all.
-        size: rows of a part.
+        size: rows of a part; None: `part_size` of them.
     """
 
-    def __init__(self, folder: Path, count: int, size: int):
+    def __init__(self, folder: Path, count: int, size: int | None):
+        size = size or part_size(count)
         self.ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
         self.folder = folder / PARTS
         self.folder.mkdir(exist_ok=True)

@@ -51,6 +51,7 @@ def main() -> None:
     dtype = "auto" if not on_cpu else "bfloat16" if uses_bfloat16(config["bf16"]) else "float32"
     arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the paths that take weights
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # whatever an engine inside the process that started it has set
     if on_cpu:
         for name, value in cpu_settings.ENVIRONMENT.items():
             os.environ.setdefault(name, value)

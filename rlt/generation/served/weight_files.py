@@ -159,7 +159,11 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
 
     def update_weights(self, update_info: dict) -> None:
         # Overridden because vLLM's waits for an accelerator, which a CPU has not.
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self._end_update()  # else the next request would meet layers without weights, and end the engine
+            raise
 
     def receive_weights(self, update_info: ChunkUpdate) -> None:
         chunk_Z = read_chunk(update_info)
@@ -179,10 +183,14 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
             )
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         if self.factors:
             self.model.load_weights(adapted_weights(self.model_config.model, self.factors))
+        self._end_update()
+
+    def _end_update(self) -> None:
+        """Layers that got no new weights have their old ones again."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
