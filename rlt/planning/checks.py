@@ -26,7 +26,7 @@ DERIVED = {
     "vllm_mode": "use_vllm_server",
     "vllm_max_model_length": "max_prompt_length and max_completion_length",
 }
-# Every run here needs them as they are.
+# Fields of TRL that a run must not set.
 FIXED = frozenset(
     {
         *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),

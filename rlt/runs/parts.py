@@ -27,7 +27,9 @@ WHAT = {"dataset_id_or_path": "the questions", "reasoning_format": "the tags or 
 
 
 class Parts:
-    """The same parts on any number of devices, because what runs at once decides the last bits of a log-prob.
+    """Rows in parts of a fixed size, whatever the number of devices.
+
+    Which rows run together decides the last bits of a log-prob.
 
     Args:
         folder: of the job's output.
