@@ -1,4 +1,4 @@
-"""The log-probs behind a reward, token by token: for a page that colours the text by them."""
+"""Token by token, what a reward saw: for a page that colours the text with it."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from rlt.rewards.teacher import Reading, Scored
 
 
 def best_median_worst(rewards: list[float]) -> list[int]:
-    """Indices of the best, the median and the worst finite reward, each index once; fewer for fewer rewards."""
+    """Their places among the finite rewards, each once; fewer when there are fewer."""
     order = sorted((i for i, reward in enumerate(rewards) if math.isfinite(reward)), key=lambda i: -rewards[i])
     return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])) if order else []
 
