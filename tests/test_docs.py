@@ -128,7 +128,9 @@ def test_the_readme_runs_as_it_is_written(clone):
 @pytest.mark.slow
 @pytest.mark.timeout(TUTORIAL_LIMIT_S)
 def test_the_notebook_runs(clone):
-    nbformat, nbclient = importlib.import_module("nbformat"), importlib.import_module("nbclient")
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(clone / "docs" / "first_run.ipynb", as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=TUTORIAL_LIMIT_S, resources={"metadata": {"path": clone / "docs"}}
@@ -269,3 +271,9 @@ def room_exists(room: str) -> bool:
 
 def test_the_readme_is_a_page_that_is_read_to_the_end():
     assert len(text_of("README.md").splitlines()) <= 160
+
+
+def test_the_notebook_shows_what_it_printed_and_no_place_of_the_machine_that_ran_it():
+    text = text_of("docs/first_run.ipynb")
+    assert '"execution_count": null' not in text
+    assert '"stderr"' not in text and str(ROOT) not in text and "/tmp/" not in text

@@ -2,7 +2,7 @@
 
 A row has `question`, `solution` and `reasoning_trace` (None where there is none), all text. Rows of two-message
 `conversations` (as in Bespoke-Stratos-17k) are taken apart by their thought and solution tags. Importing this module
-is quick, and so is `inspect_source`: the plan asks it before anything heavy is loaded.
+is quick, and so is `inspect_source`: plan.py asks it before anything heavy is loaded.
 """
 
 import json
