@@ -93,10 +93,14 @@ def squeezed(line: str) -> str:
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """A copy of the project with the same environment, so that what the pages write stands nowhere else."""
+    """A copy of the project with this environment, so that files of the pages' commands stand nowhere else.
+
+    Its setup.sh does nothing: the environment is made already, and would be made anew for another folder.
+    """
     unwanted = shutil.ignore_patterns(".git", ".venv", ".venv.lock", "results", "*.egg-info", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "clone", ignore=unwanted)
     (tmp_path / "clone" / ".venv").symlink_to((ROOT / ".venv").resolve())
+    (tmp_path / "clone" / "setup.sh").write_text("#!/usr/bin/env bash\n")
     return tmp_path / "clone"
 
 
