@@ -47,10 +47,10 @@ def check_benchmark(name: str) -> None:
 
 
 def benchmark_rows(name: str) -> Iterable[dict]:
-    """Rows of `question` and `solution`; options of multiple choice in an order that their question's place fixes.
+    """Rows of `question` and `solution`. The number of a row decides the order of its multiple-choice options.
 
     Raises:
-        Refused: no such benchmark, or the hub does not have it for us.
+        Refused: no such benchmark, or it cannot be loaded from the hub.
     """
     check_benchmark(name)
     from datasets import load_dataset

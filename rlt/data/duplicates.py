@@ -6,7 +6,7 @@ SHINGLE = 5  # words
 
 
 def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of two texts' runs of five words; of their words, where they are shorter (Broder 1997)."""
+    """Jaccard similarity of two texts' runs of five words (Broder 1997); texts of fewer words are one run each."""
     x, y = _shingles(a), _shingles(b)
     return len(x & y) / len(x | y) if x | y else 1.0
 

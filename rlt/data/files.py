@@ -14,7 +14,7 @@ CSV_FIELD_LIMIT = 2**27  # characters; the default of 131,072 is shorter than a 
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
-    """What the system refuses to read is input like any other that is wrong."""
+    """Turns an OSError into the `Refused` that all wrong input raises."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,8 @@ from rlt.errors import Refused
 
 GENERATOR = "reasoning_gym/"
 NEEDS_CONFIG = {"composite"}  # tasks of the generator that cannot be made from a name alone
-# Row i of the generator's seed s is its row i + 1 of seed s - 1: a run's seeds are as far apart as no dataset is long.
+# The generator makes row i of seed s as row i + 1 of seed s - 1. Seeds of runs are therefore further apart than any
+# dataset is long.
 SEED_STRIDE = 10_000_000
 GENERATED_ROWS = 1024  # when no size is given
 
@@ -30,7 +31,7 @@ def generated_rows(name: str, seed: int, size: int) -> Iterable[dict]:
         raise Refused(f"{GENERATOR}{name}: {error}") from None
     for entry in entries:
         trace = worked_solution(task, entry["metadata"])
-        known = {**entry["metadata"], "task_options": options} if options else entry["metadata"]  # a check needs them
+        known = {**entry["metadata"], "task_options": options} if options else entry["metadata"]  # checks need them
         metadata = json.dumps(known, default=str)
         row = {"question": entry["question"], "solution": entry["answer"], "reasoning_trace": trace, "task": task}
         yield {**row, "metadata": metadata}

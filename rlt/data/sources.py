@@ -146,7 +146,7 @@ def _as_json(value: object) -> object:
 
 
 def _is_there(value: object) -> bool:
-    """Neither None nor the NaN that tables put in the place of a missing value."""
+    """Whether a value is given: tables put None or NaN in the place of a missing one."""
     return value is not None and (isinstance(value, (dict, list)) or value == value)
 
 
@@ -155,7 +155,7 @@ def _as_text(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """Halves of a character, which a text that was cut may end in, become question marks; no tokenizer takes them."""
+    """The value as text. A text that was cut may end in half a character, which no tokenizer takes: now a `?`."""
     return str(value).encode("utf-8", "replace").decode() if _is_there(value) else ""
 
 
@@ -185,7 +185,7 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
 
 
 def _messages(conversations: object) -> list[dict] | None:
-    """The list as it is, or of its JSON, as which a table of text holds it; None where it is neither."""
+    """The messages: a list as it is, or the list in a JSON text, which tables of text hold; None for anything else."""
     if isinstance(conversations, str):
         try:
             conversations = json.loads(conversations)
@@ -216,11 +216,14 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Raises:
-    Refused: the folder holds no file of a known kind.
+    """The files of a folder that rows are read from, one per stem.
+
+    Raises:
+        Refused: the folder holds no file of a known kind.
     """
     found = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
-    files = sorted({path.stem: path for path in sorted(found)}.values())  # of the same rows in several forms, one
+    # Files of one stem hold the same rows: take one.
+    files = sorted({path.stem: path for path in sorted(found)}.values())
     if not files:
         raise Refused(f"{folder} holds no file of {', '.join(SUFFIXES)}, and no dataset saved to disk")
     return files
@@ -243,7 +246,7 @@ def _read_folder(folder: Path, split: str) -> Iterable[dict]:
 
 
 def inspect_source(source: str) -> None:
-    """A quick look at names and columns, without network or heavy imports, for plan.py.
+    """A quick look at names and columns, without network or heavy imports, for the plan.
 
     Reads the generator's task names, a file's header or first row, or nothing of a hub name.
 

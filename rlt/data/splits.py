@@ -10,7 +10,7 @@ from rlt.errors import Refused
 
 
 def normalised(question: str) -> str:
-    """What is the same for all ways to write a question."""
+    """A question without case and extra white space: equal for all ways to write it."""
     return " ".join(question.casefold().split())
 
 

@@ -1,6 +1,7 @@
-"""Worked solutions of generator tasks, from what the generator keeps of a row.
+"""Worked solutions of generator tasks, written from the metadata that the generator keeps with a row.
 
-gsm_symbolic carries its own; for tasks that keep the numbers alone, the steps from them to the answer are written out.
+gsm_symbolic has worked solutions of its own. Other tasks keep the numbers alone; the steps from these numbers to the
+answer are written out here.
 """
 
 from collections.abc import Callable

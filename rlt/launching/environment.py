@@ -93,7 +93,7 @@ def _of_accelerate(sharding: str) -> dict[str, str]:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     file = ACCELERATE_CONFIGS / f"{SHARDINGS[sharding]}.yaml"
-    # Two stand for any number: how many there are is said above.
+    # Any number above 1 does: WORLD_SIZE is set above.
     command = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "train.py"]))
     if args.use_deepspeed:

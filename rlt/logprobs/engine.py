@@ -38,9 +38,9 @@ def _say_that_nothing_is_shared(name: str, attention: str) -> None:
 
 
 def _forwards(causal, sequences, counted, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
-    """Model inputs of each forward pass, its members, and (row, position, member, index) of what counts.
+    """Model inputs of each forward pass, its members, and (row, position, member, index) of each token that counts.
 
-    What stands behind the last token before one that counts is not read.
+    A sequence is read up to the token before its last counted one; its later tokens are left out.
     """
     read = [ids[: max(where, default=0)] for ids, where in zip(sequences, counted, strict=True)]
     asked = [member for member, where in enumerate(counted) if where]
@@ -114,7 +114,11 @@ def token_log_probs(
 
 
 def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:
-    """ZeRO-3 gathers a head for every call of it, with all ranks: one call a pass, however much counts on this one."""
+    """`read` of the hidden states, with a head that is whole.
+
+    ZeRO-3 gathers the head at each call of it, together with all ranks: every rank calls it once a pass, however many
+    tokens count on this rank.
+    """
     head = causal.get_output_embeddings()
     if type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id"):
         return _ForwardRedirection()(head, head, read, hidden_BTH)
@@ -124,7 +128,7 @@ def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]],
 def _counted_log_probs(causal, wanted, sequences, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
     """Log-probs and entropies of the wanted (row, position, member, index), in their order.
 
-    What several members want of a shared token is computed once.
+    A log-prob that several members want of a shared token is computed once.
     """
     wanted = [(temperatures[member], row, at, sequences[member][i]) for row, at, member, i in wanted]
     distinct = sorted(dict.fromkeys(wanted), key=itemgetter(0))

@@ -1,8 +1,8 @@
 """The output head on the positions that count: log-probs and entropies without a whole tensor of tokens x vocabulary.
 
-On a GPU this is TRL's fused kernel. On the CPU, where that one goes over memory in plain passes and multiplies
-gradients in float32, a chunk of positions is multiplied by the head at once and what follows (scale, log-softmax,
-entropy) runs on blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead
+On a GPU this is TRL's fused kernel. On the CPU that kernel goes over memory in plain passes and multiplies gradients in
+float32. There a chunk of positions is multiplied by the head at once, and the next operations (scale, log-softmax,
+entropy) run on blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead
 of kept, as in arXiv 2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
 N positions that count, H hidden size, V vocabulary.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 HEAD_CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in float32
-CPU_BLOCK_ELEMENTS = 2**20  # of those, worked on at once on a CPU
+CPU_BLOCK_ELEMENTS = 2**20  # logits worked on at once on a CPU
 GPU_VOCABULARY_CHUNK = 32768  # columns of the head in one tile of TRL's kernel
 
 
@@ -44,7 +44,7 @@ def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: fl
 
 
 def _is_whole(head: torch.nn.Linear) -> bool:
-    """Not in shards, as ZeRO-3 and FSDP2 hold it between forward passes."""
+    """Whether the head's weight is here as a whole; ZeRO-3 and FSDP2 hold shards of it between forward passes."""
     return type(head.weight) is torch.nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
 
 

@@ -1,7 +1,8 @@
-"""Token sequences laid out so that what several begin with is computed once.
+"""Token sequences laid out so that a beginning which several sequences share is computed once.
 
-A row holds sequences in lexicographic order and of each only what it does not share with the one before: a radix tree,
-written depth first. Positions count a sequence's tokens, and each token sees what stands before it in its own sequence
+A row holds sequences in lexicographic order, and of each sequence only the tokens that it does not share with the
+sequence before: a radix tree, written depth first. Positions count a sequence's tokens, and each token sees the tokens
+before it in its own sequence
 (models/attention.py). A system prompt, a question's prompt, the words with which several completions begin and whole
 completions that are equal are all read once, without being told where they end. Packing without cross-talk is
 described in arXiv 2107.02027; sharing a prompt between its completions is the same idea with a tree instead of a list.
@@ -23,7 +24,7 @@ class Row:
 
     Attributes:
         members: indices into the caller's sequences, which are in lexicographic order.
-        shared: of each, how many leading tokens it has in common with the one before.
+        shared: for each member, how many leading tokens it has in common with the member before.
         length: tokens of the row.
         reach: how many leading tokens of the sequence at hand the row has already.
     """
@@ -73,7 +74,7 @@ def fill_rows(sequences: list[list[int]], members: list[int], token_budget: int)
 def lay_out(
     row: Row, sequences: list[list[int]], counted: list[list[int]], device: torch.device
 ) -> tuple[dict, list[int]]:
-    """Model inputs of a row, and where in it stands what comes before each counted token, member by member.
+    """Model inputs of a row, and the places in it of the tokens before the counted ones, member by member.
 
     Returns:
         `input_ids` and `position_ids` (1, T), `layout`, and a placeholder for the mask; on a GPU the row is padded to

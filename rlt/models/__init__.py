@@ -4,5 +4,5 @@ import os
 import shutil
 
 if shutil.which("nvidia-smi") is None:
-    # transformers imports DeepSpeed where it is installed, which else says on standard output that it found no GPU.
+    # transformers imports DeepSpeed where it is installed. Without this DeepSpeed prints that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,8 +1,8 @@
-"""Attention over a packed row in which sequences share what they begin with.
+"""Attention over a packed row in which sequences share their beginnings.
 
-A row is a tree of tokens, depth first: branch after branch, each the rest of a sequence whose first tokens stand
-further ahead. A token looks at its branch up to itself and at those first tokens. So no mask over all pairs of the row
-is needed: on the CPU each branch is a few small products (cpu_attention.py), on a GPU the row is one call of
+A row is a tree of tokens, depth first: branch after branch. A branch is the rest of a sequence whose first tokens stand
+earlier in the row. A token looks at these first tokens, and at its branch up to itself. So no mask over all pairs of
+the row is needed: on the CPU each branch is a few small products (cpu_attention.py), on a GPU the row is one call of
 FlexAttention with a block mask (arXiv 2412.05496). Computing a shared prefix apart from what follows it is the idea of
 cascade inference (arXiv 2402.05099), here with gradients and for any depth.
 
@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from rlt.models.cpu_attention import block_attention
 
 NAME = "shared_prefix"
-# Their layers do not hand keyword arguments on, or bring a mask of their own.
+# Architectures whose layers do not hand keyword arguments on, or bring a mask of their own.
 WITHOUT_LAYOUT = frozenset({"nemotron", "doge"})
 
 
@@ -45,7 +45,7 @@ class SharedPrefixLayout:
     length: int
 
     def subtree_ends(self) -> torch.Tensor:
-        """(T,): where the tokens that continue each token end; they stand right behind it, and no others look at it."""
+        """(T,): for each token, the end of the tokens that continue it. They follow directly; no others look at it."""
         ends_T = torch.arange(1, self.length + 1)
         for start, end, before in self.branches:
             for first, last in (*before, (start, end)):

@@ -1,9 +1,9 @@
 """Attention of a packed row on the CPU: exact, without a mask over all pairs of the row, in blocks that fit a cache.
 
-Every block of queries is multiplied with the keys that it sees (what its branch continues, and the branch up to the
-block) by the processor's matrix instructions, which torch's fused CPU attention reaches for neither of its passes;
-nothing but queries, keys and values is kept for the way back, where probabilities are computed again (as in arXiv
-2205.14135).
+Every block of queries is multiplied with the keys that it sees: the keys that its branch continues, and those of the
+branch up to the block. The products use the processor's matrix instructions, which torch's fused CPU attention uses
+neither forward nor backward. Only queries, keys and values are kept for the backward pass, where probabilities are
+computed again (as in arXiv 2205.14135).
 In bfloat16, products and probabilities are rounded to bfloat16, as in transformers' eager attention; the softmax
 computes in float32 inside, and a prefix sums the gradients of all that continue it in float32.
 K key heads, R query heads per key head, N queries of a block, S keys that it sees, T tokens of the row, D head size.
@@ -61,7 +61,7 @@ class BlockwiseAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         exact = torch.promote_types(query.dtype, torch.float32)
         grad_query = torch.zeros_like(query)
-        # A prefix collects from all that continue it.
+        # A prefix collects gradients from all branches that continue it.
         grad_key, grad_value = (torch.zeros_like(x, dtype=exact) for x in (key, value))
         q_KRTD, dq_KRTD = _by_key_head(query * ctx.scale, key), _by_key_head(grad_query, key)
         do_KRTD = _by_key_head(grad_1THD.transpose(1, 2).to(query.dtype), key)
@@ -80,7 +80,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def block_attention(query, key, value, branches, scale: float) -> torch.Tensor:
-    """Each branch attends, causally, to itself and to what it continues.
+    """Each branch attends, causally, to itself and to the tokens that it continues.
 
     Args:
         query: (1, K * R, T, D).
@@ -108,7 +108,7 @@ def _rows(x_KRTD: torch.Tensor, block: Block) -> torch.Tensor:
 
 
 def _seen(x_1KTD: torch.Tensor, block: Block) -> torch.Tensor:
-    """(K, S, D): what the block sees of keys or values."""
+    """(K, S, D): the keys or values that the block sees."""
     parts = [x_1KTD[0, :, keys] for keys in block.seen]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
@@ -120,7 +120,7 @@ def _collect(grad_1KTD: torch.Tensor, block: Block, seen_KSD: torch.Tensor) -> N
 
 
 def _probabilities(q_KND: torch.Tensor, keys_KSD: torch.Tensor, block: Block) -> torch.Tensor:
-    """(K, R * N, S), of scaled queries; a query sees no key behind it."""
+    """(K, R * N, S) attention probabilities of scaled queries; a query sees no later key."""
     scores_KNS = torch.bmm(q_KND, keys_KSD.transpose(1, 2))
     n = block.end - block.start
     later_NN = torch.ones(n, n, dtype=torch.bool, device=scores_KNS.device).triu(1)

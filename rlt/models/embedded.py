@@ -66,7 +66,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
             return folder
         gguf = _gguf_path(name)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()  # a folder that is there may be read-only
+        lock.touch()  # fails here, with a remedy, if the cache is read-only
     except OSError as error:
         raise Refused(f"{folder} cannot be made for the converted model ({error}): {CACHE_REMEDY}") from error
     with locked(lock):
@@ -130,7 +130,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer.add_special_tokens(SPECIAL_TOKENS)
         tokenizer.clean_up_tokenization_spaces = False
         tokenizer.model_max_length = model.config.max_position_embeddings
-        # The weights are plain now: what still says GGUF would keep them from being saved.
+        # The weights are plain now; attributes that still say GGUF would keep the model from being saved.
         del model.config.quantization_config
         model.is_quantized = False
         model.hf_quantizer = None

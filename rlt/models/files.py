@@ -1,4 +1,4 @@
-"""What the files of a model say before anything is loaded: the shapes of its tensors, or that a file is not whole."""
+"""A look at a model's files before anything is loaded: the shapes of its tensors, and whether each file is whole."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlt.errors import Refused
 
-POINTER = b"version https://git-lfs"  # how the text begins that stands for a file which git-lfs has yet to fetch
+POINTER = b"version https://git-lfs"  # how a pointer begins, which stands for a file that git-lfs has yet to fetch
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
@@ -48,10 +48,10 @@ def check_fetched(path: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """What keeps a model's folder from being loaded, if one of its files does.
+    """Refuse a model's folder in which a file is not whole.
 
     Raises:
-        Refused: as `tensor_shapes` and `check_fetched`, of the first such file.
+        Refused: the first such file, for the reasons of `tensor_shapes` and `check_fetched`.
     """
     for path in sorted(folder.glob("*.json")):
         check_fetched(path)

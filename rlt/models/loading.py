@@ -99,7 +99,7 @@ def load_policy(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
         dtype=dtype,
-        # transformers checks whether a model can do SDPA, which ours is made of, by that name only.
+        # Our attention is made of SDPA, and transformers checks whether a model can do SDPA by that name only.
         attn_implementation="sdpa" if attn_implementation == NAME else attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # nothing is unpickled
@@ -155,7 +155,7 @@ def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **option
 
 
 def told(load: Callable, name_or_path: str, **options: Any):
-    """Load, and say what the user needs to know when transformers cannot."""
+    """`load` a model or tokenizer; if transformers cannot, raise `Refused` with the reason and a remedy."""
     try:
         return load(name_or_path, **options)
     except (OSError, SafetensorError, JSONDecodeError) as error:
@@ -171,7 +171,7 @@ def told(load: Callable, name_or_path: str, **options: Any):
 
 
 def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries note about themselves is not about the run."""
+    """Silence the libraries' progress bars and notes: a run has a bar of its own, and the notes are not about it."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

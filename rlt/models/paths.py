@@ -1,5 +1,5 @@
-"""Where a model is: an embedded one in the cache, a folder as it is, an adapter's folder as the model that it makes of
-its base, a hub name as it is. Nothing heavy is imported before an adapter is merged."""
+"""Where a model is loaded from: an embedded model from the cache, a folder or a hub name as it is, an adapter's folder
+from the model that adapter and base make together. Nothing heavy is imported before an adapter is merged."""
 
 import json
 import os
@@ -14,10 +14,10 @@ MERGED = "merged"
 
 
 def resolve_model_path(name: str) -> str:
-    """Where to load a model from; of an adapter's folder, `merged_model_path`.
+    """Where to load a model from; for an adapter's folder, `merged_model_path`.
 
     Raises:
-        Refused: a path that does not exist, an unknown embedded model, or as `merged_model_path`.
+        Refused: a path that does not exist, an unknown embedded model, or for the reasons of `merged_model_path`.
     """
     if is_embedded(name):
         return str(embedded_model_path(name))
@@ -30,7 +30,7 @@ def resolve_model_path(name: str) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter alone, as a LoRA run leaves it."""
+    """Whether a folder has an adapter and no whole model, as a LoRA run leaves it."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 

@@ -1,7 +1,7 @@
 """Where a frozen model waits between its phases: on the CPU, and it moves whole, not layer by layer.
 
-On a GPU it waits in pinned memory, and may be sent for while the phase before still computes. Its weights do not
-change, so nothing is copied back.
+A model that works on a GPU waits in pinned memory, and may be sent for while the phase before still computes. Its
+weights do not change, so nothing is copied back.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,8 @@ def _bring(model: torch.nn.Module, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device)
     stream.wait_event(event)
     for tensor in arrived:
-        tensor.record_stream(stream)  # its memory is another stream's, and must not be reused before this one is done
+        # Another stream allocated the tensor: its memory must not be reused before this stream is done.
+        tensor.record_stream(stream)
     _put(model, arrived)
 
 
@@ -86,4 +87,4 @@ def _send_back(model: torch.nn.Module, device: torch.device) -> None:
         model.to("cpu")
         return
     _put(model, _waiting[model])
-    torch.cuda.empty_cache()  # an engine that wakes up takes from what no one holds
+    torch.cuda.empty_cache()  # for an engine that wakes up

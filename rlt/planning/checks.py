@@ -43,7 +43,7 @@ DERIVED = {
     "vllm_mode": "use_vllm_server",
     "vllm_max_model_length": "max_prompt_length and max_completion_length",
 }
-# Every run here needs them as they are.
+# Fields of TRL that a run must not set.
 FIXED = frozenset(
     {
         *("hub_strategy", "hub_always_push"),

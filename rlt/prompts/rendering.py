@@ -1,7 +1,7 @@
 """The exact texts that a teacher and a student read, and where the scored parts of them stand.
 
 One tokenizer serves both models. Positions are character offsets into the rendered text, so that a span is found
-without searching for it (`rewards/spans.py` turns them into tokens).
+without searching for it (`rlt/prompts/spans.py` turns offsets into tokens).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def _chat(tokenizer, messages: list[dict], add_generation_prompt: bool = False) 
 def render_teacher_prompt(
     tokenizer, style: ReasoningFormat, question: str, solution: str, system_prompt: str | None = None
 ) -> str:
-    """What the teacher is shown: question, then its own turn begun with the solution and the explanation's tag."""
+    """The teacher's prompt: the question, then its own turn, begun with the solution and the explanation's tag."""
     messages = [
         {"role": "system", "content": system_prompt or style.teacher_system},
         {"role": "user", "content": question},
@@ -52,10 +52,10 @@ def render_teacher_prompt(
 
 
 def prompt_token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, cut as they are when a text follows.
+    """Token ids of rendered prompts, tokenised as they are when a text follows.
 
-    A tokenizer may merge the newlines at a prompt's end that it cuts apart before a word. What is sampled after such
-    a prompt would not be what the whole text reads as, and the reward's reading could not share its log-probs.
+    At the end of a text a tokenizer may merge two newlines that it keeps apart before a word. A completion sampled
+    after the merged token would be tokenised otherwise in the whole text, and the reward could not reuse its log-probs.
     """
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer([prompt + PROBE for prompt in prompts], return_offsets_mapping=True, **options)
@@ -68,7 +68,7 @@ def prompt_token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 def split_completion(style: ReasoningFormat, completion: str) -> tuple[str, bool]:
-    """What stands before the first end tag of the explanation, and whether that tag was written."""
+    """(explanation, closed): the text before the explanation's first end tag, and whether that tag was written."""
     explanation, tag, _ = completion.partition(style.explanation_tags[1])
     return explanation, bool(tag)
 
@@ -123,7 +123,7 @@ def render_student_reading(
 def render_question(
     tokenizer, style: ReasoningFormat, question: str, system_prompt: str | None = None, answer_line: bool = False
 ) -> str:
-    """What a student is asked: its turn is the next.
+    """The conversation in which a student is asked; its own turn comes next.
 
     Args:
         answer_line: ask for a last line `Answer: …` instead of the format's sections.
@@ -136,7 +136,7 @@ def render_question(
 
 
 def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:
-    """What a student learns to answer: the trace as its own thought, then the solution.
+    """The answer that a student learns: the trace as its own thought, then the solution.
 
     The trace begins behind two newlines, as an explanation does in the reward's reading.
     """

@@ -1,4 +1,4 @@
-"""From rows to what a trainer takes: prompts rendered, rows that cannot be used left out, counted and said."""
+"""From rows of data to rows of a trainer: prompts are rendered; unusable rows are left out, counted and said."""
 
 import logging
 from collections import Counter
@@ -23,7 +23,7 @@ def load_split_rows(
     """Training and evaluation rows, disjoint by question.
 
     Args:
-        learned: normalised questions that the model was trained on before; others are held out, where there are any.
+        learned: normalised questions that the model was trained on before; others are held out, if there are any.
 
     Returns:
         training rows, evaluation rows, and how many rows of the source are not trained on, by reason.
@@ -79,7 +79,7 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
 
 
 def student_system(row: dict, data: DataConfig) -> str | None:
-    """The system prompt that a row brings for a student; None: the format's."""
+    """The system prompt that a row brings for a student; None stands for the system prompt of the style."""
     return (row.get("system") if data.use_dataset_system_prompt else None) or row.get("student_system_prompt")
 
 

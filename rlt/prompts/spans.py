@@ -1,9 +1,9 @@
 """From character ranges to tokens: one tokenisation of the text, no searching.
 
-A token counts for a span only when it lies wholly inside it and the span's text alone would be cut the same way
-there. Tokens that straddle a boundary, and those at an edge whose cut depends on what stands around the span (two
-newlines before a tag are two tokens, at the end of a text one), are dropped in the teacher's and the student's text
-alike; so both keep the same tokens.
+A token counts for a span only if it lies wholly inside the span, and if the span's text alone is tokenised the same way
+there. Two kinds of tokens are dropped, in the teacher's and in the student's text alike, so that both keep the same
+tokens: tokens that straddle a boundary, and tokens at an edge that depend on the text around the span (two newlines are
+two tokens before a tag, and one at the end of a text).
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def tokenize_with_spans(tokenizer, texts: list[Rendered]) -> list[TokenizedText]
     """
     if not tokenizer.is_fast:
         raise Refused(f"{tokenizer.name_or_path}: a fast tokenizer is needed, this one gives no character offsets")
-    # verbose=False: longer than the tokenizer's limit is for the caller to judge, not to cut.
+    # verbose=False: the caller judges texts that are longer than the tokenizer's limit; they are not cut here.
     options = {"add_special_tokens": False, "return_attention_mask": False, "truncation": False, "verbose": False}
     encoded = tokenizer([rendered.text for rendered in texts], return_offsets_mapping=True, **options)
     pieces = [rendered.text[start:end] for rendered in texts for start, end in rendered.spans.values()]

@@ -1,6 +1,6 @@
 """The example of a user's own reward: the right number, with TRL's reward-function signature.
 
-./launch_mono.sh grpo_exact reward_functions=[rewards.exact.exact_answer]
+./launch_mono.sh grpo_exact reward_functions=[rlt.rewards.exact.exact_answer]
 """
 
 import re

@@ -8,8 +8,8 @@ The reward of Reinforcement-Learned Teachers (arXiv 2506.08388, eq. 2 to 5):
 
 `match` is 0, or the penalty when the explanation's end tag is missing or nothing stands before it.
 
-Three steps that can be read alone: text to spans (`spans.py`), spans to log-probs (`logprobs/`), log-probs to reward
-(`reductions.py`). What it leaves out: which models are asked; they come in as functions.
+Three steps that can be read alone: text to spans (`rlt/prompts/spans.py`), spans to log-probs (`rlt/logprobs/`),
+log-probs to reward (`reductions.py`). This module does not know which models are asked: they come in as functions.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,11 @@ LogProbFunction = Callable[[list[list[int]], list[list[int]], float], list[torch
 
 @dataclass(frozen=True)
 class Scored:
-    """A reward and its parts; `parts` holds the reductions by name, `log_probs` what they were made of: the student's
-    of the explanation and the solution, and the teacher's of the explanation."""
+    """A reward and its parts.
+
+    `parts` holds the reductions by name. `log_probs` holds the log-probs that they were made of: the student's of the
+    explanation and the solution, and the teacher's of the explanation.
+    """
 
     reward: float
     solution_log_prob_reward: float
@@ -67,11 +70,14 @@ class Reading:
 
     @property
     def student_counted(self) -> list[int]:
-        """Likewise of the student's: the explanation, then the solution."""
+        """Indices of the student's tokens whose log-probs the reward asks for: the explanation, then the solution."""
         return [student for _, student in self.pairs] + self.student.spans["solution"]
 
     def places_among(self, sampled: list[int], counted: list[int]) -> list[int] | None:
-        """Where the teacher's log-probs stand among those of sampled tokens that count; None if its tokens differ."""
+        """Places of the teacher's log-probs among the log-probs of the sampled tokens that count.
+
+        None if the teacher's text is tokenised otherwise than it was sampled, or begins before the counted tokens.
+        """
         asked = self.teacher_counted
         if not asked:
             return []
@@ -91,7 +97,10 @@ def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple
 
 
 def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
-    """Minus the weighted reductions of the explanation tokens' penalties (T,), and these by name; 0 without tokens."""
+    """Minus the weighted sum of the reductions of the explanation tokens' penalties (T,), and the reductions by name.
+
+    Zeros without tokens.
+    """
     names = config.reduction_kl_fn
     if not values_T.numel():
         return 0.0, dict.fromkeys(names, 0.0)
@@ -105,7 +114,7 @@ def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[fl
 def kl_part(
     teacher_T: torch.Tensor, student_T: torch.Tensor, config: TeacherRewardConfig
 ) -> tuple[float, float, dict[str, float]]:
-    """What an explanation's tokens (T,) add to the reward, and what is reported of their KL.
+    """The part of the reward that an explanation's tokens (T,) give, and the KL that is reported of them.
 
     Returns:
         the term of the reward; -r_KL; the reductions of the KL by name. The first two differ only with
@@ -153,7 +162,7 @@ class TeacherReward:
         return self.score_readings(self.read(rows, completions))
 
     def score_readings(self, readings: list[Reading]) -> list[Scored]:
-        """Rewards of what `read` gave."""
+        """Rewards of the readings that `read` gave."""
         teacher = self.teacher_log_probs(
             [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
         )
@@ -163,7 +172,7 @@ class TeacherReward:
         return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
 
     def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
-        """The texts of both models, tokenised once, and what counts in them. Arguments and errors as in `score`."""
+        """The texts of both models, tokenised once, and which tokens count. Arguments and errors as in `score`."""
         teacher_texts, student_texts, matched = [], [], []
         for row, completion in zip(rows, completions, strict=True):
             prompt = render_teacher_prompt(

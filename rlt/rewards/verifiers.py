@@ -1,6 +1,6 @@
 """Whether an answer is right: mathematics, arithmetic puzzles, multiple choice, exact text, a generator's own check.
 
-Checks run in a process of their own with a time limit each, because text that a model wrote can hang or break a parser.
+Checks run in a separate process with a time limit each, because text that a model wrote can hang or break a parser.
 An answer that could not be checked in time, or broke its checker, is wrong, and counted.
 """
 
@@ -18,11 +18,11 @@ from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.expressions import work_out
 
 ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
-AROUND_A_LINE = " \t\r*$`"  # of `**Answer:** $42$`; checks of a generator take an answer as it stands
+AROUND_A_LINE = " \t\r*$`"  # stripped from `**Answer:** $42$`; a generator's checks take an answer as it stands
 BOXED_CHOICE = re.compile(r"\\boxed\s*\{(?:\\\w+\s*\{)?[\s$*(]*([A-J])\s*[).:}]")
 # As options are listed: `B) 3.2 J`.
 FIRST_CHOICE = re.compile(r"\A[\s$*(]*([A-J])(?:[$*]*[).:]|\*\*|[$*\t ]*(?:\n|\Z))")
-LONE_CHOICE = re.compile(r"\b(?:[A-HJ]\b|I(?=\W*\Z))|(?<=\()I(?=\))")  # without the pronoun
+LONE_CHOICE = re.compile(r"\b(?:[A-HJ]\b|I(?=\W*\Z))|(?<=\()I(?=\))")  # not the pronoun I
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\d\\$+*/^=<>]+", re.DOTALL)  # a text that has nothing of mathematics
 AROUND_WORDS = re.compile(r"\\(?:boxed|text\w*|math\w+)|[{}$]|\*\*")
 PYTHON_POWER = re.compile(r"(?<=[\w)])(?:\*\*| \*\* )(?=[\w(-])")
@@ -38,7 +38,7 @@ CHECKED_OTHERWISE = {
     "gsm_symbolic": "math",
 }
 START_LIMIT_S = 120.0  # for a checker's imports
-# What libraries make of a model's text; anything else ends the checker's process, which is noticed and started again.
+# Exceptions that libraries raise on a model's text. Any other ends the checker's process, which is then started again.
 BROKEN = (
     ArithmeticError,
     AssertionError,
@@ -55,7 +55,7 @@ LONGEST = 20_000  # characters of an answer that are read
 
 
 def final_answer(text: str, style: ReasoningFormat) -> str | None:
-    """What a student's text gives as its answer: inside the solution's tags, else after its last `Answer:`."""
+    """The answer in a student's text: inside the solution's tags, else after the last `Answer:`, else None."""
     start, end = style.solution_tags
     _, tag, rest = text.rpartition(start)
     if tag:
@@ -82,7 +82,7 @@ def chosen(text: str) -> str | None:
 
 
 def is_mathematically(answer: str, row: dict) -> float:
-    """Equal in value, by math-verify, to which a list of numbers is a set; a text without mathematics as it is."""
+    """Equal in value, by math-verify, which takes a list of numbers for a set; words are compared as they are."""
     from math_verify import parse, verify
 
     solution = row["solution"]
@@ -96,7 +96,8 @@ def is_mathematically(answer: str, row: dict) -> float:
 
 
 def _as_latex(text: str) -> str:
-    """Marked as mathematics, without what keeps it from being read: a price's dollars, bold type, `**` of powers."""
+    """The text marked as mathematics. Characters that keep it from being read are replaced: the dollar sign of a price,
+    bold type, the `**` of powers."""
     text = PYTHON_POWER.sub("^", text.replace("\\$", "").strip("* "))
     return text if "$" in text else f"${text}$"
 
@@ -133,8 +134,8 @@ CHECKS: dict[str, Callable[[str, dict], float]] = {
 
 
 def kind_of(row: dict) -> str:
-    """The check that fits a row: its task's, of letters for a letter, mathematics for all else."""
-    if row.get("metadata") and row.get("task") in generator_tasks():  # else they are columns of someone's own
+    """The check that fits a row: the check of its task, `choice` for a letter, `math` for everything else."""
+    if row.get("metadata") and row.get("task") in generator_tasks():  # else the two columns are the user's own
         return CHECKED_OTHERWISE.get(row["task"], "generator")
     return "choice" if re.fullmatch(r"\(?[A-J]\)?\.?", row["solution"].strip()) else "math"
 

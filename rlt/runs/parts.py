@@ -36,7 +36,9 @@ def part_size(count: int) -> int:
 
 
 class Parts:
-    """The same parts on any number of devices, because what runs at once decides the last bits of a log-prob.
+    """Rows in parts of a fixed size, whatever the number of devices.
+
+    Which rows run together decides the last bits of a log-prob.
 
     Args:
         folder: of the job's output.

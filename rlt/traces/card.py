@@ -1,4 +1,4 @@
-"""What a folder of traces is: where they come from, how many came in and went out and why, how they score."""
+"""The data card of a folder of traces: where they come from, how many are kept, why others are out, how they score."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def card(config: dict[str, Any], asked: Rows, selection: Selection) -> str:
     """Markdown.
 
     Args:
-        asked: a row for each question that the teacher was asked, and what else was read of the source.
+        asked: a row for each question that the teacher was asked, and how many other rows the source had, by reason.
     """
     lines = [
         f"# {config['run_name']}",

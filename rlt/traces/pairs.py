@@ -10,12 +10,13 @@ from rlt.runs.folder import ALL_TRACES
 
 
 def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
-    """`question`, `solution`, `chosen` and `rejected` completions of each question that has a pair: its best trace in
-    the format, and its worst. And `teacher_system_prompt` where the row has one of its own.
+    """The pair of each question that has one: its best trace in the format against its worst trace.
+
+    A pair has `question`, `solution`, `chosen` and `rejected`, and `teacher_system_prompt` if its rows have it.
 
     Args:
         folder: of a collection.
-        min_margin: of the rewards of a pair.
+        min_margin: least difference between the rewards of a pair.
 
     Raises:
         Refused: the folder is not a collection's, or has no such pair.

@@ -1,4 +1,4 @@
-"""Which of several completions of a question is best, and whose it was: of rows that have been scored."""
+"""Ranks of scored completions within their question, and how often each source of completions has the best."""
 
 import math
 from collections import defaultdict
@@ -7,8 +7,10 @@ from rlt.errors import Refused
 
 
 def ranks(rewards: list[float]) -> list[int]:
-    """Each completion's place among those of its question: 1 for the highest reward, ties as they came; what has no
-    finite reward comes last."""
+    """Each completion's place among the completions of its question: 1 for the highest reward.
+
+    Ties keep their order; completions without a finite reward come last.
+    """
     order = sorted(range(len(rewards)), key=lambda i: -rewards[i] if math.isfinite(rewards[i]) else math.inf)
     places = [0] * len(rewards)
     for place, index in enumerate(order, start=1):
@@ -31,8 +33,8 @@ def sources_of(row: dict, count: int) -> list[str]:
 
 
 def summary(rows: list[tuple[list[str], list[float]]]) -> dict[str, dict[str, float]]:
-    """By source: completions, questions won and the share of those it took part in, mean rank, mean finite reward.
-    Equal completions share a question and their places.
+    """By source: completions, questions won, their share of the questions that the source took part in, mean rank, mean
+    finite reward. Completions of equal reward share the win and their mean place.
 
     Args:
         rows: of each question the sources and the rewards of its completions.

@@ -1,5 +1,8 @@
-"""Rewards of completions that were just sampled: the teacher's log-probs are those they were sampled with, and of an
-explanation's tokens in the prompt those that its engine is asked for."""
+"""Rewards of completions that were just sampled, as a rule without a pass of the teacher.
+
+The teacher's log-probs are those that the completions were sampled with. An explanation's first tokens belong to the
+prompt; the engine is asked for their log-probs separately.
+"""
 
 from collections.abc import Callable
 
@@ -50,8 +53,8 @@ class TraceScorer:
 
         Args:
             rows: as `TeacherReward.score` takes them, one per completion.
-            prompts: token ids of what the teacher was shown.
-            sampled: token ids of what it wrote, and `log_probs` with which it did.
+            prompts: token ids of the teacher's prompts.
+            sampled: token ids of its completions; `log_probs` are the log-probs that they were sampled with.
         """
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         self.readings: list[Reading] = self.reward.read(rows, texts)
@@ -80,7 +83,7 @@ class TraceScorer:
         return found
 
     def _prompt_tails(self) -> dict[tuple[int, ...], torch.Tensor]:
-        """Log-probs of the last tokens of each prompt, from the first that a reading counts: explanations begin inside
+        """Log-probs of each prompt's last tokens, from the first token that a reading counts: explanations begin inside
         the prompt."""
         firsts: dict[tuple[int, ...], int] = {}
         for prompt, reading in zip(map(tuple, self.prompts), self.readings, strict=True):
@@ -93,7 +96,7 @@ class TraceScorer:
 
     @torch.no_grad()
     def _pass(self, model, sequences, counted, temperature: float) -> list[torch.Tensor]:
-        """Log-probs of what counts."""
+        """Log-probs of the counted tokens."""
         if not sequences:
             return []
         read, _ = token_log_probs(model, sequences, counted, temperature=temperature, token_budget=self.budget)

@@ -18,19 +18,19 @@ from rlt.traces.ranking import ranks
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept, what came in, and why the rest is out, in the order in which it was asked."""
+    """The rows that are kept, the number of rows and questions that came in, and why other rows are out."""
 
     kept: list[dict]
     scored: int
     questions: int
     dropped: dict[str, int]
-    format_rate: float  # of what came in
+    format_rate: float  # share of all scored rows
 
 
 def rank(rows: list[dict]) -> list[dict]:
     """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came.
 
-    A question that a source repeats is one. What has no finite reward comes last.
+    A question that a source repeats counts as one. Rows without a finite reward come last.
     """
     by_question = defaultdict(list)
     for row in rows:
@@ -80,15 +80,15 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
 
 
 def check_format(matched: int, count: int, least: float, deviations: float = 0.0) -> None:
-    """That a teacher has the format often enough.
+    """Refuse a teacher that has the format too seldom.
 
     Args:
         matched: of `count` completions.
         least: share of them.
-        deviations: by how many standard deviations of such a count they may be fewer, because more are to come.
+        deviations: by how many standard deviations of the count `matched` may fall short, because more are to come.
 
     Raises:
-        Refused: it hardly ever has.
+        Refused: fewer completions have the format.
     """
     if matched < least * count - deviations * sqrt(count * least * (1 - least)):
         raise Refused(
