@@ -19,8 +19,8 @@ import outcome
 import rows
 
 from rlt.errors import Refused, fail
-from rlt.jobs.pipeline import Stage, configuration_of
 from rlt.jobs.child import run_child
+from rlt.jobs.pipeline import Stage, configuration_of
 from rlt.places import ROOT
 from rlt.runs.folder import is_complete
 
