@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# All tests:  ./run_tests.sh        two at a time where there is no GPU
+# All tests, after ruff and the type checker:  ./run_tests.sh        two at a time where there is no GPU
 # Some:       ./run_tests.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 ./setup.sh all
 export TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}" WANDB_MODE=offline
+if [ $# -eq 0 ]; then
+  .venv/bin/ruff check -q .
+  .venv/bin/ruff format -q --check .
+  .venv/bin/pyrefly check --summary=none
+fi
 if [ $# -eq 0 ] && ! grep -q ' gpu ' .venv/.setup-complete; then
   # Most of the time goes to imports and to waiting for other processes, on one processor.
   export OMP_NUM_THREADS=1

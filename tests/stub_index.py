@@ -1,9 +1,9 @@
 """A package index on this machine, with a PyTorch of a few bytes for each answer, and a project for setup.sh to set up.
 
-    /simple/                what pip and uv ask by default
-    /pytorch/cpu, /auto     what stands in for PyTorch's own indexes: uv has their addresses built in, so the uv that is
-                            installed from here passes everything on to the real one, with `--torch-backend=NAME`
-                            turned into this address
+/simple/                what pip and uv ask by default
+/pytorch/cpu, /auto     what stands in for PyTorch's own indexes: uv has their addresses built in, so the uv that is
+                        installed from here passes everything on to the real one, with `--torch-backend=NAME`
+                        turned into this address
 """
 
 import shutil
@@ -51,7 +51,9 @@ def write_wheel(folder: Path, name: str, version: str, files: dict[str, str], ne
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"{name}-{version}-py3-none-any.whl"
     about = f"{name}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (f"Requires-Dist: {needs}\n" if needs else "")
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (
+        f"Requires-Dist: {needs}\n" if needs else ""
+    )
     files = {
         **files,
         f"{about}/METADATA": metadata,

@@ -54,7 +54,8 @@ def train_and_measure(plan: Plan, device: str, look: Callable = lambda trainer: 
         look: at the trainer, before its first step.
 
     Returns:
-        the trainer, and seconds by step, compilations, measured peak over what was held before, and the estimate's largest phase.
+        the trainer, and seconds by step, compilations, measured peak over what was held before, and the estimate's
+        largest phase.
     """
     forget_peak(device)
     before = held_gib(device)
