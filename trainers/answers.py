@@ -1,5 +1,7 @@
 """How often a student in training answers held-out questions correctly, with the engine that evaluations use."""
 
+from typing import Any
+
 from accelerate.utils import gather_object
 
 from rlt.generation.seeds import request_seed
@@ -20,7 +22,7 @@ class HeldOutAnswers:
     def __init__(self, settings: StudentSettings, rows: list[dict], style: ReasoningFormat):
         self.settings, self.rows, self.style = settings, rows, style
         self.verifier = Verifier(settings.verifier, settings.verifier_limit_s)
-        self.engine = None  # built with the first evaluation
+        self.engine: Any = None  # built with the first evaluation
 
     def __call__(self, trainer) -> dict[str, float]:
         """`eval_accuracy` and `eval_format_rate` over all ranks' questions."""

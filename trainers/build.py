@@ -13,7 +13,7 @@ from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
 from rlt.errors import Refused
-from rlt.models.devices import device_type, uses_bfloat16
+from rlt.models.devices import device_type, on, uses_bfloat16
 from rlt.models.loading import load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.planning.memory import token_budget
@@ -65,7 +65,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     }
     # Pushed once, at the end, by rlt/runs/hub.py; and what a trainer does not know it cannot save.
     arguments |= {"push_to_hub": False, "hub_token": None}
-    if "logprob_token_budget" in read_table()[plan.profile.config]:
+    if "logprob_token_budget" in read_table()[str(plan.profile.config)]:
         arguments["logprob_token_budget"] = token_budget(plan.config)
     if not plan.profile.generates and settings.eval_size and settings.eval_steps:
         arguments["eval_strategy"] = "steps"
@@ -121,7 +121,8 @@ def build_trainer(plan: Plan):
     settings = plan.settings
     style = load_format(settings.reasoning_format)
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    trainer, evaluation = BUILDERS[plan.profile.config](plan, tokenizer, style)
+    trainer: Any
+    trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     track(trainer, plan.config)
@@ -288,7 +289,7 @@ def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | Non
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
     )
-    return student if settings.offload_untrained_models else student.to(device_type())
+    return student if settings.offload_untrained_models else on(device_type(), student)
 
 
 def load_function(path: str):

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -22,6 +23,11 @@ from rlt.survival.kill_points import kill_point
 TRAINING_STATE = "training_state.pt"
 MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
 
+
+if TYPE_CHECKING:  # a mixin of trainers
+    from transformers import Trainer as Base
+else:
+    Base = object
 
 logger = logging.getLogger("rlt")
 
@@ -65,10 +71,13 @@ def _write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
 
 
-class AtomicCheckpoints:
+class AtomicCheckpoints(Base):
     """Overrides `Trainer._save_checkpoint`, which writes into place and can be cut off half-way."""
 
     _writing_aside = False
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
     _resumed_from: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
@@ -143,7 +152,7 @@ class AtomicCheckpoints:
 
     def _load_best_model(self) -> None:
         # Overridden for the same reason.
-        path = Path(self.state.best_model_checkpoint) / TRAINING_STATE
+        path = Path(str(self.state.best_model_checkpoint)) / TRAINING_STATE
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         load_full_weights(self.model_wrapped, state["weights"])
 

@@ -76,6 +76,7 @@ def check_enough_questions(rows: list[dict], arguments: GRPOConfig) -> None:
     Raises:
         Refused: how many there are, and how many a batch has.
     """
+    assert arguments.generation_batch_size and arguments.num_generations  # the plan sets them
     needed = arguments.generation_batch_size // arguments.num_generations
     if len(rows) < needed:
         raise Refused(

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import trl
@@ -49,6 +49,9 @@ LOG_PROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_l
 PER_TOKEN = ("completion_mask", "tool_mask", *LOG_PROBS)
 
 
+Pass = Literal["policy", "reference"]
+
+
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
     """TRL's configuration and the fields that this trainer adds."""
@@ -63,7 +66,7 @@ class GRPOConfig(trl.GRPOConfig):
         default=False,
         metadata={"help": "The next batch is written while this one is trained on."},
     )
-    vllm_server_base_url: str | list | None = field(
+    vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
         default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
     )
     offload_untrained_models: bool = field(
@@ -84,7 +87,7 @@ class EpochRepeatSampler(RepeatSampler):
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
@@ -96,11 +99,19 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         other arguments: as in TRL's `GRPOTrainer`; prompts are strings that carry their own special tokens.
     """
 
+    args: Any  # GRPOConfig
+    model: Any  # TRL's unions of wrappers
+    ref_model: Any
+    model_wrapped: Any
+    vllm_generation: Any  # one of our engines
+    num_generations: Any
+    num_generations_eval: Any
+
     def __init__(self, *args, engine_dtype: str = "auto", **kwargs):
         config: GRPOConfig = kwargs["args"]
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         with_engine, config.use_vllm = config.use_vllm, False
-        self._awaited_passes: deque[Literal["policy", "reference"]] = deque()
+        self._awaited_passes: deque[Pass] = deque()
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
         self._sharded = is_sharded(self.accelerator)
@@ -143,9 +154,9 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     # Prompts and generation
 
-    def _get_train_sampler(self, dataset=None) -> Sampler:
+    def _get_train_sampler(self, dataset=None) -> Sampler:  # pyrefly: ignore[bad-override-param-name]  # as TRL
         # Overridden so that a run resumed in its second epoch sees that epoch's order.
-        sampler = super()._get_train_sampler(dataset)
+        sampler: Any = super()._get_train_sampler(dataset)  # TRL's RepeatSampler
         return EpochRepeatSampler(
             sampler.data_source,
             sampler.mini_repeat_count,
@@ -161,7 +172,9 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
             return super()._tokenize_prompts(prompts)
         return prompt_token_ids(self.processing_class, prompts), None, {}
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+    def _generate_single_turn(  # pyrefly: ignore[bad-override]  # what it does not read it passes on
+        self, prompt_ids, images, multimodal_fields, num_generations, **kwargs
+    ):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
         kill_point("generation")
         start = time.perf_counter()
@@ -276,7 +289,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     # A step: generate, score, and the share of it that one micro-batch trains on
 
-    def _prepare_inputs(self, generation_batch):
+    def _prepare_inputs(self, generation_batch):  # pyrefly: ignore[bad-override-param-name]  # TRL's name for it
         # Overridden because TRL shuffles completions over the micro-batches, and a group's prompt is shared only by
         # siblings of one micro-batch.
         if not self.model.training:
@@ -303,12 +316,13 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         batch["scored_share"] = self.accelerator.gather(self._scored.float()).mean()
         return batch
 
-    def _passes_before_rewards(self) -> list[str]:
+    def _passes_before_rewards(self) -> list[Pass]:
         """The passes without gradients that TRL makes over new completions, in its order."""
         every = self.args.steps_per_generation * self.num_iterations
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         policy = corrected or self.args.gradient_accumulation_steps % every != 0
-        return ["policy"] * policy + ["reference"] * (self.beta != 0.0)
+        passes: list[Pass] = ["policy"] * policy
+        return [*passes, "reference"] if self.beta != 0.0 else passes
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # Extended: infinite rewards count as missing, as NaN does in TRL; what was asked is logged.

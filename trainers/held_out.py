@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -66,7 +67,7 @@ class HeldOutEvaluation(TrainerCallback):
     def __init__(self, rows: list[dict], output_dir: str):
         self.rows = rows
         self.path = Path(output_dir) / EVALUATIONS
-        self.trainer = None  # set once the trainer exists
+        self.trainer: Any = None  # set once the trainer exists
         self.records = read_json_lines(self.path)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -121,4 +122,4 @@ class HeldOutEvaluation(TrainerCallback):
         args = self.trainer.args
         best = (args.metric_for_best_model, args.greater_is_better) if args.load_best_model_at_end else None
         result = held_out_result(self.records, self.trainer.num_generations_eval, best)
-        return result and result.sentence
+        return result.sentence if result else None

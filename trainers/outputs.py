@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -57,7 +58,8 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self):
         self.bar = None
-        self.tokens = self.since = None
+        self.tokens: float | None = None
+        self.since = 0.0  # when they were counted
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -120,7 +122,7 @@ class CompletionsFile(TrainerCallback):
     def __init__(self, output_dir: str, probability: float):
         self.folder = Path(output_dir) / COMPLETIONS
         self.probability = probability
-        self.trainer = None  # set once the trainer exists
+        self.trainer: Any = None  # set once the trainer exists
 
     def on_train_begin(self, args, state, control, **kwargs):
         of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

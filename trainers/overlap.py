@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+Base: Any = object  # a mixin: what it asks of the GRPO trainer is there once it is mixed in
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -19,7 +21,7 @@ class Ahead:
     written: tuple[list[list[int]], list[list[float]]] | None = None  # once it has been collected
 
 
-class OverlappedGeneration:
+class OverlappedGeneration(Base):
     """Mixed into the GRPO trainer, whose `vllm_generation` is then an `EngineProcess`."""
 
     _ahead: Ahead | None = None

@@ -6,6 +6,7 @@ too. Rows of a micro-batch share forward passes without seeing each other (logpr
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import trl
@@ -33,6 +34,8 @@ class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
         answers: a `HeldOutAnswers`, asked at every evaluation; None: the loss alone.
         other arguments: as in TRL's `SFTTrainer`.
     """
+
+    args: Any  # SFTConfig
 
     def __init__(self, *args, answers=None, **kwargs):
         self.answers = answers

@@ -7,6 +7,7 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from trl.trainer.utils import use_adapter
@@ -90,7 +91,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
         # Extended: what the reward will read is known as soon as the completions are.
         generated = super()._generate(prompts)
         if self._batch is not None:
-            self._batch.readings = self.reward.read(self._batch.rows, generated[3])
+            texts: Any = generated[3]
+            self._batch.readings = self.reward.read(self._batch.rows, texts)
         return generated
 
     def teacher_reward(self, prompts, completions, completion_ids, log_extra, log_metric, **columns):
@@ -99,7 +101,9 @@ class TeacherGRPOTrainer(GRPOTrainer):
         if readings is None:  # held-out questions, which are answered outside of a batch
             present = [key for key in ROW_KEYS if key in columns]
             values = zip(*(columns[key] for key in present), strict=True)
-            readings = self.reward.read([dict(zip(present, row, strict=True)) for row in values], completions)
+            readings = self.reward.read(
+                [dict(zip(present, row, strict=True)) for row in values], [str(text) for text in completions]
+            )
         scored = self.reward.score_readings(readings)
         self._log_parts(scored, log_extra, log_metric)
         matched = [reading.matched for reading in readings]
@@ -172,10 +176,10 @@ class TeacherGRPOTrainer(GRPOTrainer):
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
                 return self._frozen_log_probs(self.student, sequences, counted, temperature)
         if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference: Any = self.accelerator.unwrap_model(self.ref_model)
             with resident(reference, self.accelerator.device, self._reference_waits):
                 return self._frozen_log_probs(reference, sequences, counted, temperature)
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._frozen_log_probs(policy, sequences, counted, temperature)
 

@@ -75,16 +75,17 @@ class TrackedRun(TrainerCallback):
             import trackio
 
             trackio.config.update(settings)
-        if self.board is not None:
+        if self.board is not None and self.board.tb_writer is not None:
             self.board.tb_writer.add_text("question", settings["question"])
         if "mlflow" in self.trackers:
-            import mlflow
+            import mlflow  # pyrefly: ignore[missing-import]  # an extra that a user installs
 
             (Path(args.output_dir) / MLFLOW_RUN).write_text(mlflow.active_run().info.run_id)
 
     def _describe_to_wandb(self, settings: dict[str, Any]) -> None:
         import wandb
 
+        assert wandb.run is not None  # its callback has begun it
         wandb.run.config.update(settings, allow_val_change=True)
         for key, summary in HELD_OUT.items():
             wandb.run.define_metric(tracker_name(key), step_metric=STEP, step_sync=True, summary=summary)
@@ -100,6 +101,7 @@ def log_completions(report_to: list[str], table, step: int) -> None:
     if "wandb" in report_to:
         import wandb
 
+        assert wandb.run is not None
         wandb.run.log({"completions": wandb.Table(dataframe=shown), STEP: step})
     if "trackio" in report_to:
         import trackio

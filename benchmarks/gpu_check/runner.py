@@ -1,5 +1,6 @@
 """Runs each part in a process of its own, ends it at its limit, and keeps what it had measured by then."""
 
+import contextlib
 import json
 import os
 import signal
@@ -84,8 +85,6 @@ def exit_code(command: list[str], said, environment: dict[str, str], limit: floa
 
 
 def end_group(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all of it has ended
     process.wait()

@@ -146,7 +146,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
     if meeting is not None:
         meeting.agree()
         check_shared_folder(plan.config["output_dir"])
-    environment = rank_environment(plan.sharding, devices, not plan.gpus, machines)
+    environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
     size = int(parameters(plan.config) * 4)
     served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
     with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:

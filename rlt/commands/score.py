@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import MissingMandatoryValue
 
 from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
 from rlt.places import CFGS
 from rlt.planning.checks import check_reward, check_types
-from rlt.planning.configuration import read_overrides
+from rlt.planning.configuration import as_dict, read_overrides
 from rlt.planning.machine import check_models_exist
 from rlt.prompts.styles import load_format
 from rlt.schema import TeacherRewardConfig, pick
@@ -115,7 +115,7 @@ def read_lines(path: Path) -> Iterator[dict]:
         yield row
 
 
-def _answers(row: dict) -> list[str]:
+def _answers(row: dict) -> list[Any]:
     """Of several or one; tables have an empty cell for what a row lacks."""
     return [row.get("completion")] if row.get("completions") is None else row["completions"]
 
@@ -141,6 +141,7 @@ def build_reward(settings: ScoreSettings):
     """The teacher reward over the two models of the configuration."""
     import torch
 
+    from rlt.models.devices import on
     from rlt.models.loading import load_frozen, load_student, load_tokenizer
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
@@ -148,10 +149,10 @@ def build_reward(settings: ScoreSettings):
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = [resolve_model_path(getattr(settings, key)) for key in MODELS]
-    options = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
-    teacher = load_frozen(paths[0], **options).to(device)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+    teacher = on(device, load_frozen(paths[0], **options))
     tokenizer = load_tokenizer(paths[0], settings.trust_remote_code)
-    student = teacher if paths[0] == paths[1] else load_student(paths[1], tokenizer, **options).to(device)
+    student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizer, **options))
     return TeacherReward(
         tokenizer,
         load_format(settings.reasoning_format),
@@ -262,8 +263,7 @@ def ranking_file(output: Path) -> Path:
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="score")
 def job(cfg) -> None:
     try:
-        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        said = score_file(checked(config))
+        said = score_file(checked(as_dict(cfg, throw_on_missing=True)))
     except MissingMandatoryValue as error:
         fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
     except Refused as error:

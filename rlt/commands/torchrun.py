@@ -88,7 +88,7 @@ def resolve_here(arguments: list[str]) -> Resolved:
 
 def run(plan: Plan) -> int:
     on_cpu = not plan.gpus
-    os.environ.update(rank_environment(plan.sharding, int(os.environ["LOCAL_WORLD_SIZE"]), on_cpu))
+    os.environ.update(rank_environment(plan.sharding or "ddp", int(os.environ["LOCAL_WORLD_SIZE"]), on_cpu))
     os.environ[PEERS_VARIABLE] = "1"
     run_rank(lambda: plan)
     return 0

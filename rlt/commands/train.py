@@ -11,7 +11,6 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from rlt.commands import torchrun
 from rlt.commands.begin import begin, prepare_process
@@ -19,7 +18,7 @@ from rlt.errors import Refused, fail
 from rlt.jobs import run_plan
 from rlt.jobs.child import run_child
 from rlt.places import CFGS
-from rlt.planning.configuration import quoted, rewrite_arguments, sweeps
+from rlt.planning.configuration import as_dict, quoted, rewrite_arguments, sweeps
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
 from rlt.runs.folder import SECRET
@@ -27,7 +26,7 @@ from rlt.runs.folder import SECRET
 
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="train")
 def job(cfg) -> None:
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = as_dict(cfg)
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         # Each job in a process of its own: an engine is not given back within one.

@@ -61,7 +61,7 @@ def benchmark_rows(name: str) -> Iterable[dict]:
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise Refused(f"{PREFIX}{name} ({known.hub_name}) could not be loaded from the hub: {reason}") from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(map(dict, rows)):
         yield _with_options(row, known, number) if known.wrong else _plain(row, known)
 
 

@@ -70,7 +70,7 @@ def generator_tasks() -> list[str]:
         Refused: the package is not installed.
     """
     found = importlib.util.find_spec("reasoning_gym")
-    if found is None:
+    if found is None or found.origin is None:
         raise Refused("the package reasoning-gym is not installed: run ./setup.sh")
     literal = re.compile(r"register_dataset\(\s*\"(\w+)\"")
     constant = re.compile(r"^DATASET_NAME\s*=\s*\"(\w+)\"", re.MULTILINE)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlt.data.benchmarks import PREFIX as BENCHMARK
 from rlt.data.benchmarks import benchmark_rows, check_benchmark
@@ -99,14 +100,15 @@ def _usable(found: Iterable[dict], source: str, size: int | None, tags: Tags) ->
 def _clean(row: dict, tags: Tags, place: str) -> tuple[dict | None, str]:
     """The row as text, or None and why it is left out."""
     if "conversations" in row and "question" not in row:
-        row, reason = _from_conversation(row, tags)
-        if row is None:
+        taken, reason = _from_conversation(row, tags)
+        if taken is None:
             return None, reason
+        row = taken
     _check_columns(row, place)
     for column in (*REQUIRED, "reasoning_trace"):
         if isinstance(row.get(column), (dict, list)):
             raise Refused(f"{place}: {column} must be text, it is a {type(row[column]).__name__}")
-    clean = {column: _text(row[column]) for column in REQUIRED}
+    clean: dict[str, Any] = {column: _text(row[column]) for column in REQUIRED}
     trace = _text(row.get("reasoning_trace"))
     clean["reasoning_trace"] = trace if trace.strip() else None
     clean |= {column: _as_text(row[column]) for column in OPTIONAL if _is_there(row.get(column))}
@@ -177,9 +179,10 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
         return None, "conversation is not one question and one answer"
     question, answer = (_text(message.get("value", message.get("content"))) for message in messages)
     parts = [re.search(f"{re.escape(start)}(.*?){re.escape(end)}", answer, re.DOTALL) for start, end in tags]
-    if None in parts:
+    found = [part.group(1).strip() for part in parts if part is not None]
+    if len(found) < len(parts):
         return None, "no thought or solution tags"
-    thought, solution = (part.group(1).strip() for part in parts)
+    thought, solution = found
     rest = {column: value for column, value in row.items() if column != "conversations"}
     return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
 
@@ -205,10 +208,15 @@ def _read(source: str, split: str) -> Iterable[dict]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, split=split)
+        return _rows_of(load_dataset(source, split=split))
     except OSError as error:  # not found, gated, or no network
         reason = str(error).partition("\n")[0]
         raise Refused(f"{source} is no local file and could not be loaded from the hub: {reason}") from error
+
+
+def _rows_of(dataset: Any) -> Iterable[dict]:
+    """A dataset's rows: iterating one gives dictionaries, which its type does not say."""
+    return dataset
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -239,10 +247,10 @@ def _read_folder(folder: Path, split: str) -> Iterable[dict]:
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"{folder} holds a saved dataset that cannot be loaded ({error})") from error
     if not isinstance(loaded, DatasetDict):
-        return loaded
+        return _rows_of(loaded)
     if split not in loaded:
-        raise Refused(f"{folder} has no split {split!r}; found {', '.join(sorted(loaded))}")
-    return loaded[split]
+        raise Refused(f"{folder} has no split {split!r}; found {', '.join(sorted(map(str, loaded)))}")
+    return _rows_of(loaded[split])
 
 
 def inspect_source(source: str) -> None:

@@ -6,8 +6,9 @@ arrive in the engine's own precision.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -32,6 +33,9 @@ class VLLMEngine(VLLMGeneration):
         engine_dtype: "bfloat16" or "float32", used on the CPU; a GPU takes the model's own.
         other arguments: as in TRL's `VLLMGeneration`.
     """
+
+    max_num_seqs: Any
+    llm: LLM
 
     def __init__(self, *args, engine_dtype: str = "auto", **kwargs):
         self.engine_dtype = engine_dtype
@@ -106,12 +110,12 @@ class VLLMEngine(VLLMGeneration):
 
     def _iter_named_params(self):
         # Extended by quantised policies: TRL would merge into, and hand over, packed weights.
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         quantised = is_peft_model(policy) and getattr(policy.get_base_model(), "is_quantized", False)
         yield from merged_params(policy) if quantised else super()._iter_named_params()
 
     def _iter_engine_params(self):
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         base = policy.get_base_model() if is_peft_model(policy) else policy
         embedding = base.get_input_embeddings().weight
         tied = base.get_output_embeddings().weight is embedding
@@ -200,7 +204,7 @@ def groups_of(prompts: list[list[int]], temperature: float) -> list[tuple[list[i
     return [(ids, len(list(equal))) for ids, equal in groupby(prompts)]
 
 
-def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dict) -> Completions:
+def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]) -> Completions:
     """Token ids and log-probs of one completion per prompt; see `VLLMEngine.generate_seeded`.
 
     Text is made only where strings to stop at have to be found in it.
@@ -211,14 +215,19 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids, _ in groups],
         sampling_params=[
-            SamplingParams(**{**sampling, "seed": seeds[first], "n": count, "detokenize": "stop" in sampling})
+            _params({**sampling, "seed": seeds[first], "n": count, "detokenize": "stop" in sampling})
             for first, (_, count) in zip(firsts, groups, strict=False)
         ],
         use_tqdm=False,
     )
     log_probs, _ = extract_logprobs(outputs)
+    assert log_probs is not None  # they were asked for
     ids = [list(completion.token_ids) for output in outputs for completion in output.outputs]
     return ids, [[position[0] for position in sequence] for sequence in log_probs]
+
+
+def _params(options: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**options)
 
 
 def next_token_log_probs(llm: LLM, prompts: list[list[int]], tokens: list[int], temperature: float) -> list[float]:
@@ -232,16 +241,18 @@ def next_token_log_probs(llm: LLM, prompts: list[list[int]], tokens: list[int], 
         ],
         use_tqdm=False,
     )
-    return [output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, tokens, strict=True)]
+    first: list[Any] = [output.outputs[0].logprobs for output in outputs]
+    return [log_probs[0][token].logprob for log_probs, token in zip(first, tokens, strict=True)]
 
 
 @torch.no_grad()
 def merged_params(policy) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of an adapter's base model with the adapter added, in full precision; nothing is changed."""
     base = policy.get_base_model()
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    linears = dict(adapted)
-    for name, module in base.named_modules():
+    modules: dict[str, Any] = dict(base.named_modules())
+    adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    linears: dict[str, Any] = dict(adapted)
+    for name, module in modules.items():
         if isinstance(module, QUANTISED) and not _is_inside(name, adapted):
             linears[name] = module
     for name, module in linears.items():
@@ -257,7 +268,7 @@ def merged_params(policy) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, param.detach()
 
 
-def _is_inside(name: str, modules: dict[str, torch.nn.Module]) -> bool:
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
@@ -267,9 +278,10 @@ def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
     bitsandbytes repacks 4-bit weights on a CPU, and its own way back loses their scales (0.50.2).
     """
     size, device = layer.in_features, layer.weight.device
-    bias, layer.bias = layer.bias, None  # which would be added, and rounded, in the products' precision
+    weights: Any = layer  # whose type denies that a bias may be missing
+    bias, weights.bias = layer.bias, None  # which would be added, and rounded, in the products' precision
     try:
         inputs = torch.arange(size, device=device).split(UNITS)
         return torch.cat([layer(torch.nn.functional.one_hot(rows, size).float()) for rows in inputs]).T
     finally:
-        layer.bias = bias
+        weights.bias = bias

@@ -99,6 +99,7 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat):
     from rlt.models.paths import resolve_model_path
     from rlt.traces.scoring import TraceScorer
 
+    assert settings.student_model is not None  # the plan refuses it
     path = resolve_model_path(settings.student_model)
     student = sampler.model
     if path != resolve_model_path(settings.model_name_or_path):

@@ -136,9 +136,9 @@ def configuration_of(
     """
     config, given = compose_config(stage.arguments)
     config = {**config, "overwrite_output_dir": anew}
-    word = _sharding_word(config, sharding) or ["ddp"]
+    (word,) = _sharding_word(config, sharding) or ["ddp"]
     try:
-        plan = resolve(config, given, devices, *word, list_missing=True).plan
+        plan = resolve(config, given, devices, word, list_missing=True).plan
     except Refused as error:
         raise Refused(f"stage {stage.name}: {error}") from None
     to_come = [s.folder for s in stages]

@@ -14,9 +14,10 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import DistError, HashStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -107,10 +108,14 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs: RankLogs, servers: Servers | None, meeting: Meeting | None):
         super().__init__(spec, logs, exit_barrier_timeout=EXIT_LIMIT_S)
-        self.logs, self.servers, self.meeting = logs, servers, meeting
-        self.failure: Failure | None = None
+        self.logs, self.servers = logs, servers
+        self.meeting: Any = meeting  # where it is asked, there is one
+        self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
         self.stops = 0  # signals that asked for it
+
+    _pcontext: Any
+    _rdzv_handler: Any
 
     @property
     def processes(self) -> list:
@@ -135,7 +140,7 @@ class Agent(LocalElasticAgent):
         for process in self.processes:
             end_group(process)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict:
+    def _start_workers(self, worker_group: Any) -> dict:
         self.failure, self.stopped = None, False
         if self.meeting is not None:
             worker_group.store.set(f"{MACHINE}/{worker_group.group_rank}", str(self.meeting.machines.node))
@@ -146,7 +151,7 @@ class Agent(LocalElasticAgent):
         self.logs.let_go()
         return ids
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _stop_workers(self, worker_group: Any) -> None:
         """Before the next round. Where a machine waits to join, the ranks of this one save and stop first."""
         if self._ask_to_stop():
             while self._monitor_workers(worker_group).state == WorkerState.HEALTHY:
@@ -158,7 +163,7 @@ class Agent(LocalElasticAgent):
         super()._shutdown(death_sig, timeout)
         self.logs.finish()
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def _monitor_workers(self, worker_group: Any) -> RunResult:
         """The state of the round: whoever has failed, here or elsewhere, ends all that is left of it here."""
         found = self._failure_of_ranks(worker_group) or self._failure_around(worker_group)
         if found is not None:
@@ -177,7 +182,7 @@ class Agent(LocalElasticAgent):
         time.sleep(1.5)  # the agent looks at what it saw up to a second ago
         return self.meeting is not None and self._rdzv_handler.num_nodes_waiting() > 0
 
-    def _failure_of_ranks(self, worker_group: WorkerGroup) -> Failure | None:
+    def _failure_of_ranks(self, worker_group: Any) -> Failure | None:
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
         first = None
         for worker, process in zip(worker_group.workers, self.processes, strict=True):
@@ -194,7 +199,7 @@ class Agent(LocalElasticAgent):
         self.logs.finish()
         return _failure_of(*first, self.logs.log(first[0]))
 
-    def _failure_around(self, worker_group: WorkerGroup) -> Failure | None:
+    def _failure_around(self, worker_group: Any) -> Failure | None:
         """Servers that cannot go on, and what other machines say or no longer say."""
         if self.servers is not None and self.servers.given_up.is_set():
             return Failure(self.servers.last_words(), final=True)
@@ -203,13 +208,13 @@ class Agent(LocalElasticAgent):
         silent = self._silent(worker_group)
         return self._told(worker_group) or (Failure(silent) if silent else None)
 
-    def _told(self, worker_group: WorkerGroup) -> Failure | None:
+    def _told(self, worker_group: Any) -> Failure | None:
         if not worker_group.store.check([FAILED]):
             return None
         title, _, final = worker_group.store.get(FAILED).decode().partition("\n")
         return Failure(f"\n{title}\n", final=bool(final))
 
-    def _silent(self, worker_group: WorkerGroup) -> str:
+    def _silent(self, worker_group: Any) -> str:
         """Which machines of this round are gone, as a sentence; the agent's `num_nodes_waiting` has brought the state.
 
         A machine that has left the round for the next one waits for that.
@@ -221,7 +226,7 @@ class Agent(LocalElasticAgent):
         names = " and ".join(f"machine {worker_group.store.get(f'{MACHINE}/{rank}').decode()}" for rank in gone)
         return f"\n{names} was not heard of for {SILENCE_S} s, or ended without a word\n" if gone else ""
 
-    def _failed(self, worker_group: WorkerGroup) -> RunResult:
+    def _failed(self, worker_group: Any) -> RunResult:
         """Tell the other machines, and decide whether there is to be another round."""
         if self.meeting is not None:
             self._compare_notes(worker_group)
@@ -232,7 +237,7 @@ class Agent(LocalElasticAgent):
             logger.warning("the ranks are started again, from the newest checkpoint")
         return RunResult(WorkerState.FAILED)
 
-    def _compare_notes(self, worker_group: WorkerGroup) -> None:
+    def _compare_notes(self, worker_group: Any) -> None:
         """Which machine's failure came first; whether one is lost, which costs no restart where fewer can go on."""
         failure, told = self.failure, self._told(worker_group)
         if told is not None and told.words != failure.words:
@@ -245,7 +250,7 @@ class Agent(LocalElasticAgent):
             worker_group.spec.max_restarts += 1
             self._remaining_restarts += 1
 
-    def _wait_for_silence(self, worker_group: WorkerGroup) -> str:
+    def _wait_for_silence(self, worker_group: Any) -> str:
         """Which machines are gone, if not all of the round say that they have seen its failure."""
         seen = [f"{FAILED}/{rank}" for rank in range(worker_group.group_world_size)]
         worker_group.store.set(seen[worker_group.group_rank], "")

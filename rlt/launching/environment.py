@@ -97,7 +97,7 @@ def _of_accelerate(sharding: str) -> dict[str, str]:
     command = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "train.py"]))
     if args.use_deepspeed:
-        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        args.deepspeed_fields_from_accelerate_config = ",".join(getattr(defaults, "deepspeed_config", ()))
         _, found = prepare_deepspeed_cmd_env(args)
     else:
         found = prepare_multi_gpu_env(args)

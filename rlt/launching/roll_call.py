@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -44,7 +45,7 @@ class RollCall(TrainerCallback):
     """Before each step: all ranks are there, or those that wait say who is not."""
 
     def __init__(self):
-        self.group = torch.distributed.new_group(backend="gloo")
+        self.group: Any = torch.distributed.new_group(backend="gloo")
 
     def on_step_begin(self, args, state, control, **kwargs):
         limit = timedelta(seconds=args.ddp_timeout)

@@ -105,6 +105,7 @@ class Servers:
         self.given_up.set()
 
     def last_words(self) -> str:
+        assert self.failed is not None  # one has given up
         log = self._log(self.failed)
         return f"\nserver {self.failed} ended {RESTARTS + 1} times (all of it in {log}):\n{end_of(log)}\n"
 

@@ -90,7 +90,7 @@ def token_log_probs(
         "index out of text"
     )
     causal = _causal_model(model)
-    device = causal.get_input_embeddings().weight.device
+    device = next(causal.get_input_embeddings().parameters()).device
     log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
     entropies = list(log_probs)
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature

@@ -105,7 +105,8 @@ class _LinearHead(torch.autograd.Function):
         return log_probs_N, entropies_N
 
     @staticmethod
-    def backward(ctx, grad_N, _):
+    def backward(ctx, *grads):
+        grad_N, _ = grads
         hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
         low_NH, low_VH = hidden_NH.to(ctx.dtype), weight_VH.to(ctx.dtype)
         low_V = None if bias_V is None else bias_V.to(ctx.dtype)
@@ -122,11 +123,11 @@ class _LinearHead(torch.autograd.Function):
                 values_BV.mul_(-factors_B).scatter_add_(-1, targets_N[block, None], factors_B.to(values_BV.dtype))
                 logits_CV[here] = values_BV
             inside = slice(start, start + len(logits_CV))
-            if needs_hidden:
+            if grad_NH is not None:
                 grad_NH[inside] = logits_CV @ low_VH
-            if needs_weight:
+            if grad_VH is not None:
                 grad_VH += logits_CV.T @ low_NH[inside]
-            if needs_bias:
+            if grad_V is not None:
                 grad_V += logits_CV.sum(0)
         return grad_NH, grad_VH, grad_V, None, None, None, None
 

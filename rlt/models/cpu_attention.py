@@ -56,8 +56,9 @@ class BlockwiseAttention(torch.autograd.Function):
         return out_1THD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_1THD):
+    @torch.autograd.function.once_differentiable  # its own type loses the signature
+    def backward(ctx, *grads):  # pyrefly: ignore[bad-override]
+        (grad_1THD,) = grads
         query, key, value = ctx.saved_tensors
         exact = torch.promote_types(query.dtype, torch.float32)
         grad_query = torch.zeros_like(query)

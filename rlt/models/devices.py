@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 CPU_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
 
@@ -22,6 +23,12 @@ def supports_bfloat16(device_type: str) -> bool:
 
 def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on(device: str | torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, moved."""
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def uses_bfloat16(wanted: bool | None) -> bool:

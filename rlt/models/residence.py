@@ -36,7 +36,10 @@ def send_for(model: torch.nn.Module, device: torch.device | str) -> None:
         _put(model, _waiting[model])
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        _coming[model] = [x.to(device, non_blocking=True) for x in _waiting[model]], stream.record_event()
+        copies = [x.to(device, non_blocking=True) for x in _waiting[model]]
+        arrived = torch.cuda.Event()
+        arrived.record(stream)
+        _coming[model] = copies, arrived
 
 
 def _put(model: torch.nn.Module, values: list[torch.Tensor]) -> None:

@@ -83,7 +83,7 @@ def check_keys(config: dict[str, Any]) -> None:
             raise Refused(f"{key!r} is not a key of a {trainer} run{hint}")
         if key in DERIVED:
             raise Refused(f"{key} follows from other keys: set {DERIVED[key]} instead")
-        if key in FIXED or key in FIXED_BY_CONFIG.get(PROFILES[trainer].config, ()):
+        if key in FIXED or key in FIXED_BY_CONFIG.get(PROFILES[trainer].config or "", ()):
             raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     check_ranges(config)
@@ -274,7 +274,7 @@ def check_combinations(settings: GRPOSettings) -> None:
 def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None:
     """One number for each reward function, in the order in which trainers/build.py adds them."""
     named = ["teacher_reward"] if isinstance(settings, TeacherSettings) else []
-    named += [str(path).rpartition(".")[2] for path in settings.reward_functions or []]
+    named += [path.rpartition(".")[2] for path in settings.reward_functions or []]
     named += [function for function, key in VERIFIED.items() if getattr(settings.verified, key, None)]
     if len(weights) != len(named) or not all(_admits(weight, ["float"]) for weight in weights):
         raise Refused(
@@ -356,7 +356,7 @@ def check_functions(paths: list[str] | None) -> None:
     if not paths:
         raise Refused("reward_functions is empty: name at least one function, such as rlt.rewards.exact.exact_answer")
     for path in paths:
-        module, _, function = str(path).rpartition(".")
+        module, _, function = path.rpartition(".")
         try:
             found = bool(module and function) and importlib.util.find_spec(module.split(".")[0]) is not None
         except ValueError:

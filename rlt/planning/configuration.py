@@ -6,13 +6,14 @@ Also how keys are read (`read_overrides`, score.py's too).
 import difflib
 import logging
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rlt.errors import Refused
 from rlt.places import CFGS
@@ -84,8 +85,19 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
     with initialize_config_dir(str(CFGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        full = OmegaConf.to_container(cfg, resolve=True)
+        full = as_dict(cfg)
     return {key: value for key, value in full.items() if key != "hydra"}, overrides
+
+
+def as_dict(cfg: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
+    """A composed tree as plain values, interpolations resolved.
+
+    Raises:
+        MissingMandatoryValue: with `throw_on_missing`, a key has no value.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=throw_on_missing)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def sweeps(override: str) -> bool:

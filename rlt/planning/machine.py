@@ -153,7 +153,7 @@ def _check_hub(key: str, name: str, kind: str) -> None:
     address = urlsplit(constants.ENDPOINT)
     reason = "is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
     if not constants.HF_HUB_OFFLINE:
-        if address.scheme in getproxies() or _answers(address.hostname, address.port or PORTS[address.scheme]):
+        if address.scheme in getproxies() or _answers(address.hostname or "", address.port or PORTS[address.scheme]):
             return
         reason = "is no local path, is not in the local cache, and the hub does not answer"
     raise Refused(f"{key}={name} {reason}")

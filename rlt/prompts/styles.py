@@ -6,6 +6,7 @@ the fields of `ReasoningFormat`. Rendering is in `prompts.py`.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -87,7 +88,7 @@ def load_format(name_or_path: str) -> ReasoningFormat:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise Refused(f"reasoning_format={name_or_path}: use one of {sorted(FORMATS)} or an existing .yaml file")
     try:
-        values = yaml.safe_load(path.read_bytes()) or {}
+        values: Any = yaml.safe_load(path.read_bytes()) or {}
     except OSError as error:
         raise Refused(f"reasoning_format={name_or_path} cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
@@ -99,4 +100,5 @@ def load_format(name_or_path: str) -> ReasoningFormat:
     if not isinstance(values, dict) or set(values) - known:
         wrong = sorted(map(str, set(values) - known)) if isinstance(values, dict) else type(values).__name__
         raise Refused(f"reasoning_format={name_or_path}: {wrong} not among the fields {sorted(known)}")
-    return ReasoningFormat(**{"name": path.stem, **values})
+    given: dict[str, Any] = {"name": path.stem, **values}
+    return ReasoningFormat(**given)

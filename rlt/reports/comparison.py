@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlt.estimates import Estimate
 from rlt.reports.tables import evaluation_of, table
-from rlt.runs.folder import saved_configuration
+from rlt.runs.folder import run_in
 
 PLACES = ("output_dir", "run_name")  # differ by themselves
 
@@ -18,7 +18,7 @@ def comparison(runs: dict[str, Path]) -> str:
     """
     by_trainer: dict[str, dict[str, dict]] = {}
     for label, folder in runs.items():
-        settings = saved_configuration(folder)
+        settings = run_in(folder)
         by_trainer.setdefault(settings["trainer"], {})[label] = settings
     tables = [figures(runs), *(differences(trainer, alike) for trainer, alike in by_trainer.items())]
     return "".join(tables)
@@ -42,7 +42,7 @@ def against(result: dict, folder: Path) -> str:
     """An evaluation's difference from the one that its run was compared with."""
     if "difference" not in result:
         return "—"
-    return f"{Estimate(**result['difference']).signed} against {saved_configuration(folder)['compare_with']}"
+    return f"{Estimate(**result['difference']).signed} against {run_in(folder)['compare_with']}"
 
 
 def differences(trainer: str, runs: dict[str, dict]) -> str:

@@ -25,7 +25,9 @@ def completions(folder: Path) -> str:
     if not files:
         return ""
     frame = pandas.read_parquet(files[-1])
-    score = "reward" if "reward" in frame else next((name for name in frame if name.startswith("reward/")), None)
+    score = (
+        "reward" if "reward" in frame else next((name for name in map(str, frame) if name.startswith("reward/")), None)
+    )
     if score is None:
         return ""
     if "token_scores" in frame and frame["token_scores"].notna().any():

@@ -23,7 +23,7 @@ from rlt.runs.folder import (
     MODEL_CARD,
     SECRET,
     read_json_lines,
-    saved_configuration,
+    run_in,
     write_whole,
 )
 from rlt.runs.learned import lineage
@@ -46,7 +46,7 @@ def write_model_card(folder: Path, kept_step: int | None = None) -> None:
 
 def model_card(folder: Path, kept_step: int | None = None) -> str:
     """Markdown below the YAML that a hub reads; arguments as of `write_model_card`."""
-    config = saved_configuration(folder)
+    config = run_in(folder)
     runs = [config, *lineage(Path(config["model_name_or_path"]).expanduser())]  # newest first
     base, licence = base_of(runs[-1]["model_name_or_path"])
     sections = [
@@ -78,7 +78,8 @@ def _licence_on_card(name: str) -> str | None:
     if is_local(name) and not own.is_file():
         return None
     try:
-        return ModelCard.load(own if own.is_file() else name, ignore_metadata_errors=True).data.license
+        card = ModelCard.load(own if own.is_file() else name, ignore_metadata_errors=True)
+        return card.data.to_dict().get("license")
     except (HTTPError, OSError, HFValidationError):
         return None
 

@@ -12,7 +12,7 @@ from rlt.reports.completions import completions
 from rlt.reports.curves import draw_curves
 from rlt.reports.result import summary
 from rlt.reports.tables import configuration, evaluation
-from rlt.runs.folder import CARD, saved_configuration
+from rlt.runs.folder import CARD, run_in, saved_configuration
 from rlt.schema import profile_of
 
 HERE = Path(__file__).parent
@@ -49,9 +49,7 @@ def runs_of(folder: Path) -> list[Path]:
     Raises:
         Refused: it holds no run, or a pipeline that has not begun.
     """
-    config = saved_configuration(folder)
-    if config is None:
-        raise Refused(f"{folder} holds no run (no config.yaml of one)")
+    config = run_in(folder)
     if not profile_of(config).stages:
         return [folder]
     stages = [folder / stage["name"] for stage in config["stages"]]

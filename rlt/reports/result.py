@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from rlt.estimates import Estimate, finite_mean, paired_bootstrap
-from rlt.runs.folder import ALL_TRACES, EVALUATION, EVALUATIONS, MARKER, TRACES, read_json_lines, saved_configuration
+from rlt.runs.folder import ALL_TRACES, EVALUATION, EVALUATIONS, MARKER, TRACES, read_json_lines, run_in
 
 WIDTH, HEIGHT, MARGIN = 320, 34, 8  # pixels of a drawn interval
 
@@ -32,7 +32,7 @@ class Result:
 
 def result_of(folder: Path) -> Result | None:
     """Of the run in a folder; None where it has left no result yet, or has none to give."""
-    config = saved_configuration(folder)
+    config = run_in(folder)
     if (folder / EVALUATION).is_file():
         return evaluation_result(config, json.loads((folder / EVALUATION).read_text()))
     if (folder / TRACES).is_file() and (folder / ALL_TRACES).is_file():

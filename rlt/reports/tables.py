@@ -8,7 +8,7 @@ import yaml
 
 from rlt.estimates import Estimate
 from rlt.planning.configuration import compose_config, options
-from rlt.runs.folder import EVALUATION, saved_configuration
+from rlt.runs.folder import EVALUATION, run_in
 
 
 def evaluation_of(folder: Path) -> dict | None:
@@ -21,7 +21,7 @@ def evaluation(folder: Path) -> str:
     result = evaluation_of(folder)
     if result is None:
         return ""
-    rows = [(name, Estimate(**value)) for name, value in result["figures"].items()]
+    rows: list[tuple] = [(name, Estimate(**value)) for name, value in result["figures"].items()]
     if "difference" in result:
         rows.append(("difference, paired", Estimate(**result["difference"]).signed))
     return f"<p>{result['questions']} questions</p>{table(('', 'mean [95 % interval]'), rows)}{answers(folder)}"
@@ -45,7 +45,7 @@ def answers(folder: Path) -> str:
 
 def configuration(folder: Path) -> str:
     """All of it, and first where it differs from its run file; a run of no file is compared with the default run."""
-    config = saved_configuration(folder)
+    config = run_in(folder)
     name = config.get("run_name")
     default, _ = compose_config([name] if name in options("run_cfg") else [])
     changed = [(k, repr(default.get(k, "—")), repr(v)) for k, v in sorted(config.items()) if default.get(k, "—") != v]

@@ -2,12 +2,18 @@
 
 import ast
 import operator
+from collections.abc import Callable
 from fractions import Fraction
 
 from rlt.errors import Refused
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+SIGNS: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def work_out(text: str) -> tuple[Fraction, list[int]]:

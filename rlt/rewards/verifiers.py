@@ -11,6 +11,7 @@ import re
 import resource
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from rlt.data.generator import generator_tasks
 from rlt.errors import Refused
@@ -91,7 +92,8 @@ def is_mathematically(answer: str, row: dict) -> float:
     if WORDS.fullmatch(solution):  # whose letters would be multiplied: `post` and `stop` would be equal
         return is_exact(AROUND_WORDS.sub("", answer), {"solution": AROUND_WORDS.sub("", solution)})
     # Without time limits of its own, which need the main thread's alarm: the process has one.
-    gold, given = (parse(_as_latex(text), parsing_timeout=None) for text in (solution, answer))
+    unlimited: Any = None
+    gold, given = (parse(_as_latex(text), parsing_timeout=unlimited) for text in (solution, answer))
     return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
 
 
@@ -170,7 +172,9 @@ class Verifier:
             raise Refused(f"verifier={kind}: use auto or one of {', '.join(CHECKS)}")
         self.kind, self.limit_s = kind, limit_s
         self.failures = 0  # checks that hung or broke
-        self._process, self._pipe, self._end = None, None, None
+        self._process: Any = None  # with its pipe and what ends both, once the first answer is checked
+        self._pipe: Any = None
+        self._end: Any = None
 
     def check(self, answer: str | None, row: dict) -> float:
         """1 where an answer is right, else 0.

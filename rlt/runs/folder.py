@@ -94,6 +94,18 @@ def saved_configuration(folder: Path) -> dict | None:
     return renamed(found) if of_a_run else None
 
 
+def run_in(folder: Path) -> dict:
+    """The configuration of the run in a folder.
+
+    Raises:
+        Refused: the folder holds none.
+    """
+    config = saved_configuration(folder)
+    if config is None:
+        raise Refused(f"{folder} holds no run (no {CONFIG} of one)")
+    return config
+
+
 def is_complete(config: dict) -> bool:
     """Whether an earlier life of the run came to the end that is asked for now."""
     marker = Path(config["output_dir"]) / MARKER

@@ -19,7 +19,8 @@ def is_a_peer_gone() -> bool:
     """Whether fewer ranks of this machine live than were started: processes of one parent with one command."""
     mine = psutil.Process()
     try:
-        beside = [p for p in mine.parent().children() if p.status() != psutil.STATUS_ZOMBIE]
+        parent = mine.parent()
+        beside = [p for p in (parent.children() if parent else ()) if p.status() != psutil.STATUS_ZOMBIE]
         alive = [p for p in beside if p.cmdline() == mine.cmdline()]
     except psutil.NoSuchProcess:  # it has just ended
         return True

@@ -43,7 +43,7 @@ class TraceScorer:
             config,
             temperature,
             teacher_log_probs=lambda *_: self._of_teacher(),
-            student_log_probs=lambda *asked: self._pass(self.student, *asked),
+            student_log_probs=lambda ids, counted, at: self._pass(self.student, ids, counted, at),
         )
 
     def score(
@@ -63,14 +63,16 @@ class TraceScorer:
 
     def _of_teacher(self) -> list[torch.Tensor]:
         at = self.reward.teacher_temperature
-        found = self._as_sampled() if at == self.temperature else [None] * len(self.readings)
+        found: list[torch.Tensor | None] = [None] * len(self.readings)
+        if at == self.temperature:
+            found = self._as_sampled()
         anew = [row for row, values in enumerate(found) if values is None]
         asked = [self.readings[row] for row in anew]
         ids, counted = [r.teacher.ids for r in asked], [r.teacher_counted for r in asked]
         read = self._pass(self.teacher, ids, counted, at)
         for row, values in zip(anew, read, strict=True):
             found[row] = values
-        return found
+        return [values for values in found if values is not None]
 
     def _as_sampled(self) -> list[torch.Tensor | None]:
         """The teacher's log-probs of each reading; None where its text is tokenised otherwise than it was sampled."""

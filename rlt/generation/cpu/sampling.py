@@ -59,9 +59,9 @@ def forward_cpu(self, logits, generators, k, p):
     return torch.cat(tokens), returned
 
 
-def no_ranks(log_probs_BV: torch.Tensor, chosen_B1: torch.Tensor) -> torch.Tensor:
+def no_ranks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """0 for each token: vLLM compiles a kernel for its rank, which takes seconds in every process and is never read."""
-    return torch.zeros(len(log_probs_BV), dtype=torch.long)
+    return torch.zeros(len(x), dtype=torch.long)
 
 
 def install_on_cpu() -> None:

@@ -6,6 +6,7 @@ In the notation of LoRA (arXiv 2106.09685): W = W_0 + s B A, with A (r, in), B (
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -38,13 +39,15 @@ def adapter_tensors(
     Args:
         gather: makes shards of ZeRO-3 whole within its block.
     """
-    for name, module in policy.get_base_model().named_modules():
+    modules: dict[str, Any] = dict(policy.get_base_model().named_modules())
+    for name, module in modules.items():
         if not isinstance(module, BaseTunerLayer):
             continue
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        lora: Any = module
+        a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         with gather([a, b]):
             yield f"{name}{A}", _whole(a).float()
-            yield f"{name}{B}", _whole(b).float() * module.scaling["default"]
+            yield f"{name}{B}", _whole(b).float() * lora.scaling["default"]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -68,7 +68,7 @@ class ServerEngine(VLLMEngine):
     def sync_weights(self):
         # Overridden: gathered by all ranks, sent by one, taken by every server.
         self.number += 1
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         base = policy.get_base_model().name_or_path if travels_alone(policy) else ""
         weights = adapter_tensors(policy, self._dist.gather_params) if base else self._iter_engine_params()
         if self.service is not None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
@@ -91,7 +92,7 @@ class ChunkFiles:
 
     def content(self, update: ChunkUpdate) -> memoryview:
         number = next(n for n in range(len(self._buffers)) if str(self.path(n)) == update.source)
-        return memoryview(self._buffers[number][: update.size].numpy())
+        return self._buffers[number][: update.size].numpy().data
 
     def _buffer(self, number: int, size: int) -> torch.Tensor:
         if number == len(self._buffers):
@@ -147,6 +148,8 @@ class ChunkTransfer(WeightTransferEngine[ChunkInit, ChunkUpdate]):
 
     init_info_cls = ChunkInit
     update_info_cls = ChunkUpdate
+
+    model: Any  # vLLM's, of any architecture
 
     def init_transfer_engine(self, init_info: ChunkInit) -> None:
         pass

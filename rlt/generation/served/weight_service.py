@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -38,8 +39,7 @@ class WeightService:
         self.servers, self.folder, self.start_limit_s = servers, folder, start_limit_s
         self.chunks, self.updates, self.version = ChunkFiles(folder), [], ""
         self.locks = [threading.Lock() for _ in servers]
-        self.http = ThreadingHTTPServer(("" if address else LOOPBACK, 0), Handler)
-        self.http.service = self
+        self.http = ThreadingHTTPServer(("" if address else LOOPBACK, 0), partial(Handler, self))
         self.url = f"http://{address or LOOPBACK}:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -95,8 +95,12 @@ class WeightService:
 class Handler(BaseHTTPRequestHandler):
     """`GET /NAME`: a chunk. `POST /N`: bring server N up to date."""
 
+    def __init__(self, service: WeightService, *args):
+        self.service = service
+        super().__init__(*args)
+
     def do_GET(self) -> None:
-        service: WeightService = self.server.service
+        service = self.service
         named = {Path(update.source).name: update for update in service.updates}
         update = named.get(self.path.strip("/"))
         if self._may():
@@ -106,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self._may():
             return
         try:
-            self.server.service.bring_up_to_date(int(self.path.strip("/")))
+            self.service.bring_up_to_date(int(self.path.strip("/")))
             self._say(200, b"")
         except ServerError as error:
             self._say(502, str(error).encode())
@@ -125,5 +129,5 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *_) -> None:
+    def log_message(self, format, *args) -> None:
         """The run's log is not for each request."""

@@ -1,0 +1,107 @@
+"""ZeRO-1 to -3: what only DeepSpeed knows of weights and optimizer states that it has flattened and sharded.
+
+DeepSpeed itself is imported where it is asked, which only its own runs do.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from backends.gather import gathered
+
+
+def is_zero(model: torch.nn.Module) -> bool:
+    """Whether a model is a DeepSpeed engine with ZeRO."""
+    asks = getattr(model, "zero_optimization", None)
+    return callable(asks) and bool(asks())
+
+
+def is_zero3(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A ZeRO-3 parameter, gathered, on the CPU."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().to("cpu", copy=True)
+
+
+def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """A whole value into a ZeRO-3 parameter."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+
+
+def training_state(engine, trained: dict[str, torch.nn.Parameter], keep: bool) -> dict[str, Any]:
+    """As `backends.state.training_state`, by DeepSpeed's own access to what it has flattened and sharded."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    link_states(engine.optimizer)
+    base = engine.optimizer.optimizer
+    step = next((float(state["step"]) for state in base.state.values() if "step" in state), 0.0)
+    keys = sorted({key for state in base.state.values() for key, value in state.items() if is_moment(value)})
+    moments = {
+        key: gathered(trained.items(), partial(safe_get_full_optimizer_state, optim_state_key=key), keep)
+        for key in keys
+    }
+    return {
+        "weights": gathered(trained.items(), safe_get_full_fp32_param, keep),
+        "optimizer": {
+            name: {"step": torch.tensor(step), **{key: moments[key][name] for key in keys}}
+            for name in (trained if keep else ())
+        },
+    }
+
+
+def load_training_state(engine, trained: dict[str, torch.nn.Parameter], state: dict[str, Any]) -> None:
+    """The reverse of `training_state`; the weights of forward passes are loaded already."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    zero = engine.optimizer
+    shards = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    moments = next(iter(state["optimizer"].values()))
+    step = moments["step"]
+    for shard in shards:  # DeepSpeed makes them in the first step, which is behind
+        zero.optimizer.state[shard] = {
+            # A fused optimizer reads it on the device.
+            "step": step.to(shard.device, copy=True) if isinstance(zero.optimizer, torch.optim.AdamW) else int(step),
+            **{key: torch.zeros_like(shard) for key, value in moments.items() if key != "step"},
+        }
+    link_states(zero)
+    for name, parameter in trained.items():
+        zero3 = is_zero3(parameter)
+        set_weight = safe_set_local_fp32_param if zero3 else safe_set_full_fp32_param
+        set_state = safe_set_local_optimizer_state if zero3 else safe_set_full_optimizer_state
+        part = partial(partition, parameter) if zero3 else partial(torch.Tensor.to, device=parameter.device)
+        set_weight(parameter, part(state["weights"][name]))
+        for key, value in state["optimizer"][name].items():
+            if key != "step":
+                set_state(parameter, part(value), key)
+
+
+def link_states(zero) -> None:
+    """DeepSpeed 0.19.8 links states to parameters in the first step of the first group, when others have none yet."""
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def partition(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a ZeRO-3 parameter's value; the last one is filled up with zeros."""
+    size, rank = parameter.partition_numel(), torch.distributed.get_rank()
+    mine = value.flatten()[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(mine, (0, size - len(mine))).to(parameter.device)
+
+
+def is_moment(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
