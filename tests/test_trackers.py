@@ -146,12 +146,11 @@ def test_no_tracker_keeps_a_secret_or_speaks_on_standard_output(tracked):
 
 
 def test_a_jobs_figures_are_in_every_tracker(tmp_path):
-    """In a process of its own: trackio reads its folder from the environment once."""
+    """In a process of its own, as a job is: trackio reads its folder from the environment when it is imported."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from conftest import config_of\n"
+        "from rlt.planning.configuration import compose_config\n"
         "from rlt.runs.dashboard import log_figures, prepare_dashboards\n"
-        f"config = config_of('evaluate_tiny', '{ALL}', 'output_dir={tmp_path}')\n"
+        f"config, _ = compose_config(['evaluate_tiny', '{ALL}', 'output_dir={tmp_path}'])\n"
         "prepare_dashboards(config)\n"
         "log_figures(config, {'evaluation/pass@1': 0.25})\n"
     )
