@@ -149,8 +149,9 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Before the next round. Where a machine waits to join, the ranks of this one save and stop first."""
         if self._ask_to_stop():
-            while self._monitor_workers(worker_group).state == WorkerState.HEALTHY:
+            while any(process.returncode is None for process in self.processes):
                 time.sleep(POLL_S)
+                self._monitor_workers(worker_group)
         self._shutdown()
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout: int = 30) -> None:
