@@ -175,8 +175,10 @@ class Agent(LocalElasticAgent):
         return RunResult(WorkerState.SUCCEEDED, return_values={w.global_rank: None for w in worker_group.workers})
 
     def _somebody_waits(self) -> bool:
-        time.sleep(1.5)  # the agent looks at what it saw up to a second ago
-        return self.meeting is not None and self._rdzv_handler.num_nodes_waiting() > 0
+        if self.meeting is None:
+            return False
+        time.sleep(1.5)  # the agent is told what it saw up to a second ago
+        return self._rdzv_handler.num_nodes_waiting() > 0
 
     def _failure_of_ranks(self, worker_group: WorkerGroup) -> Failure | None:
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
