@@ -141,8 +141,8 @@ def test_no_argument_is_answered_with_the_usage():
 @pytest.mark.parametrize(
     ("nodes", "code", "said"),
     [
-        ("3:4", 1, "NNODES=3:4, with 3 machines: train_batch_size must be a multiple of 3 devices"),
-        ("2:4", 0, "with 3 machines left the run will end: train_batch_size must be a multiple of 3 devices"),
+        ("3:4", 1, "NNODES=3:4, with 3 machines: per_device_train_batch_size=4 x 3 devices does not divide"),
+        ("2:4", 0, "with 3 machines left the run will end: per_device_train_batch_size=4 x 3 devices does not divide"),
     ],
 )
 def test_a_batch_that_fewer_machines_cannot_divide(nodes, code, said):

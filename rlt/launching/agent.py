@@ -154,8 +154,9 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: Any) -> None:
         """Before the next round. Where a machine waits to join, the ranks of this one save and stop first."""
         if self._ask_to_stop():
-            while self._monitor_workers(worker_group).state == WorkerState.HEALTHY:
+            while any(process.returncode is None for process in self.processes):
                 time.sleep(POLL_S)
+                self._monitor_workers(worker_group)
         self._shutdown()
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout: int = 30) -> None:
@@ -179,8 +180,10 @@ class Agent(LocalElasticAgent):
         return RunResult(WorkerState.SUCCEEDED, return_values={w.global_rank: None for w in worker_group.workers})
 
     def _somebody_waits(self) -> bool:
-        time.sleep(1.5)  # the agent looks at what it saw up to a second ago
-        return self.meeting is not None and self._rdzv_handler.num_nodes_waiting() > 0
+        if self.meeting is None:
+            return False
+        time.sleep(1.5)  # the agent is told what it saw up to a second ago
+        return self._rdzv_handler.num_nodes_waiting() > 0
 
     def _failure_of_ranks(self, worker_group: Any) -> Failure | None:
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
