@@ -23,7 +23,7 @@ from rlt.prompts.styles import load_format
 from rlt.rewards import TeacherReward
 from rlt.schema import TeacherRewardConfig, pick
 from rlt.survival.host_memory import ReturnFreedMemory
-from trainers.grpo import GRPOConfig
+from trainers.configs import GRPOConfig
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 

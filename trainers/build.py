@@ -29,6 +29,7 @@ from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, 
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
+from trainers.configs import GRPOConfig, SFTConfig
 from trainers.dpo import DPOTrainer
 from trainers.examples import (
     as_dataset,
@@ -39,10 +40,10 @@ from trainers.examples import (
     whole_pairs,
     with_all_columns,
 )
-from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
-from trainers.sft import SFTConfig, SFTTrainer
+from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.tracking import track, tracker_arguments
 

@@ -12,7 +12,7 @@ from rlt.prompts.rendering import render_question, student_answer
 from rlt.prompts.rows import plain_prompt, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
 from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings
-from trainers.grpo import GRPOConfig
+from trainers.configs import GRPOConfig
 from trainers.sft import example
 
 logger = logging.getLogger("rlt")

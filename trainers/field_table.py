@@ -11,8 +11,7 @@ def build_table() -> dict[str, dict[str, list[str]]]:
     from transformers.training_args import OptimizerNames
     from trl import DPOConfig
 
-    from trainers.grpo import GRPOConfig
-    from trainers.sft import SFTConfig
+    from trainers.configs import GRPOConfig, SFTConfig
 
     kinds = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig}
     choices = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}

@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,6 +31,7 @@ from rlt.prompts.rendering import prompt_token_ids
 from rlt.schema import server_urls
 from rlt.survival.kill_points import kill_point
 from trainers.checkpoints import AtomicCheckpoints
+from trainers.configs import GRPOConfig
 from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
 
@@ -50,28 +50,6 @@ PER_TOKEN = ("completion_mask", "tool_mask", *LOG_PROBS)
 
 
 Pass = Literal["policy", "reference"]
-
-
-@dataclass
-class GRPOConfig(trl.GRPOConfig):
-    """TRL's configuration and the fields that this trainer adds."""
-
-    logprob_token_budget: int | None = field(
-        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
-    )
-    save_completions_probability: float = field(
-        default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
-    )
-    overlap_generation: bool = field(
-        default=False,
-        metadata={"help": "The next batch is written while this one is trained on."},
-    )
-    vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
-        default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
-    )
-    offload_untrained_models: bool = field(
-        default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
-    )
 
 
 class Rider(NamedTuple):

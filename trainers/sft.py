@@ -4,7 +4,6 @@ Loss only on what comes after the explanation's start tag (teacher) or on the an
 too. Rows of a micro-batch share forward passes without seeing each other (logprobs/packing.py).
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,15 +15,6 @@ from rlt.logprobs import token_log_probs
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
 from trainers.checkpoints import AtomicCheckpoints
-
-
-@dataclass
-class SFTConfig(trl.SFTConfig):
-    """TRL's configuration and the field that this trainer adds."""
-
-    logprob_token_budget: int | None = field(
-        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
-    )
 
 
 class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):

@@ -1,0 +1,36 @@
+"""TRL's configurations and the fields that the trainers here add."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's configuration and the field that this trainer adds."""
+
+    logprob_token_budget: int | None = field(
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
+    )
+
+
+@dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """TRL's configuration and the fields that this trainer adds."""
+
+    logprob_token_budget: int | None = field(
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
+    )
+    save_completions_probability: float = field(
+        default=0.0, metadata={"help": "Share of the steps whose completions are written, in [0, 1]."}
+    )
+    overlap_generation: bool = field(
+        default=False,
+        metadata={"help": "The next batch is written while this one is trained on."},
+    )
+    vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
+        default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
+    )
+    offload_untrained_models: bool = field(
+        default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
+    )
