@@ -37,7 +37,7 @@ done
 asked=(base "$@")
 
 kind="$device $("$python" -V)"
-wanted="$(cat "$list" setup.sh pyproject.toml <(pwd) 2>/dev/null | sha256sum | cut -d' ' -f1) $kind"
+wanted="$({ cat "$list" setup.sh pyproject.toml 2>/dev/null || true; pwd; } | sha256sum | cut -d' ' -f1) $kind"
 up_to_date() {
   groups="$(made 2)"  # those that are there stay
   for group in "${asked[@]}"; do

@@ -39,7 +39,7 @@ extra==1.0
 UV = f"""#!/bin/sh
 for word; do
   shift
-  case "$word" in --torch-backend=*) word="--index-url=$PYTORCH_INDEXES/${{word#*=}}" ;; esac
+  case "$word" in --torch-backend=*) word="--default-index=$PYTORCH_INDEXES/${{word#*=}}" ;; esac
   set -- "$@" "$word"
 done
 exec {ROOT}/.venv/bin/uv "$@"
@@ -62,7 +62,7 @@ def write_wheel(folder: Path, name: str, version: str, files: dict[str, str], ne
     with zipfile.ZipFile(wheel, "w") as archive:
         for path, text in files.items():
             entry = zipfile.ZipInfo(path)
-            entry.external_attr = 0o755 << 16
+            entry.external_attr = 0o100755 << 16  # a regular file that may be run
             archive.writestr(entry, text)
         archive.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{about}/RECORD"]))
     Path(f"{wheel}.metadata").write_text(metadata)
