@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "embedded/smollm2-135m-instruct"
 DIES_HALF_WAY = """
 import os, signal
-from models import embedded
+from rlt.models import embedded
 def convert(gguf, folder):
     (folder / "model.safetensors").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -42,7 +42,7 @@ embedded.embedded_model_path()
 """
 CONVERTS = """
 import os
-from models import embedded
+from rlt.models import embedded
 real = embedded._convert
 def convert(gguf, folder):
     open(embedded.cache_folder() / f"converted_by_{os.getpid()}", "w").close()
