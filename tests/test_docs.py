@@ -34,7 +34,6 @@ NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?")
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SETTING = re.compile(r"^[+]*([a-z][a-z0-9_]*)=")
-OF_LAUNCH = {"restarts"}  # words of launch.sh that are no keys of a run
 OF_SCORE = {"input", "output", "teacher_model", "student_model", "temperature", "dtype"}
 TREE = re.compile(
     r"^(?:rlt|trainers|backends|cfgs|docs|tests|benchmarks|scripts|accelerate_configs|\.github)/[\w./-]*$"
@@ -189,7 +188,7 @@ def commands_of(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_a_page_names_is_a_key(page):
     groups = {path.name for path in CFGS.iterdir() if path.is_dir()} | {"reward_cfg"}
-    known = key_names() | groups | OF_LAUNCH | OF_SCORE | {field.name for field in fields(TeacherRewardConfig)}
+    known = key_names() | groups | OF_SCORE | {field.name for field in fields(TeacherRewardConfig)}
     named = {word for command in commands_of(page) for word in command}
     named |= {word for text in INLINE.findall(text_of(page)) for word in text.split()}
     settings = {match.group(1) for word in named if (match := SETTING.match(word))}
