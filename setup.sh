@@ -55,6 +55,7 @@ exec 9>.venv.lock
 flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"
 up_to_date && exit 0
 
+export UV_COMPILE_BYTECODE=1  # as pip does: else the first run compiles, and repeats old packages' warnings
 within() { timeout --foreground "$@" 2>>"$log"; }  # SECONDS COMMAND: what it complains of goes to the log
 pip() { within "$1" .venv/bin/python -m pip --disable-pip-version-check -q "${@:2}"; }
 uv() { within "$1" .venv/bin/uv pip "$2" --python .venv/bin/python -q "${@:3}"; }

@@ -20,11 +20,12 @@ from rlt.jobs.evaluate import check_apart, check_comparable, trained_on
 from rlt.jobs.pipeline import Stage, check, check_evaluations, check_fresh, command_of, configuration_of, stages_of
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.plan import Plan, make_plan
+from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.rows import load_split_rows
 from rlt.prompts.styles import FORMATS
 from rlt.runs.folder import HELD_OUT, MARKER, check_output, prepare_output
 from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out
-from rlt.schema import DataConfig, TraceConfig, pick
+from rlt.schema import DataConfig, pick
 from rlt.traces.card import card
 from rlt.traces.pairs import preference_pairs
 from rlt.traces.selection import rank, select
@@ -288,7 +289,7 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     for wanted in ("data:image/png;base64", "<h2>student</h2>", "difference, paired"):
         assert wanted in page
-    for outside in ("http://", "https://", "<script"):
+    for outside in ("http://", "https://", "<script src"):
         assert outside not in page
     again = launch("train.py", *run)
     assert again.returncode == 0 and "is complete" in again.stdout
@@ -596,12 +597,13 @@ def test_the_card_counts_every_row_that_was_read(tokenizer, tmp_path):
     source.write_text("".join(json.dumps({"question": text, "solution": "2"}) + "\n" for text in texts))
     config = config_of("collect_tiny", f"dataset_id_or_path={source}", "eval_size=1", "dataset_size=null")
     config["dataset_seed"] = 3  # holds out the question that comes twice
-    asked, held_out = questions(config, tokenizer, FORMATS["stratos"])
+    settings = typed_settings(config)
+    asked, held_out = questions(settings, tokenizer, FORMATS["stratos"])
     assert [row["question"] for row in held_out] == ["1 + 1?"]
     row = {"reasoning_trace": "t", "matched": True, "student_tokens": 1, "tokens": 1}
     row |= dict.fromkeys(("reward", "solution_log_prob_reward", "kl_reward"), 0.0)
     scored = [{**row, "question": its["question"]} for its in asked.rows]
-    text = card(config, asked, select(rank(scored), pick(config, TraceConfig)))
+    text = card(config, asked, select(rank(scored), settings))
     counted = [line for line in text.splitlines() if line.startswith(("| rows read", "| left out", "| questions"))]
     assert counted == [
         "| rows read | 8 |",

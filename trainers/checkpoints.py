@@ -78,7 +78,6 @@ class AtomicCheckpoints(Base):
     args: Any
     optimizer: Any
     lr_scheduler: Any
-    _resumed_from: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
         base = super()._get_output_dir(trial)
@@ -132,17 +131,20 @@ class AtomicCheckpoints(Base):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Overridden for the same reason: what is wrapped and sharded by now is loaded from the one form that is kept.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        if self._resumed_from is not None:
-            self._restore(self._resumed_from)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
         return prepared
 
-    def _init_training_state(self, *args, **kwargs):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         # Extended because the best checkpoint is remembered by its path, and a run's folder may have moved since.
-        started = super()._init_training_state(*args, **kwargs)
-        folder, kept = self._resumed_from, self.args.load_best_model_at_end and self.state.best_global_step
-        if folder is not None and kept:
-            best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+        started = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        kept = self.args.load_best_model_at_end and self.state.best_global_step
+        if resume_from_checkpoint is not None and kept:
+            best = Path(resume_from_checkpoint).parent / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir():
                 self.state.best_model_checkpoint = str(best)
             else:
