@@ -31,6 +31,8 @@ from rlt.planning.resolve import resolve
 from rlt.runs.folder import LOGS, hide_secrets
 from rlt.schema import PROFILES
 
+RANK = ("-m", "rlt.commands.rank")
+
 logger = logging.getLogger("rlt")
 
 
@@ -159,7 +161,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
             (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
-        command = [sys.executable, "-m", "rlt.commands.rank", folder, str(os.getpid())]
+        command = [sys.executable, *RANK, folder, str(os.getpid())]
         return run_ranks(command, devices, logs, environment, plan.config["restarts"], servers, meeting)
 
 
