@@ -30,7 +30,7 @@ MOST_AT_ONCE, DEVICES = 32, 8
 def part_size(count: int) -> int:
     """Rows of a part, from their number alone, so that the eight devices of a machine have a part each.
 
-    Fewer at once take longer on one device (README.md has figures): `questions_at_once` may name another number.
+    A smaller part leaves one device with fewer sequences at once: `questions_at_once` may name another number.
     """
     return max(1, min(MOST_AT_ONCE, -(-count // DEVICES)))
 
