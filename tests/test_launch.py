@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, launch
 
-from rlt.commands.launch import address_of_servers, read_arguments, read_machines
+from rlt.commands.launch import read_arguments
+from rlt.commands.servers import address_of_servers
 from rlt.launching.agent import run_ranks
+from rlt.launching.environment import read_machines
 from rlt.launching.lifetime import PREEMPTED, REFUSED, stop_signals
 
 LIMIT_S = 240
@@ -89,7 +91,7 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, tmp_path):
     [
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "host0", "MASTER_PORT": "70000"}, "must be below 65536"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "needs MASTER_ADDR"),
-        ({"NNODES": "2", "MASTER_ADDR": "host0"}, "needs NODE_RANK"),
+        ({"NNODES": "2", "MASTER_ADDR": "host0"}, "MASTER_ADDR=host0 cannot be reached"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}, "NODE_RANK=2 with NNODES=2"),
         ({"NNODES": "a"}, "NNODES=a is not a number"),
         ({"NNODES": "3:2"}, "NNODES=3:2: MIN:MAX needs MIN above 0"),

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from rlt.launching.meeting import Meeting
 RUN = {"beta": 0.04, "devices": 8}
 
 
-def meeting(node: int, port: int, nodes: int = 2, limit_s: float = 10.0, least: int | None = None) -> Meeting:
+def meeting(node: int | None, port: int, nodes: int = 2, limit_s: float = 10.0, least: int | None = None) -> Meeting:
     return Meeting(Machines(least or nodes, nodes, node, "127.0.0.1", port), "run", limit_s)
 
 
@@ -24,20 +25,29 @@ def beside(*actions: Callable) -> threading.Thread:
 
 
 def test_they_meet_and_agree_on_the_start():
-    port, agreed = free_port(), []
+    port, prepared = free_port(), []
 
     def other():
         second = meeting(1, port)
         second.compare(RUN)
-        second.agree()
-        agreed.append(second.agreed)
+        second.start()
+        prepared.append("seen")
 
     thread = beside(other)
     first = meeting(0, port)
     first.compare(RUN)
-    first.agree()
+    time.sleep(0.5)
+    prepared.append("by the first")
+    first.start()
     thread.join(10)
-    assert agreed == [True]
+    assert prepared == ["by the first", "seen"]
+
+
+def test_machines_without_numbers_get_them_in_the_order_of_their_coming():
+    port = free_port()
+    first = meeting(0, port, nodes=3)
+    assert [meeting(None, port, nodes=3).node for _ in range(3)] == [1, 2, 1]
+    assert first.node == 0
 
 
 @pytest.mark.parametrize("objecting", [0, 1])
@@ -46,13 +56,9 @@ def test_what_stands_in_the_way_on_one_is_told_to_both(objecting):
     said = f"machine {objecting}: 8 devices asked for, and 4 GPUs are visible"
 
     def one(node: int):
-        mine = meeting(node, port)
-        mine.compare(RUN)
-        if node == objecting:
-            mine.object(said.partition(": ")[2])
-        else:
-            with pytest.raises(ValueError, match=said):
-                mine.agree()
+        problem = said.partition(": ")[2] if node == objecting else ""
+        with pytest.raises(ValueError, match=said):
+            meeting(node, port).compare(RUN, problem)
         told.append(node)
 
     thread = beside(lambda: one(1))
@@ -73,13 +79,13 @@ def test_of_a_range_the_least_number_is_enough_and_one_that_comes_later_is_compa
     port = free_port()
     first = meeting(0, port, least=1)
     first.compare(RUN)
-    first.agree()
+    first.start()
     late = meeting(1, port, least=1)
     with pytest.raises(ValueError, match="beta=0.04 with NODE_RANK=0 and 0.0 with NODE_RANK=1"):
         late.compare({**RUN, "beta": 0.0})
     again = meeting(1, port, least=1)
     again.compare(RUN)
-    again.agree()
+    again.start()
 
 
 @pytest.mark.parametrize(

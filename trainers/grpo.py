@@ -20,10 +20,10 @@ from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
+from backends.roll_call import slowest
 from backends.state import full_weights, load_full_weights
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
-from rlt.launching.roll_call import slowest
 from rlt.logprobs import token_log_probs
 from rlt.logprobs.packing import pad_rows
 from rlt.models.residence import resident, send_for

@@ -2,7 +2,7 @@
 
     ./launch.sh DEVICES [RUN] [ddp | zero1 | zero2 | zero3 | offload | fsdp] [key=value ...]
 
-With NNODES, NODE_RANK and MASTER_ADDR set, and the same command on each machine, DEVICES are those of one machine.
+With NNODES and MASTER_ADDR set, and the same command on each machine, DEVICES are those of one machine.
 NNODES=MIN:MAX goes on with the machines that are left, and with those that come back.
 """
 
@@ -16,15 +16,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from rlt.commands.begin import begin, prepare_process, show
+from rlt.commands.begin import begin, prepare_process
+from rlt.commands.servers import serve, servers_of
 from rlt.errors import Refused, fail
 from rlt.generation.shared_memory import weights_folder
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
 from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
-from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, serve_until_stopped
 from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
 from rlt.planning.configuration import compose_config
-from rlt.planning.machine import count_gpus
+from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
@@ -78,103 +78,6 @@ def read_words(words: list[str], usage: str) -> tuple[str | None, list[str]]:
     return named[0] if named else None, [word for word in words if word not in SHARDINGS]
 
 
-def check_devices(devices: int, gpus: int, requires: str | None) -> None:
-    """Refuse more devices than this machine has.
-
-    Raises:
-        Refused: more devices than this machine has.
-    """
-    if gpus or requires == "gpu":
-        if devices > gpus:
-            raise Refused(f"{devices} devices asked for, and {gpus} GPUs are visible on this machine")
-    elif devices > len(cores := os.sched_getaffinity(0)):
-        raise Refused(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
-
-
-def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path) -> Servers:
-    """On the devices behind those that train."""
-    parallel = plan.config.get("vllm_tensor_parallel_size", 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
-    groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
-    threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
-    return Servers(groups, threads, logs, plan_file, **address_of_servers(dict(os.environ)))
-
-
-def address_of_servers(environment: dict[str, str]) -> dict:
-    """Where servers listen: `host` and `first_port`.
-
-    Raises:
-        Refused: other machines could reach them, and no key is set.
-    """
-    host, port = environment.get(HOST_VARIABLE, LOOPBACK), environment.get(PORT_VARIABLE, "0")
-    if not port.isdigit() or int(port) >= 2**16:
-        raise Refused(f"{PORT_VARIABLE}={port} is no port")
-    if not host.startswith("127.") and not environment.get(KEY_VARIABLE):
-        raise Refused(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
-    return {"host": host, "first_port": int(port)}
-
-
-def serve(devices: int, arguments: list[str]) -> int:
-    """Servers alone, for a run on other machines, until a signal comes; the exit code."""
-    config, given = compose_config(arguments)
-    resolved = resolve({**config, "overwrite_output_dir": True}, given, server_devices=devices)  # the trainer's folder
-    plan, config = resolved.plan, resolved.plan.config
-    if config["dry_run"]:
-        show(plan)
-        return 0
-    if resolved.warmup:
-        raise Refused(
-            f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
-        )
-    check_devices(devices, plan.gpus, config["requires"])
-    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
-        file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(asdict(plan)))
-        servers = servers_of(plan, devices, 0, file, Path(folder))
-        return serve_until_stopped(servers, config["vllm_server_timeout"])
-
-
-def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server_devices: int, meeting) -> int:
-    """Run a plan on this machine's devices; the exit code.
-
-    Args:
-        plans: by the number of machines.
-        meeting: with the other machines (`rlt.launching.meeting.Meeting`), or None.
-    """
-    from rlt.launching.agent import run_ranks
-
-    plan = plans[machines.most]
-    if meeting is not None:
-        meeting.agree()
-        check_shared_folder(plan.config["output_dir"])
-    environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
-    size = int(parameters(plan.config) * 4)
-    served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
-    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
-        file, logs = Path(folder) / "plan-1.json", Path(plan.config["output_dir"]) / LOGS
-        servers = servers_of(plan, server_devices, devices, file, logs) if server_devices else None
-        if servers is not None:
-            plans = {1: replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})}
-            environment[KEY_VARIABLE] = servers.key
-        if weights is not None:
-            environment[WEIGHTS_VARIABLE] = weights
-        for number, plan in plans.items():
-            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
-        command = [sys.executable, *RANK, folder, str(os.getpid())]
-        return run_ranks(command, devices, logs, environment, plan.config["restarts"], servers, meeting)
-
-
-def check_shared_folder(folder: str) -> None:
-    """Refuse an output folder that the machines do not share.
-
-    Raises:
-        Refused: node 0 has written its configuration elsewhere.
-    """
-    if not (Path(folder) / "config.yaml").is_file():
-        raise Refused(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
-
-
 def sharding_of(config: dict, named: str | None) -> str:
     """The sharding of a run: as named, else what suits its devices.
 
@@ -194,59 +97,42 @@ def launch(devices: int, sharding: str | None, arguments: list[str], server_devi
     machines = read_machines(dict(os.environ))
     config, given = compose_config(arguments)
     sharding = sharding_of(config, sharding)
-    here = partial(launch_here, config, given, devices, sharding, server_devices, machines)
-    if machines.most == 1 or config["dry_run"]:
-        return here(None)
-    from rlt.launching.meeting import Meeting
+    meeting, compare = None, lambda _: None
+    if machines.most > 1 and not config["dry_run"]:
+        from rlt.launching.meeting import Meeting
 
-    meeting = Meeting(machines, config["output_dir"], config.get("ddp_timeout", DEFAULT_LIMIT_S))
-    nodes = f"{machines.least}:{machines.most}"
-    meeting.compare({**hide_secrets(config), "sharding": sharding, "devices": devices, "NNODES": nodes})
+        meeting = Meeting(machines, config["output_dir"], config.get("ddp_timeout", DEFAULT_LIMIT_S))
+        nodes = f"{machines.least}:{machines.most}"
+        compare = partial(
+            meeting.compare, {**hide_secrets(config), "sharding": sharding, "devices": devices, "NNODES": nodes}
+        )
     try:
-        return here(meeting)
+        check_machine(config, devices, machines, server_devices)
+        resolved = resolve(config, given, devices * machines.most, sharding, server_devices)
+        fewer = plans_of_fewer(config, given, devices, sharding, machines)
     except Refused as error:
-        meeting.object(str(error))
+        compare(str(error))
         raise
-
-
-def launch_here(
-    config: dict,
-    given: list[str],
-    devices: int,
-    sharding: str,
-    server_devices: int,
-    machines: Machines,
-    meeting,
-) -> int:
-    if not config["dry_run"]:
-        check_devices(devices + server_devices, count_gpus(), config["requires"])
-    check_machines(config, machines, server_devices)
-    resolved = resolve(config, given, devices * machines.most, sharding, server_devices)
-    plans = {machines.most: resolved.plan}
-    for fewer in range(machines.most - 1, machines.least - 1, -1):
-        try:
-            plans[fewer] = resolve(config, given, devices * fewer, sharding).plan
-        except Refused as error:
-            if fewer == machines.least:
-                raise Refused(f"NNODES={machines.least}:{machines.most}, with {fewer} machines: {error}") from None
-            logger.warning("with %d machines left the run will end: %s", fewer, error)
+    compare("")
 
     def start(plan: Plan) -> int:
         if plan.profile.stages:
             run_plan(plan)
             return 0
         logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
-        return start_ranks(plans, devices, machines, server_devices, meeting)
+        return start_ranks({machines.most: plan, **fewer}, devices, machines, server_devices, meeting)
 
     return begin(resolved, partial(launch, devices, sharding), start, holds_folder=machines.node == 0)
 
 
-def check_machines(config: dict, machines: Machines, server_devices: int) -> None:
-    """Refuse what only one machine can do.
+def check_machine(config: dict, devices: int, machines: Machines, server_devices: int) -> None:
+    """Refuse what this machine has not, and what only one machine can do.
 
     Raises:
-        Refused: servers of its own, or a pipeline, on several machines.
+        Refused: too many devices; servers of its own, or a pipeline, on several machines.
     """
+    if not config["dry_run"]:
+        check_devices(devices + server_devices, count_gpus(), config["requires"])
     nodes = machines.most
     if nodes > 1 and server_devices:
         raise Refused(
@@ -255,6 +141,58 @@ def check_machines(config: dict, machines: Machines, server_devices: int) -> Non
         )
     if nodes > 1 and config.get("stages"):
         raise Refused(f"{config['run_name']} with NNODES={nodes}: start its stages one by one")
+
+
+def plans_of_fewer(config: dict, given: list[str], devices: int, sharding: str, machines: Machines) -> dict[int, Plan]:
+    """By their number, for as many machines as may be left.
+
+    Raises:
+        Refused: the least number of them does not divide the batch; for those in between, a warning says it.
+    """
+    plans = {}
+    for fewer in range(machines.most - 1, machines.least - 1, -1):
+        try:
+            plans[fewer] = resolve(config, given, devices * fewer, sharding).plan
+        except Refused as error:
+            if fewer == machines.least:
+                raise Refused(f"NNODES={machines.least}:{machines.most}, with {fewer} machines: {error}") from None
+            logger.warning("with %d machines left the run will end: %s", fewer, error)
+    return plans
+
+
+def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server_devices: int, meeting) -> int:
+    """Run a plan on this machine's devices; the exit code.
+
+    Args:
+        plans: by the number of machines.
+        meeting: with the other machines (`rlt.launching.meeting.Meeting`), or None.
+
+    Raises:
+        Refused: the machines do not share the output folder, or node 0 has ended.
+    """
+    from rlt.launching.agent import run_ranks
+
+    plan = plans[machines.most]
+    output = Path(plan.config["output_dir"])
+    if meeting is not None:
+        meeting.start()
+        if not (output / "config.yaml").is_file():
+            raise Refused(f"output_dir={output} is not the folder of NODE_RANK=0: choose one that all machines share")
+    environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
+    size = int(parameters(plan.config) * 4)
+    served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
+        servers = None
+        if server_devices:
+            servers = servers_of(plan, server_devices, devices, Path(folder) / "plan-1.json", output / LOGS)
+            plans = {1: replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})}
+            environment[KEY_VARIABLE] = servers.key
+        if weights is not None:
+            environment[WEIGHTS_VARIABLE] = weights
+        for number, plan in plans.items():
+            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+        command = [sys.executable, *RANK, folder, str(os.getpid())]
+        return run_ranks(command, devices, output / LOGS, environment, plan.config["restarts"], servers, meeting)
 
 
 def main() -> None:

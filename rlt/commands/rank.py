@@ -32,6 +32,8 @@ def read_plan(folder: Path) -> Plan:
 
 def main() -> None:
     end_with(int(sys.argv[2]))
+    if os.environ["LOCAL_RANK"] != "0":
+        os.dup2(2, 1)  # into its log: the terminal is the first rank's
     prepare_process()
     run_rank(lambda: read_plan(Path(sys.argv[1])))
 

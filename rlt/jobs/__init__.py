@@ -15,7 +15,7 @@ def run_plan(plan: Plan) -> None:
     from rlt.survival.stop_signals import StopOnSignal
 
     if not plan.profile.stages:  # whose stages are processes of their own
-        from rlt.launching.roll_call import is_one_of_several, meet
+        from backends.roll_call import is_one_of_several, meet
 
         if is_one_of_several():
             meet(plan.config.get("ddp_timeout", DEFAULT_LIMIT_S))

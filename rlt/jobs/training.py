@@ -5,9 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
+from backends.roll_call import RollCall, is_one_of_several
 from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
-from rlt.launching.roll_call import RollCall, is_one_of_several
 from rlt.models.loading import quiet_libraries
 from rlt.models.paths import merged_model_path
 from rlt.planning.plan import Plan

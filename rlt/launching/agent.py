@@ -9,14 +9,14 @@ failed rank's log comes last. Each rank leads a process group of its own; no oth
 import logging
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError, HashStore
+from torch.distributed import DistError, PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
@@ -27,19 +27,20 @@ from rlt.launching.meeting import SILENCE_S, Meeting, rendezvous
 from rlt.launching.servers import Servers
 
 POLL_S = 0.2
+WAITING_S = 1.5  # the agent is told what the rendezvous saw up to a second ago
 EXIT_LIMIT_S = 600.0  # for the other machines, once the ranks of this one have come to their end
-COPY_LIMIT_S = 2.0  # for what a rank wrote last
-FAILED, MACHINE = "rlt/failed", "rlt/machine"  # in a round's store: why it ended, and which machines are in it
+COPY_LIMIT_S = 5.0  # for what a rank wrote last
+FAILED, MACHINE = "failed", "machine"  # of a round: why it ended, and which machines are in it
+GONE = f"was not heard of for {SILENCE_S} s, or ended without a word"
 
 logger = logging.getLogger("rlt")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the ranks of a round were ended: `words` for the terminal, `title` for the other machines."""
+    """Why the ranks of a round were ended."""
 
     words: str
-    title: str = ""
     code: int = 1
     final: bool = False  # what no restart would mend
 
@@ -52,10 +53,7 @@ class RankLogs(LogsSpecs):
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        super().__init__()
         self.folder, self.environment = folder, environment
-        self.ends: list[int] = []  # where ranks write, until they have opened it
-        self.copying: list[threading.Thread] = []
 
     @property
     def root_log_dir(self) -> str:
@@ -66,60 +64,35 @@ class RankLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         self.folder.mkdir(parents=True, exist_ok=True)
-        errors, outputs = {}, {}
+        logs = {}
         for local, environment in envs.items():
             environment |= self.environment
             log = self.log(environment["RANK"])
             if log.is_file():  # why an earlier life of the rank ended
                 log.replace(log.with_suffix(".before.log"))
-            source, end = os.pipe()
-            copying = threading.Thread(target=_copy, args=(source, log, local == 0), daemon=True)
-            copying.start()
-            self.ends.append(end)
-            self.copying.append(copying)
-            errors[local] = f"/proc/self/fd/{end}"
-            outputs[local] = errors[local] if local else ""
-        return LogsDest(outputs, errors, {}, {}, dict.fromkeys(envs, os.devnull))
-
-    def let_go(self) -> None:
-        """Once the ranks have opened their ends, so that copying comes to one."""
-        while self.ends:
-            os.close(self.ends.pop())
-
-    def finish(self) -> None:
-        while self.copying:
-            self.copying.pop().join(COPY_LIMIT_S)
-
-
-def _copy(source: int, log: Path, shown: bool) -> None:
-    """What a rank says, to its log and to the terminal (while there is one)."""
-    with os.fdopen(source, "rb", buffering=0) as pipe, log.open("ab", buffering=0) as file:
-        while chunk := pipe.read(65536):
-            file.write(chunk)
-            if shown:
-                try:
-                    os.write(2, chunk)
-                except OSError:
-                    shown = False
+            logs[local] = str(log)
+        return LogsDest(dict.fromkeys(envs, ""), logs, {}, {}, dict.fromkeys(envs, os.devnull))
 
 
 class Agent(LocalElasticAgent):
     """PyTorch's agent with another eye on its ranks: `_monitor_workers` is what it asks about them."""
 
+    _pcontext: Any
+    _rdzv_handler: Any
+    round: PrefixStore  # what the machines of a round tell each other; at node 0, as any other may be lost
+
     def __init__(self, spec: WorkerSpec, logs: RankLogs, servers: Servers | None, meeting: Meeting | None):
         super().__init__(spec, logs, exit_barrier_timeout=EXIT_LIMIT_S)
-        self.logs, self.servers = logs, servers
-        self.meeting: Any = meeting  # where it is asked, there is one
+        self.logs, self.servers, self.meeting = logs, servers, meeting
         self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
         self.stops = 0  # signals that asked for it
-
-    _pcontext: Any
-    _rdzv_handler: Any
+        self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
 
     @property
-    def processes(self) -> list:
-        return [h.proc for h in self._pcontext.subprocess_handlers.values()] if self._pcontext else []
+    def running(self) -> list:
+        handlers = self._pcontext.subprocess_handlers.values() if self._pcontext else ()
+        return [handler.proc for handler in handlers if handler.proc.returncode is None]
 
     def stop(self, number: int, frame) -> None:
         """A signal: the ranks are asked to save and stop; the second time, they are ended."""
@@ -131,148 +104,120 @@ class Agent(LocalElasticAgent):
             raise SignalException("asked to stop while no rank ran", signal.Signals(number))
 
     def _ask_to_stop(self) -> bool:
-        asked = [process for process in self.processes if process.returncode is None]
+        asked = self.running
         for process in asked:
             os.kill(process.pid, signal.SIGTERM)  # it was not waited for: its id is its own
         return bool(asked)
 
     def end_all(self) -> None:
-        for process in self.processes:
+        for process in self.running:
             end_group(process)
 
     def _start_workers(self, worker_group: Any) -> dict:
         self.failure, self.stopped = None, False
         if self.meeting is not None:
-            worker_group.store.set(f"{MACHINE}/{worker_group.group_rank}", str(self.meeting.machines.node))
+            self.round = PrefixStore(f"{worker_group.master_addr}:{worker_group.master_port}", self.meeting.store)
+            self.round.set(f"{MACHINE}/{worker_group.group_rank}", str(self.meeting.node))
         ids = super()._start_workers(worker_group)
-        for handler in self._pcontext.subprocess_handlers.values():
-            for file in {handler._stdout, handler._stderr} - {None}:
-                file.close()  # the rank has its own
-        self.logs.let_go()
+        log, ends_with = self.logs.log(worker_group.workers[0].global_rank), f"--pid={ids[0]}"
+        copy = ["tail", "--bytes=+1", "--follow", "--sleep-interval=0.1", ends_with, str(log)]
+        self.shown.append(subprocess.Popen(copy, stdout=2, start_new_session=True))
         return ids
 
     def _stop_workers(self, worker_group: Any) -> None:
         """Before the next round. Where a machine waits to join, the ranks of this one save and stop first."""
-        if self._ask_to_stop():
-            while any(process.returncode is None for process in self.processes):
-                time.sleep(POLL_S)
-                self._monitor_workers(worker_group)
+        self._ask_to_stop()
+        while self.running:
+            time.sleep(POLL_S)
+            self._monitor_workers(worker_group)
         self._shutdown()
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout: int = 30) -> None:
         self.end_all()
         super()._shutdown(death_sig, timeout)
-        self.logs.finish()
+        while self.shown:
+            copy = self.shown.pop()
+            try:
+                copy.wait(COPY_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                copy.kill()
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         """The state of the round: whoever has failed, here or elsewhere, ends all that is left of it here."""
-        found = self._failure_of_ranks(worker_group) or self._failure_around(worker_group)
-        if found is not None:
-            self.failure = found
-            self.end_all()
-            for process in self.processes:
-                process.wait()
-            return self._failed(worker_group)
-        if any(process.returncode is None for process in self.processes):
+        self.failure = self._failure_here(worker_group) or self._failure_around(worker_group)
+        if self.failure is not None:
+            self._shutdown()
+            if self.failure.final or self.stops:
+                self._remaining_restarts = 0
+            if self._remaining_restarts:
+                sys.stderr.write(self.failure.words)
+                logger.warning("the ranks are started again, from the newest checkpoint")
+            return RunResult(WorkerState.FAILED)
+        # Where another machine's agent had them stop, so that one can join, this one has yet to see it.
+        if self.running or (self.stopped and not self.stops and self._somebody_waits()):
             return RunResult(WorkerState.HEALTHY)
-        if self.stopped and not self.stops and self._somebody_waits():
-            return RunResult(WorkerState.HEALTHY)  # another machine's agent had them stop, so that one can join
         return RunResult(WorkerState.SUCCEEDED, return_values={w.global_rank: None for w in worker_group.workers})
 
     def _somebody_waits(self) -> bool:
-        if self.meeting is None:
-            return False
-        time.sleep(1.5)  # the agent is told what it saw up to a second ago
+        time.sleep(WAITING_S if self.meeting else 0)
         return self._rdzv_handler.num_nodes_waiting() > 0
 
-    def _failure_of_ranks(self, worker_group: Any) -> Failure | None:
+    def _failure_here(self, worker_group: Any) -> Failure | None:
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
         first = None
-        for worker, process in zip(worker_group.workers, self.processes, strict=True):
-            if process.returncode is not None or not has_ended(process.pid):
+        for process in self.running:
+            if not has_ended(process.pid):
                 continue
             end_followers(process)  # while its id is still its own
             code = process.wait()
             self.stopped |= code == PREEMPTED
             if code not in (0, PREEMPTED) and first is None:
-                first = (worker.global_rank, code)
+                first = next(w.global_rank for w in worker_group.workers if w.id == process.pid), code
         if first is None:
             return None
-        self.end_all()  # so that none of them writes behind the last words
-        self.logs.finish()
-        return _failure_of(*first, self.logs.log(first[0]))
+        self._shutdown()  # so that none of them writes behind the last words
+        title, failure = _failure_of(*first, self.logs.log(first[0]))
+        if self.meeting is None:
+            return failure
+        if (told := self._told()) is None:
+            self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{'final' if failure.final else ''}")
+            return failure
+        return replace(failure, words=failure.words + told.words, final=failure.final or told.final)
 
     def _failure_around(self, worker_group: Any) -> Failure | None:
         """Servers that cannot go on, and what other machines say or no longer say."""
         if self.servers is not None and self.servers.given_up.is_set():
             return Failure(self.servers.last_words(), final=True)
-        if self.meeting is None:
-            return None
-        silent = self._silent(worker_group)
-        return self._told(worker_group) or (Failure(silent) if silent else None)
+        return (self._told() or self._silence(worker_group)) if self.meeting else None
 
-    def _told(self, worker_group: Any) -> Failure | None:
-        if not worker_group.store.check([FAILED]):
+    def _told(self) -> Failure | None:
+        if not self.round.check([FAILED]):
             return None
-        title, _, final = worker_group.store.get(FAILED).decode().partition("\n")
+        title, _, final = self.round.get(FAILED).decode().partition("\n")
         return Failure(f"\n{title}\n", final=bool(final))
 
-    def _silent(self, worker_group: Any) -> str:
-        """Which machines of this round are gone, as a sentence; the agent's `num_nodes_waiting` has brought the state.
+    def _silence(self, worker_group: Any) -> Failure | None:
+        """Which machines of this round are gone; the agent's `num_nodes_waiting` has brought the rendezvous' state.
 
         A machine that has left the round for the next one waits for that.
         """
         state = self._rdzv_handler._state_holder.state
-        if state.wait_list or not state.complete:
-            return ""
         gone = sorted(set(range(worker_group.group_world_size)) - set(state.participants.values()))
-        names = " and ".join(f"machine {worker_group.store.get(f'{MACHINE}/{rank}').decode()}" for rank in gone)
-        return f"\n{names} was not heard of for {SILENCE_S} s, or ended without a word\n" if gone else ""
-
-    def _failed(self, worker_group: Any) -> RunResult:
-        """Tell the other machines, and decide whether there is to be another round."""
-        if self.meeting is not None:
-            self._compare_notes(worker_group)
-        if self.failure.final or self.stops:
-            self._remaining_restarts = 0
-        if self._remaining_restarts:
-            sys.stderr.write(self.failure.words)
-            logger.warning("the ranks are started again, from the newest checkpoint")
-        return RunResult(WorkerState.FAILED)
-
-    def _compare_notes(self, worker_group: Any) -> None:
-        """Which machine's failure came first; whether one is lost, which costs no restart where fewer can go on."""
-        failure, told = self.failure, self._told(worker_group)
-        if told is not None and told.words != failure.words:
-            self.failure = replace(failure, words=failure.words + told.words, final=failure.final or told.final)
-        elif failure.title:
-            title = f"machine {self.meeting.machines.node}: {failure.title}"
-            worker_group.store.set(FAILED, f"{title}\n{'final' if failure.final else ''}")
-        if self.meeting.machines.elastic and (silent := self._wait_for_silence(worker_group)):
-            self.failure = replace(self.failure, words=self.failure.words.removesuffix(silent) + silent)
-            worker_group.spec.max_restarts += 1
-            self._remaining_restarts += 1
-
-    def _wait_for_silence(self, worker_group: Any) -> str:
-        """Which machines are gone, if not all of the round say that they have seen its failure."""
-        seen = [f"{FAILED}/{rank}" for rank in range(worker_group.group_world_size)]
-        worker_group.store.set(seen[worker_group.group_rank], "")
-        give_up = time.monotonic() + SILENCE_S + 10
-        while time.monotonic() < give_up and not worker_group.store.check(seen):
-            self._rdzv_handler.num_nodes_waiting()
-            if silent := self._silent(worker_group):
-                return silent
-            time.sleep(POLL_S)
-        return ""
+        if state.wait_list or not state.complete or not gone:
+            return None
+        names = " and ".join(f"machine {self.round.get(f'{MACHINE}/{rank}').decode()}" for rank in gone)
+        return Failure(f"\n{names} {GONE}\n")
 
 
-def _failure_of(rank: int, code: int, log: Path) -> Failure:
+def _failure_of(rank: int, code: int, log: Path) -> tuple[str, Failure]:
+    """In a few words for the other machines, and in full."""
     refused = code == REFUSED
     code = 1 if refused else code
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     title = f"rank {rank} ended first, with {how}"
-    words = f"\n{title} (all of it in {log}):\n{end_of(log)}\n"
-    return Failure(words, title, code if code > 0 else 128 - code, final=refused)
+    return title, Failure(
+        f"\n{title} (all of it in {log}):\n{end_of(log)}\n", code if code > 0 else 128 - code, refused
+    )
 
 
 def run_ranks(
@@ -293,7 +238,7 @@ def run_ranks(
         devices: ranks of this machine.
         environment: of the ranks, beside what the agent gives them.
         servers: started before the ranks, and ended after them.
-        meeting: with the other machines.
+        meeting: with the other machines, each of which may be lost once more than `restarts` says.
 
     Returns:
         0, `PREEMPTED` when the ranks stopped and saved, or the exit code of the rank that failed first.
@@ -303,14 +248,14 @@ def run_ranks(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    handler = rendezvous(HashStore(), None) if meeting is None else rendezvous(meeting.whole, meeting)
+    may_be_lost = meeting.machines.most - meeting.machines.least if meeting else 0
     spec = WorkerSpec(
         role="rank",
         local_world_size=devices,
-        rdzv_handler=handler,
+        rdzv_handler=rendezvous(meeting),
         entrypoint=command[0],
         args=tuple(command[1:]),
-        max_restarts=restarts,
+        max_restarts=restarts + may_be_lost,
         monitor_interval=POLL_S,
     )
     agent = Agent(spec, RankLogs(logs, environment), servers, meeting)
@@ -327,20 +272,20 @@ def run_ranks(
 
 def _outcome(agent: Agent) -> int:
     """The exit code of a run, with its last words printed last."""
-    meeting = agent.meeting
     try:
         if agent.servers is not None:
             agent.servers.start()
         result = agent.run()
+        if result is None or not result.is_failed():
+            return PREEMPTED if agent.stopped else 0
     except SignalException:
         return PREEMPTED  # before any rank ran: the same command starts it
-    except (RendezvousError, DistError) as error:
-        agent.failure = agent.failure or Failure(meeting.words_on(error))
-        result = RunResult(WorkerState.FAILED)
-    if result is None or not result.is_failed():
-        return PREEMPTED if agent.stopped else 0
-    if meeting is not None:
-        meeting.part()
+    except DistError:
+        agent.failure = agent.failure or Failure(f"\nmachine 0 {GONE}\n")
+    except RendezvousError as error:
+        agent.failure = agent.failure or Failure(f"\nthe machines did not come together again: {error}\n")
+    if agent.meeting is not None:
+        agent.meeting.let_hear()
     if agent.stops < 2:
         sys.stderr.write(agent.failure.words)
     return agent.failure.code

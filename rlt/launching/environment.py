@@ -28,14 +28,9 @@ class Machines:
 
     least: int = 1
     most: int = 1
-    node: int = 0
+    node: int | None = 0  # None: it gets a number from the machine at that address
     master_addr: str = "127.0.0.1"
     master_port: int = DEFAULT_PORT
-
-    @property
-    def elastic(self) -> bool:
-        """Whether fewer than all can go on."""
-        return self.least < self.most
 
 
 def read_machines(environment: dict[str, str]) -> Machines:
@@ -65,9 +60,10 @@ def read_machines(environment: dict[str, str]) -> Machines:
         return Machines()
     if "MASTER_ADDR" not in environment:
         raise Refused(f"NNODES={text} needs MASTER_ADDR, the address of the machine with NODE_RANK=0")
-    if "NODE_RANK" not in environment:
-        raise Refused(f"NNODES={text} needs NODE_RANK, 0 to {most - 1}, another on each machine")
-    return Machines(least, most, node, environment["MASTER_ADDR"], port or DEFAULT_PORT)
+    address = environment["MASTER_ADDR"]
+    if "NODE_RANK" not in environment and route_to(address)[0] != socket.gethostbyname(address):
+        node = None
+    return Machines(least, most, node, address, port or DEFAULT_PORT)
 
 
 def rank_environment(sharding: str, devices: int, on_cpu: bool, machines: Machines | None = None) -> dict[str, str]:

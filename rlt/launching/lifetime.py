@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import psutil
 
 PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): the same command continues it
 REFUSED = 78  # of a rank that can never work (EX_CONFIG), whose launcher makes 1 of it
@@ -52,37 +53,28 @@ def end_group(process: subprocess.Popen) -> None:
 
 def end_followers(process: subprocess.Popen) -> None:
     """The same once the leader has ended: what it started may tidy up (shared memory, for one) before it is killed."""
-    followers = _followers(process.pid)
+    followers = [other for other in psutil.process_iter() if _follows(other, process.pid)]
     segments = set().union(*map(_segments_of, followers))
-    for pid in followers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    give_up = time.monotonic() + TIDY_UP_S
-    while _followers(process.pid) and time.monotonic() < give_up:
-        time.sleep(0.1)
+    for follower in followers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            follower.terminate()
+    psutil.wait_procs(followers, TIDY_UP_S)
     end_group(process)
     for segment in segments:
         segment.unlink(missing_ok=True)
 
 
-def _segments_of(pid: int) -> set[Path]:
+def _follows(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader != process.pid and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def _segments_of(process: psutil.Process) -> set[Path]:
     """Python's shared memory and semaphores that a process has mapped."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:  # it has just ended
+        mapped = (Path(region.path) for region in process.memory_maps())
+        return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENTS)}
+    except psutil.NoSuchProcess:
         return set()
-    mapped = (Path(words[5]) for words in map(str.split, lines) if len(words) > 5)
-    return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENTS)}
-
-
-def _followers(leader: int) -> list[int]:
-    """Living processes of a group but for its leader."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
-            continue
-        if int(group) == leader and state != "Z" and int(path.parent.name) != leader:
-            found.append(int(path.parent.name))
-    return found

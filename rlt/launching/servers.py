@@ -9,13 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlt.errors import Refused
 from rlt.launching.environment import free_port
-from rlt.launching.lifetime import end_followers, end_group, end_of, stop_signals
+from rlt.launching.lifetime import end_followers, end_group, end_of
 from rlt.places import KEY_VARIABLE
 
 LOOPBACK = "127.0.0.1"
@@ -121,41 +119,3 @@ class Servers:
             thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
-
-
-def serve_until_stopped(servers: Servers, limit_s: float) -> int:
-    """Servers without ranks: says where they are once they are ready; the exit code after SIGTERM or Ctrl-C.
-
-    Args:
-        limit_s: for them to be ready.
-    """
-    stopped = threading.Event()
-    for number in stop_signals():
-        signal.signal(number, lambda *_: stopped.set())
-    try:
-        servers.start()
-        give_up = time.monotonic() + limit_s
-        while not all(_is_healthy(url) for url in servers.urls):
-            if servers.given_up.is_set() or stopped.wait(1.0):
-                break
-            if time.monotonic() > give_up:
-                raise Refused(f"servers are not ready after vllm_server_timeout={limit_s:.0f} seconds")
-        else:
-            logger.warning("ready; train with use_vllm_server=true vllm_server_base_url=[%s]", ",".join(servers.urls))
-        while not servers.given_up.is_set() and not stopped.wait(0.5):
-            pass
-    finally:
-        servers.close()
-    if servers.given_up.is_set():
-        sys.stderr.write(servers.last_words())
-        return 1
-    return 0
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # none between this machine and itself
-        with opener.open(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

@@ -188,3 +188,16 @@ def check_disk(config: dict[str, Any]) -> None:
             f"output_dir={config['output_dir']}: checkpoints need about {needed / GIB:.0f} GiB and "
             f"{free / GIB:.0f} GiB are free: lower save_total_limit or choose another disk"
         )
+
+
+def check_devices(devices: int, gpus: int, requires: str | None) -> None:
+    """Refuse more devices than this machine has.
+
+    Raises:
+        Refused: more devices than this machine has.
+    """
+    if gpus or requires == "gpu":
+        if devices > gpus:
+            raise Refused(f"{devices} devices asked for, and {gpus} GPUs are visible on this machine")
+    elif devices > len(cores := os.sched_getaffinity(0)):
+        raise Refused(f"{devices} processes asked for, and this machine has {len(cores)} processor cores and no GPU")
