@@ -15,7 +15,7 @@ from rlt.commands.launch import read_words, sharding_of
 from rlt.commands.rank import run_rank
 from rlt.errors import Refused, fail
 from rlt.jobs import DEFAULT_LIMIT_S
-from rlt.launching.environment import rank_environment
+from rlt.launching.environment import free_port, rank_environment
 from rlt.planning.configuration import compose_config
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import Resolved, resolve
@@ -24,6 +24,7 @@ from rlt.survival.stop_signals import PEERS_VARIABLE
 
 PLACE = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 PLAN = "plan"  # in the store: what rank 0 made of the command line; empty: there is nothing to run
+PORT = "port"  # where ranks meet at rank 0
 
 logger = logging.getLogger("rlt")
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     store = open_store()  # held until the run's end: at rank 0 it may be the one where all ranks meet
     if os.environ["RANK"] != "0":
         word = hear(store)
-        return run(Plan(**json.loads(word))) if word else 1
+        return run(Plan(**json.loads(word)), store) if word else 1
     told = False
 
     def start(plan: Plan) -> int:
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         told = True
         store.set(PLAN, json.dumps(asdict(plan)))
         logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
-        return run(plan)
+        return run(plan, store)
 
     try:
         return begin(resolve_here(arguments), lambda _: 1, start)
@@ -86,12 +87,21 @@ def resolve_here(arguments: list[str]) -> Resolved:
     return resolved
 
 
-def run(plan: Plan) -> int:
+def run(plan: Plan, store) -> int:
+    leave_agent_store(store)
     on_cpu = not plan.gpus
     os.environ.update(rank_environment(plan.sharding or "ddp", int(os.environ["LOCAL_WORLD_SIZE"]), on_cpu))
     os.environ[PEERS_VARIABLE] = "1"
     run_rank(lambda: plan)
     return 0
+
+
+def leave_agent_store(store) -> None:
+    """Ranks meet at a store of their own life: torchrun's still has what those of an earlier one left there, addresses
+    where nobody listens (https://github.com/pytorch/pytorch/issues/135712)."""
+    if os.environ["RANK"] == "0":
+        store.set(PORT, str(free_port()))
+    os.environ |= {"MASTER_PORT": store.get(PORT).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def open_store():
