@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+import wandb
 import yaml
 from conftest import config_of
 
@@ -177,6 +178,7 @@ def test_figures_of_jobs_become_a_wandb_run_where_that_is_asked_for(monkeypatch,
     log_figures(config_of("evaluate_tiny", "report_to=null"), {"evaluation/pass@1": 0.25})
     assert not list(tmp_path.iterdir())
     log_figures(config_of("evaluate_tiny", "report_to=wandb"), {"evaluation/pass@1": 0.25})
+    wandb.teardown()  # its service writes the file behind the run's end
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"evaluation/pass@1" in file.read_bytes()
 
