@@ -67,7 +67,7 @@ def end_followers(process: subprocess.Popen) -> None:
 def _follows(process: psutil.Process, leader: int) -> bool:
     try:
         return os.getpgid(process.pid) == leader != process.pid and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
+    except (OSError, psutil.Error):  # it has just ended, or is not ours
         return False
 
 
@@ -76,5 +76,5 @@ def _segments_of(process: psutil.Process) -> set[Path]:
     try:
         mapped = (Path(region.path) for region in process.memory_maps())
         return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENTS)}
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return set()
