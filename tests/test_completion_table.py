@@ -14,7 +14,7 @@ import yaml
 from conftest import config_of
 
 from rlt.reports.completion_table import completion_table, named, order, thinned
-from rlt.reports.page import write_report
+from rlt.reports.page import sum_of, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER_LIMIT_S = 120
@@ -140,19 +140,30 @@ def used(trained, tmp_path):
     if browser is None:
         pytest.skip("no chromium on this machine")
 
-    def use(script: str) -> dict:
+    def use(script: str, allowed: bool = True) -> dict | None:
         page = tmp_path / "report.html"
         write_report([trained], page)
         answer = 'document.body.append(Object.assign(document.createElement("pre"), { id: "found", '
         answer += "textContent: encodeURIComponent(JSON.stringify(found)) }));"
-        page.write_text(f"{page.read_text()}<script>{HANDS}{script}{answer}</script>")
+        hands = f"{HANDS}{script}{answer}"
+        text = page.read_text()
+        if allowed:
+            text = text.replace("script-src ", f"script-src '{sum_of(hands)}' ")
+        page.write_text(f"{text}<script>{hands}</script>")
         alone = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
         command = [browser, *alone, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", page.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_LIMIT_S, check=True)
-        (found,) = re.findall('<pre id="found">(.*?)</pre>', done.stdout)
+        found = "".join(re.findall('<pre id="found">(.*?)</pre>', done.stdout))
+        if not found:
+            return None
         return json.loads(unquote(found))
 
     return use
+
+
+def test_a_browser_runs_no_script_but_the_pages_own(used):
+    assert used("", allowed=False) is None
+    assert used("") == {}
 
 
 def test_a_browser_holds_one_page_of_rows_and_turns_it(used):

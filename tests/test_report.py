@@ -1,5 +1,8 @@
 """Which runs a page shows, what it calls them, and where its picture goes."""
 
+import base64
+import hashlib
+import html
 import json
 import math
 import re
@@ -186,3 +189,26 @@ def test_figures_of_jobs_become_a_wandb_run_where_that_is_asked_for(monkeypatch,
 def test_a_picture_is_never_its_page():
     assert picture_of(Path("a/report.html")) == Path("a/report.png")
     assert picture_of(Path("a/report.png")) == Path("a/report-report.png")
+
+
+def test_nothing_that_a_run_holds_becomes_a_part_of_the_page(run, tmp_path):
+    """Names of files and figures are text, a browser runs nothing else, and what cannot be read is left out."""
+    folder = run(tmp_path / "$x_{$ <i>run")
+    mark = "<img src=x onerror=alert(1)>"
+    (folder / "completions").mkdir()
+    row = {"prompt": "p", "completion": "left \u202eright", "reward": 1.0}
+    pandas.DataFrame([row] * 3).to_parquet(folder / "completions" / f"step-{mark}.parquet")
+    (folder / "completions" / "step-z.parquet").write_bytes(b"PAR1")
+    (folder / "answers.parquet").write_bytes(b"")
+    figures = {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    result = {"questions": mark, "left_out": 0, "figures": figures, "accuracy": {}}
+    (folder / "evaluation.json").write_text(json.dumps(result))
+    (folder / "DATA_CARD.md").write_text("half \\ud800")
+    write_report([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert mark not in page and html.escape(mark) in page
+    assert "left [U+202E]right" in page and "\u202e" not in page
+    (allowed,) = re.findall("script-src 'sha256-(.*?)'", page)
+    (script,) = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == allowed
+    assert (tmp_path / "report.png").stat().st_size > 0

@@ -5,7 +5,6 @@ the optimizer's state in a form that any sharding reads, and with fp16 the gradi
 generations, the micro-step, and the reference model where it moves.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -17,11 +16,12 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from backends.state import load_full_weights, load_training_state, training_state
-from rlt.runs.folder import CHECKPOINTS, SAVING
+from rlt.runs.durable import flush, read_json, rename
+from rlt.runs.folder import SAVING
+from rlt.runs.manifest import seal
 from rlt.survival.kill_points import kill_point
 
 TRAINING_STATE = "training_state.pt"
-MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
 
 
 if TYPE_CHECKING:  # a mixin of trainers
@@ -32,16 +32,6 @@ else:
 logger = logging.getLogger("rlt")
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run whose files are all there in full."""
-    found = [p for p in Path(output_dir).glob(CHECKPOINTS) if p.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        if (damage := damage_of(folder)) is None:
-            return folder
-        logger.warning("%s is damaged (%s): one before it is used, or the start", folder, damage)
-    return None
-
-
 def newest(resume_from: str | None, own: Path | None) -> Path | None:
     """The checkpoint to start from, unless the run has made one behind it since."""
     if resume_from is None or own is None:
@@ -50,25 +40,8 @@ def newest(resume_from: str | None, own: Path | None) -> Path | None:
 
 
 def _step_of(folder: Path) -> int:
-    state = folder / TRAINER_STATE_NAME
-    return json.loads(state.read_text())["global_step"] if state.is_file() else -1
-
-
-def damage_of(folder: Path) -> str | None:
-    """What a checkpoint lacks; None when it is whole."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"no {MANIFEST}"
-    for name, size in json.loads(manifest.read_text()).items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
-    return None
-
-
-def _write_manifest(folder: Path) -> None:
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    state = read_json(folder / TRAINER_STATE_NAME)
+    return state["global_step"] if state else -1
 
 
 class AtomicCheckpoints(Base):
@@ -105,11 +78,14 @@ class AtomicCheckpoints(Base):
             if self.args.should_save:
                 self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         kill_point("saving")
+        for path in (aside / name).glob(f"*[-_]{self.accelerator.process_index}.pt*"):
+            flush(path)  # by the machine that wrote it
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            _write_manifest(aside / name)
-            shutil.rmtree(output_dir / name, ignore_errors=True)  # the same step, saved by an earlier life of the run
-            os.rename(aside / name, output_dir / name)
+            seal(aside / name)
+            if (output_dir / name).exists():  # the same step, saved by an earlier life of the run
+                rename(output_dir / name, aside / "before")
+            rename(aside / name, output_dir / name)
             shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 

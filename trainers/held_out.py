@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from rlt.errors import Refused
 from rlt.estimates import finite_mean, paired_bootstrap
 from rlt.reports.result import held_out_result
-from rlt.runs.folder import EVALUATIONS, as_json_lines, read_json_lines, write_whole
+from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
+from rlt.runs.folder import EVALUATIONS
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rlt.generation.seeds import request_seed
 from rlt.reports.curves import draw_curves
+from rlt.runs.durable import as_json_lines, read_json_lines, write_whole, written_whole
 from rlt.runs.folder import COMPLETIONS, CURVES, METRICS
 from trainers.tracking import log_completions
 
@@ -30,10 +31,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            kept = [
-                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
+            write_whole(self.path, as_json_lines(kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -145,7 +144,8 @@ class CompletionsFile(TrainerCallback):
         generated = (args.gradient_accumulation_steps, args.steps_per_generation, args.world_size)
         table = table.iloc[places_of_step(state.global_step, *generated, len(table))].reset_index(drop=True)
         table.insert(0, "step", state.global_step)
-        table.to_parquet(self.folder / f"step-{state.global_step:05d}.parquet")
+        with written_whole(self.folder / f"step-{state.global_step:05d}.parquet") as aside:
+            table.to_parquet(aside)
         log_completions(args.report_to, table, state.global_step)
 
 

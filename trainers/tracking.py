@@ -13,6 +13,7 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Track
 from transformers.integrations.integration_utils import rewrite_logs
 
 from rlt.runs.dashboard import PROJECT, run_question, run_title
+from rlt.runs.durable import write_whole
 from rlt.runs.folder import MLFLOW_RUN, hide_secrets
 from rlt.runs.trackers import trackers_of
 
@@ -80,7 +81,7 @@ class TrackedRun(TrainerCallback):
         if "mlflow" in self.trackers:
             import mlflow  # pyrefly: ignore[missing-import]  # an extra that a user installs
 
-            (Path(args.output_dir) / MLFLOW_RUN).write_text(mlflow.active_run().info.run_id)
+            write_whole(Path(args.output_dir) / MLFLOW_RUN, mlflow.active_run().info.run_id)
 
     def _describe_to_wandb(self, settings: dict[str, Any]) -> None:
         import wandb

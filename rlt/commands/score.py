@@ -12,7 +12,6 @@ and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in trai
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -29,6 +28,7 @@ from rlt.planning.checks import check_reward, check_types
 from rlt.planning.configuration import as_dict, read_overrides
 from rlt.planning.machine import check_models_exist
 from rlt.prompts.styles import load_format
+from rlt.runs.durable import write_whole, written_whole
 from rlt.schema import TeacherRewardConfig, pick
 from rlt.traces.ranking import ranks, sources_of, summary, table
 
@@ -227,9 +227,8 @@ def score_file(settings: ScoreSettings) -> str:
     check_readings(settings, rows)
     reward = build_reward(settings)
     output = Path(settings.output)
-    aside = output.with_name(f"{output.name}.tmp")
     count, ranked = 0, []
-    with aside.open("w", encoding="utf-8") as file:
+    with written_whole(output) as aside, aside.open("w", encoding="utf-8") as file:
         for row in rows:
             answers = _answers(row)
             scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
@@ -242,12 +241,11 @@ def score_file(settings: ScoreSettings) -> str:
                 added = {name: values[0] for name, values in named.items()}
             file.write(json.dumps({**row, **added}, default=str) + "\n")  # of times and the like in Parquet
             count += len(answers)
-    os.replace(aside, output)
     said = f"{count} completions scored, written to {output}\n"
     if not ranked:
         return said
     found = summary(ranked)
-    ranking_file(output).write_text(json.dumps(found, indent=1))
+    write_whole(ranking_file(output), json.dumps(found, indent=1))
     return said + table(found)
 
 

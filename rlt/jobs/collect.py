@@ -8,7 +8,6 @@ on in parts, each written at once: after a kill the same command goes on with th
 same on any number of devices.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from rlt.prompts.rendering import prompt_token_ids, split_completion
 from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
-from rlt.runs.folder import ALL_TRACES, CARD, MARKER, TRACES, TRACES_AS_LINES, as_json_lines, write_whole
+from rlt.runs.durable import as_json_lines, write_whole, written_whole
+from rlt.runs.folder import ALL_TRACES, CARD, TRACES, TRACES_AS_LINES, mark_complete
 from rlt.runs.learned import check_held_out, write_held_out
 from rlt.runs.parts import Parts
 from rlt.schema import CollectSettings
@@ -65,7 +65,7 @@ def run(plan: Plan, stop) -> None:
     if sampler.accelerator.is_main_process:
         selection = finish(plan, parts.read(), folder, asked)
         log_figures(plan.config, logged(selection))
-        (folder / MARKER).write_text(json.dumps({"traces": len(selection.kept)}))
+        mark_complete(folder, {"traces": len(selection.kept)})
         kept = traces_sentence(len(selection.kept), selection.scored, selection.format_rate)
         sys.stdout.write(f"{settings.run_name}: {kept}; in {folder}\n")
 
@@ -156,11 +156,13 @@ def finish(plan: Plan, scored: list[dict], folder: Path, asked: Rows) -> Selecti
 
     ranked = rank(scored)
     (folder / ALL_TRACES).parent.mkdir(exist_ok=True)
-    pandas.DataFrame(ranked).to_parquet(folder / ALL_TRACES)
+    with written_whole(folder / ALL_TRACES) as aside:
+        pandas.DataFrame(ranked).to_parquet(aside)
     selection = select(ranked, plan.settings)  # may refuse, and the traces are there to look at
     style = load_format(plan.settings.reasoning_format)
     kept = [{**without(row, "token_scores"), "messages": messages(style, row)} for row in selection.kept]
-    pandas.DataFrame(kept).to_parquet(folder / TRACES)
+    with written_whole(folder / TRACES) as aside:
+        pandas.DataFrame(kept).to_parquet(aside)
     write_whole(folder / TRACES_AS_LINES, as_json_lines(kept))
     write_card(folder / CARD, plan.config, asked, selection)
     return selection

@@ -24,7 +24,8 @@ from rlt.prompts.rendering import prompt_token_ids, render_question
 from rlt.prompts.styles import load_format
 from rlt.reports.result import evaluation_difference, evaluation_heading
 from rlt.runs.dashboard import log_figures
-from rlt.runs.folder import ANSWERS, CONFIG, EVALUATION, EVALUATION_PICTURE, MARKER
+from rlt.runs.durable import write_whole, written_whole
+from rlt.runs.folder import ANSWERS, CONFIG, EVALUATION, EVALUATION_PICTURE, mark_complete
 from rlt.runs.learned import learned_rows, lineage, rows_of
 from rlt.runs.parts import Parts
 from rlt.schema import EvaluateSettings
@@ -73,7 +74,7 @@ def run(plan: Plan, stop) -> None:
     if sampler.accelerator.is_main_process:
         result = sum_up(settings, parts.read(), folder, asked - len(rows))
         log_figures(config, logged(result))
-        (folder / MARKER).write_text(json.dumps({"questions": result["questions"]}))
+        mark_complete(folder, {"questions": result["questions"]})
         sys.stdout.write(table(settings, result))
 
 
@@ -211,7 +212,8 @@ def sum_up(settings: EvaluateSettings, answers: list[dict], folder: Path, left_o
     """
     import pandas
 
-    pandas.DataFrame(answers).to_parquet(folder / ANSWERS)
+    with written_whole(folder / ANSWERS) as aside:
+        pandas.DataFrame(answers).to_parquet(aside)
     by_question: dict[str, list[dict]] = {}
     for row in answers:
         by_question.setdefault(row["question"], []).append(row)
@@ -228,7 +230,7 @@ def sum_up(settings: EvaluateSettings, answers: list[dict], folder: Path, left_o
         other = json.loads((Path(settings.compare_with) / EVALUATION).read_text())
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
         result["compared"] = len(compared(settings.compare_with, accuracy))
-    (folder / EVALUATION).write_text(json.dumps(result, indent=1))
+    write_whole(folder / EVALUATION, json.dumps(result, indent=1))
     draw(folder, result)
     return result
 
@@ -270,5 +272,6 @@ def draw(folder: Path, result: dict) -> None:
     axis.errorbar(list(rates), means, yerr=spread, fmt="none", ecolor="#333333", capsize=4)
     axis.set(ylim=(0, 1), title=f"{result['questions']} questions")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / EVALUATION_PICTURE, dpi=130)
+    with written_whole(folder / EVALUATION_PICTURE) as aside:
+        figure.savefig(aside, dpi=130, format="png")
     pyplot.close(figure)

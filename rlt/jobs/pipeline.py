@@ -5,7 +5,6 @@ stands for the folder of an earlier stage. A finished stage is skipped, an inter
 of its own; the report of all of them comes last.
 """
 
-import json
 import logging
 import re
 import sys
@@ -19,7 +18,7 @@ from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.configuration import compose_config, quoted
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import MARKER, REPORT, SECRET, is_complete
+from rlt.runs.folder import REPORT, SECRET, is_complete, mark_complete
 from rlt.runs.trackers import as_override
 from rlt.schema import profile_of
 from rlt.survival.stop_signals import StopOnSignal
@@ -77,7 +76,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
             sys.exit(PREEMPTED)
     names = [stage.name for stage, _ in checked]
     write_report([folder], folder / REPORT)
-    (folder / MARKER).write_text(json.dumps({"stages": names}))
+    mark_complete(folder, {"stages": names})
     sys.stdout.write(f"{settings.run_name}: {len(names)} stages, report in {folder / REPORT}\n")
 
 

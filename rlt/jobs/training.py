@@ -1,24 +1,28 @@
 """Runs that train: as one process or as one rank of several, to the model that they leave."""
 
-import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
 
 from backends.roll_call import RollCall, is_one_of_several
 from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
 from rlt.models.loading import quiet_libraries
-from rlt.models.paths import merged_model_path
+from rlt.models.paths import MERGED, merged_model_path
 from rlt.planning.plan import Plan
 from rlt.reports.model_card import write_model_card
-from rlt.runs.folder import MARKER
+from rlt.runs.durable import flush
+from rlt.runs.folder import mark_complete
 from rlt.runs.hub import make_repository, push
+from rlt.runs.manifest import damage_of, last_checkpoint
 from rlt.schema import Training
 from rlt.survival.kill_points import kill_point
 from rlt.survival.stop_signals import StopOnSignal
 from trainers.build import build_trainer
-from trainers.checkpoints import damage_of, last_checkpoint, newest
+from trainers.checkpoints import newest
 from trainers.stopping import StopTogether
 
 logger = logging.getLogger("rlt")
@@ -33,7 +37,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     together = StopTogether(stop)
     for callback in (together, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
-    checkpoint = starting_point(settings)
+    checkpoint = agreed(lambda: starting_point(settings), trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if together.stopped:
         if trainer.is_world_process_zero():
@@ -45,6 +49,24 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     sentence = evaluation.sentence() if evaluation else None
     result = f"{settings.run_name}: {trainer.state.global_step} steps, model in {settings.output_dir}"
     sys.stdout.write(f"{result}\n{sentence}\n" if sentence else f"{result}\n")
+
+
+def agreed(choose: Callable[[], Path | None], is_main: bool) -> Path | None:
+    """What the main process chooses, on all ranks: those of other machines may not see the same files yet.
+
+    Raises:
+        Refused: on every rank, where it cannot choose.
+    """
+    answer: list[str | None] = [None, None]  # a path, or why there is none
+    if is_main:
+        try:
+            answer[0] = str(choose() or "")
+        except Refused as error:
+            answer[1] = str(error)
+    chosen, refusal = broadcast_object_list(answer)
+    if refusal is not None:
+        raise Refused(refusal)
+    return Path(chosen) if chosen else None
 
 
 def starting_point(settings: Training) -> Path | None:
@@ -83,4 +105,7 @@ def finish(trainer, plan: Plan, repository: str | None = None) -> None:
     if repository is not None:
         write_model_card(folder, trainer.state.best_global_step if trainer.args.load_best_model_at_end else None)
         logger.info("pushed to %s", push(plan.config, repository))
-    (folder / MARKER).write_text(json.dumps({"steps": trainer.state.global_step, "epochs": trainer.state.epoch}))
+    for path in (*folder.iterdir(), *(folder / MERGED).glob("*")):  # what transformers and peft wrote
+        if path.is_file():
+            flush(path)
+    mark_complete(folder, {"steps": trainer.state.global_step, "epochs": trainer.state.epoch})

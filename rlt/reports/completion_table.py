@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlt.reports.frames import frame_of
 from rlt.runs.folder import ALL_TRACES, ANSWERS, COMPLETIONS
 
 # In this order, and shown from the start; other columns of a file follow, to be asked for.
@@ -25,12 +26,12 @@ CHARACTERS = 40_000_000  # of a page, about: a browser holds this with ease
 
 def completion_table(folder: Path) -> str:
     """The table and its data; empty where a run left no completions."""
-    files = files_of(folder)
-    if not files:
-        return ""
     import pandas
 
-    frame = pandas.concat([pandas.read_parquet(file) for file in files], ignore_index=True)
+    files = [frame for file in files_of(folder) if (frame := frame_of(file)) is not None]
+    if not files:
+        return ""
+    frame = pandas.concat(files, ignore_index=True)
     shown = thinned(named(frame), CHARACTERS)
     count = f"{len(frame)} completions" if len(shown) == len(frame) else f"{len(shown)} of {len(frame)} completions"
     data = embedded({"columns": [column(name, shown[name]) for name in order(shown)]})

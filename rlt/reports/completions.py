@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from rlt.estimates import best_median_worst
+from rlt.reports.frames import frame_of
 from rlt.runs.folder import ALL_TRACES, COMPLETIONS
 
 FULL = 8.0  # nats at which a colour is at its strongest
@@ -19,12 +20,11 @@ TEACHER_KNEW, STUDENT_KNEW = (130, 60, 160), (70, 150, 80)
 
 def completions(folder: Path) -> str:
     """Best, median and worst completion of the last step, or of all traces; empty where a run left none."""
-    import pandas
-
     files = sorted((folder / COMPLETIONS).glob("step-*.parquet")) or sorted(folder.glob(ALL_TRACES))
-    if not files:
+    found = ((file, frame) for file in reversed(files) if (frame := frame_of(file)) is not None)
+    file, frame = next(found, (None, None))
+    if file is None or frame is None:
         return ""
-    frame = pandas.read_parquet(files[-1])
     score = (
         "reward" if "reward" in frame else next((name for name in map(str, frame) if name.startswith("reward/")), None)
     )
@@ -35,7 +35,7 @@ def completions(folder: Path) -> str:
     rows = [frame.iloc[place] for place in best_median_worst(frame[score].astype(float).tolist())]
     shown = [completion(row, name) for row, name in zip(rows, names(len(rows)), strict=True)]
     key = legend() if any(isinstance(row.get("token_scores"), str) for row in rows) else ""
-    return f"<details open><summary>completions of {files[-1].stem}</summary>{key}{''.join(shown)}</details>"
+    return f"<details open><summary>completions of {html.escape(file.stem)}</summary>{key}{''.join(shown)}</details>"
 
 
 def legend() -> str:

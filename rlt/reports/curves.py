@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rlt.runs.folder import METRICS, read_json_lines
+from rlt.runs.durable import read_json_lines, written_whole
+from rlt.runs.folder import METRICS
 
 PANELS = (  # of a run's logs; after them one for each of several reward functions
     ("reward", "reward"),
@@ -65,9 +67,11 @@ def records_of(folder: Path) -> list[dict]:
 
 def draw_curves(runs: dict[str, Path], path: Path) -> bool:
     """The picture of `curves` as a file; False and no file where there is none."""
-    figure = curves(runs)
-    if figure is not None:
-        figure.savefig(path, dpi=110)
+    with rc_context({"text.parse_math": False}):  # a folder's name may have dollar signs
+        figure = curves(runs)
+        if figure is not None:
+            with written_whole(path) as aside:
+                figure.savefig(aside, dpi=110, format="png")
     return figure is not None
 
 

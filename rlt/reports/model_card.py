@@ -15,17 +15,8 @@ from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.planning.configuration import compose_config, options, quoted
 from rlt.runs.dashboard import run_question
-from rlt.runs.folder import (
-    CONFIG,
-    EVALUATIONS,
-    HELD_OUT,
-    METRICS,
-    MODEL_CARD,
-    SECRET,
-    read_json_lines,
-    run_in,
-    write_whole,
-)
+from rlt.runs.durable import read_json_lines, write_whole
+from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, SECRET, run_in
 from rlt.runs.learned import lineage
 from rlt.schema import profile_of
 

@@ -4,13 +4,13 @@ Made from what a run leaves in its folder, so that the sentence on a page is the
 """
 
 import html
-import json
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 from rlt.estimates import Estimate, finite_mean, paired_bootstrap
-from rlt.runs.folder import ALL_TRACES, EVALUATION, EVALUATIONS, MARKER, TRACES, read_json_lines, run_in
+from rlt.runs.durable import read_json, read_json_lines
+from rlt.runs.folder import ALL_TRACES, EVALUATION, EVALUATIONS, MARKER, TRACES, run_in
 
 WIDTH, HEIGHT, MARGIN = 320, 34, 8  # pixels of a drawn interval
 
@@ -33,8 +33,8 @@ class Result:
 def result_of(folder: Path) -> Result | None:
     """Of the run in a folder; None where it has left no result yet, or has none to give."""
     config = run_in(folder)
-    if (folder / EVALUATION).is_file():
-        return evaluation_result(config, json.loads((folder / EVALUATION).read_text()))
+    if (evaluated := read_json(folder / EVALUATION)) is not None:
+        return evaluation_result(config, evaluated)
     if (folder / TRACES).is_file() and (folder / ALL_TRACES).is_file():
         return traces_result(folder)
     if records := read_json_lines(folder / EVALUATIONS):
@@ -46,10 +46,10 @@ def result_of(folder: Path) -> Result | None:
 
 def finished(folder: Path) -> str:
     """How far a run came."""
-    marker = folder / MARKER
-    if not marker.is_file():
+    done = read_json(folder / MARKER)
+    if done is None:
         return "not finished yet"
-    return ", ".join(f"{name} {value:g}" for name, value in json.loads(marker.read_text()).items() if value is not None)
+    return ", ".join(f"{name} {value:g}" for name, value in done.items() if value is not None)
 
 
 # Held-out questions of a training run

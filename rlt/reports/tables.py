@@ -1,19 +1,19 @@
 """What a page says of a run in tables: its configuration, and the figures and answers of an evaluation."""
 
 import html
-import json
 from pathlib import Path
 
 import yaml
 
 from rlt.estimates import Estimate
 from rlt.planning.configuration import compose_config, options
-from rlt.runs.folder import EVALUATION, run_in
+from rlt.reports.frames import frame_of
+from rlt.runs.durable import read_json
+from rlt.runs.folder import ANSWERS, EVALUATION, run_in
 
 
 def evaluation_of(folder: Path) -> dict | None:
-    path = folder / EVALUATION
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(folder / EVALUATION)
 
 
 def evaluation(folder: Path) -> str:
@@ -24,16 +24,14 @@ def evaluation(folder: Path) -> str:
     rows: list[tuple] = [(name, Estimate(**value)) for name, value in result["figures"].items()]
     if "difference" in result:
         rows.append(("difference, paired", Estimate(**result["difference"]).signed))
-    return f"<p>{result['questions']} questions</p>{table(('', 'mean [95 % interval]'), rows)}{answers(folder)}"
+    count = html.escape(str(result["questions"]))
+    return f"<p>{count} questions</p>{table(('', 'mean [95 % interval]'), rows)}{answers(folder)}"
 
 
 def answers(folder: Path) -> str:
-    import pandas
-
-    path = folder / "answers.parquet"
-    if not path.is_file():
+    frame = frame_of(folder / ANSWERS)
+    if frame is None:
         return ""
-    frame = pandas.read_parquet(path)
     parts = []
     for name, chosen in (("right", frame["right"] > 0), ("wrong", frame["right"] <= 0)):
         if chosen.any():

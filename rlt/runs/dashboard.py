@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt.places import CFGS
+from rlt.runs.durable import write_whole
 from rlt.runs.folder import MLFLOW, MLFLOW_RUN, SECRET, TENSORBOARD, TRACKIO, WANDB_RUN, hide_secrets
 from rlt.runs.trackers import trackers_of
 from rlt.schema import profile_of
@@ -73,8 +74,8 @@ def prepare_dashboards(config: dict[str, Any]) -> None:
 def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
     """Offline unless logged in."""
     id_file = folder / WANDB_RUN
-    if not id_file.exists():
-        id_file.write_text(os.urandom(4).hex())
+    if not id_file.is_file():
+        write_whole(id_file, os.urandom(4).hex())
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     logged_in = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
     os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from rlt.errors import Refused
+from rlt.runs.durable import read_json, write_whole
 from rlt.schema import profile_of, renamed
 
 CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
@@ -44,6 +45,7 @@ WANDB_RUN, MLFLOW_RUN = "wandb_run_id", "mlflow_run_id"  # which run a resumed o
 CONTINUABLE = frozenset(
     {
         *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run", "restarts"),
+        "deterministic",
         *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
         *("save_steps", "save_total_limit", "save_merged_model"),
@@ -66,22 +68,6 @@ INPUTS = (
 )
 SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
 BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS)  # a rank on another machine may be ahead
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The old content or the new one, never half of it: written beside the file, then put in its place."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def as_json_lines(rows: list[dict]) -> str:
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a file that a run wrote, one per line; none where it is not there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def saved_configuration(folder: Path) -> dict | None:
@@ -111,17 +97,24 @@ def is_complete(config: dict) -> bool:
     marker = Path(config["output_dir"]) / MARKER
     if config["overwrite_output_dir"] or not marker.is_file():
         return False
+    done = read_json(marker)
+    if done is None:  # cut short: what was there before it makes it again
+        return False
     if not profile_of(config).trains:
         return True
-    done = json.loads(marker.read_text())
     if config["max_steps"] > 0:
         return done["steps"] >= config["max_steps"]
     return done["epochs"] >= config["num_train_epochs"]
 
 
+def mark_complete(folder: Path, done: dict[str, Any]) -> None:
+    """Once all else is written: what a run has done."""
+    write_whole(folder / MARKER, json.dumps(done))
+
+
 def check_comparison(config: dict[str, Any]) -> None:
     other = config.get("compare_with")
-    if other is not None and not (Path(other) / EVALUATION).is_file():
+    if other is not None and read_json(Path(other) / EVALUATION) is None:
         raise Refused(f"compare_with={other} holds no {EVALUATION}: name the output folder of an evaluation")
 
 

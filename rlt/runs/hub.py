@@ -12,7 +12,7 @@ from rlt.runs.folder import COMPLETIONS, LOGS, MARKER, MLFLOW, MLFLOW_RUN, PARTS
 
 # Of an output folder, what is the run's own business; the rest is its model, configuration, metrics and evaluations.
 KEPT_BACK = (
-    *("checkpoint-*", ".*", "*.tmp", "*.lock", "*.partial/*", "training_args.bin", MARKER, f"{MLFLOW}*"),
+    *("checkpoint-*", "damaged-*", ".*", "*.tmp", "*.lock", "*.partial/*", "training_args.bin", MARKER, f"{MLFLOW}*"),
     *(f"{folder}/*" for folder in (LOGS, COMPLETIONS, PARTS, WANDB, TRACKIO, TENSORBOARD)),
     *(WANDB_RUN, MLFLOW_RUN),
 )

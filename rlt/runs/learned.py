@@ -9,14 +9,8 @@ from rlt.data.splits import hold_out, questions_of
 from rlt.errors import Refused
 from rlt.places import LOCAL_STARTS
 from rlt.prompts.styles import load_format
-from rlt.runs.folder import (
-    ALL_TRACES,
-    HELD_OUT,
-    as_json_lines,
-    read_json_lines,
-    saved_configuration,
-    write_whole,
-)
+from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
+from rlt.runs.folder import ALL_TRACES, HELD_OUT, saved_configuration
 from rlt.schema import profile_of
 
 logger = logging.getLogger("rlt")

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from rlt.errors import Refused
 from rlt.prompts.styles import ReasoningFormat
-from rlt.runs.folder import PARTS, as_json_lines, read_json_lines, write_whole
+from rlt.runs.durable import as_json_lines, read_json, read_json_lines, write_whole
+from rlt.runs.folder import PARTS
 
 SOURCES = "sources.json"
+SUM = "sha256 of the rows above"  # the last line of a part
 MODELS = ("model_name_or_path", "student_model")
 WEIGHTS = ("*.safetensors", "adapter_model.*")
 END_BYTES = 2**20
@@ -78,7 +80,7 @@ class Parts:
     def missing(self, accelerator) -> list[int]:
         """Numbers of this rank's parts that are not there yet."""
         mine = range(accelerator.process_index, len(self.ranges), accelerator.num_processes)
-        return [number for number in mine if not self._file(number).is_file()]
+        return [number for number in mine if self._rows(number) is None]
 
     def work(self, accelerator, stop, make: Callable[[range], list[dict]]) -> None:
         """Make and write this rank's missing parts.
@@ -91,15 +93,21 @@ class Parts:
         for number in tqdm(self.missing(accelerator), **shown):
             if stop.asked:
                 return
-            write_whole(self._file(number), as_json_lines(make(self.ranges[number])))
+            rows = make(self.ranges[number])
+            write_whole(self._file(number), as_json_lines([*rows, {SUM: _hash(rows)}]))
 
     def first(self) -> list[dict] | None:
         """The rows of the first part, once it is there."""
-        return read_json_lines(self._file(0)) or None
+        return self._rows(0)
 
     def read(self) -> list[dict]:
         """All rows in order, once every part is there."""
-        return [row for number in range(len(self.ranges)) for row in read_json_lines(self._file(number))]
+        return [row for number in range(len(self.ranges)) for row in self._rows(number) or ()]
+
+    def _rows(self, number: int) -> list[dict] | None:
+        """Of a part that is there as it was written; another is made again."""
+        *rows, last = read_json_lines(self._file(number)) or [{}]
+        return rows if last == {SUM: _hash(rows)} else None
 
 
 def made_from(config: dict[str, Any], rows: list[dict], style: ReasoningFormat) -> dict[str, Any]:
@@ -136,9 +144,11 @@ def check_parts(config: dict[str, Any], now: dict[str, Any]) -> None:
     """
     folder = Path(config["output_dir"]) / PARTS
     noted = folder / SOURCES
-    if config["overwrite_output_dir"] or not noted.is_file() or not any(folder.glob("*.jsonl")):
+    if config["overwrite_output_dir"] or not any(folder.glob("*.jsonl")):
         return
-    before = json.loads(noted.read_text(encoding="utf-8"))
+    before = read_json(noted)
+    if before is None:
+        return
     changed = [key for key, what in now.items() if what and before.get(key) != what]  # nothing: a hub's, or deleted
     if changed:
         what = WHAT.get(changed[0], "the weights")

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from rlt.data.sources import Rows
+from rlt.runs.durable import write_whole
 from rlt.traces.selection import Selection
 
 SHOWN = ("reward", "solution_log_prob_reward", "kl_reward", "tokens", "student_tokens")
 
 
 def write_card(path: Path, config: dict[str, Any], asked: Rows, selection: Selection) -> None:
-    path.write_text(card(config, asked, selection), encoding="utf-8")
+    write_whole(path, card(config, asked, selection))
 
 
 def card(config: dict[str, Any], asked: Rows, selection: Selection) -> str:

@@ -1,0 +1,69 @@
+"""What a checkpoint holds, noted so that damage is found: a file that is missing, cut short, or has other bytes."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rlt.runs.durable import digest, flush_all, read_json, rename
+from rlt.runs.folder import CHECKPOINTS
+
+MANIFEST = "manifest.json"  # the size and the SHA-256 of every other file
+DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
+
+logger = logging.getLogger("rlt")
+
+
+def seal(folder: Path) -> None:
+    """Note what a folder holds, and have all of it on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(digest, files))
+    noted = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": found}
+        for path, found in zip(files, sums, strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps(noted, indent=1))
+    flush_all(folder)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What a checkpoint lacks; None when it is whole. All of it is read."""
+    noted = read_json(folder / MANIFEST)
+    if not isinstance(noted, dict):
+        return f"no {MANIFEST} that can be read"
+    return next(_damages(folder, noted), None)
+
+
+def _damages(folder: Path, noted: dict) -> Iterator[str]:
+    """Sizes first, which are quick to see."""
+    sums = {}
+    for name, entry in noted.items():
+        size = entry if isinstance(entry, int) else entry["bytes"]  # a number: of a checkpoint from before the sums
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            yield f"{name} has {found} of {size} bytes"
+        if not isinstance(entry, int):
+            sums[name] = entry["sha256"]
+    with ThreadPoolExecutor() as pool:
+        for name, found in zip(sums, pool.map(lambda name: digest(folder / name), sums), strict=True):
+            if found != sums[name]:
+                yield f"{name} has other bytes than were written"
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that is whole. Newer ones that are not are set aside: they would count among those
+    that are kept, and crowd out whole ones."""
+    found = [p for p in Path(output_dir).glob(CHECKPOINTS) if p.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        if (damage := damage_of(folder)) is None:
+            return folder
+        aside = folder.with_name(f"{DAMAGED}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        rename(folder, aside)
+        logger.warning(
+            "%s is damaged (%s), and set aside as %s: one before it is used, or the start", folder, damage, aside.name
+        )
+    return None
