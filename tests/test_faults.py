@@ -12,7 +12,9 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 import torch
 from conftest import launch
@@ -21,7 +23,7 @@ from test_launch import END_LIMIT_S, LIMIT_S, ranks_of, reached, start, wait_unt
 
 from rlt.generation.served.client import Server, ServerError
 from rlt.launching.lifetime import PREEMPTED
-from trainers.checkpoints import damage_of
+from rlt.runs.manifest import damage_of
 
 pytestmark = pytest.mark.slow
 PHASES = ("generation", "scoring", "backward", "saving")
@@ -150,6 +152,28 @@ def _server_of(launcher: int) -> int:
         if parent == launcher and "vllm.entrypoints.openai.api_server" in words:
             return int(path.parent.name)
     raise AssertionError("no server")
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_of_its_servers(tiny_run, tmp_path):
+    """Neither vLLM's engine, which the kernel does not end with it, nor weights in memory, nor its folder."""
+    run = [
+        *tiny_run,
+        "use_vllm=true",
+        "max_steps=400",
+        "eval_size=0",
+        "save_steps=1000",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    with TemporaryDirectory(dir="/dev/shm") as place:
+        launcher = start("--servers=1", "1", *run, TMPDIR=place)
+        wait_until(lambda: reached(tmp_path / "run", 1))
+        begun = psutil.Process(launcher.pid).children(recursive=True)
+        assert any("EngineCore" in process.name() for process in begun)
+        launcher.kill()
+        launcher.communicate(timeout=END_LIMIT_S)
+        gone, left = psutil.wait_procs(begun, END_LIMIT_S)
+        assert not left
+        assert not [path for path in Path(place).iterdir() if "wandb" not in path.name]  # W&B makes them at its import
 
 
 class Refusing(BaseHTTPRequestHandler):

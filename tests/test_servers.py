@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 import requests
 import torch
@@ -16,6 +18,7 @@ from conftest import ROOT, config_of, launch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlt.generation.served.client import Server, ServerError
 from rlt.generation.served.engine import ServerEngine
 from rlt.generation.served.weight_files import ChunkFiles, checksum, read_chunk
 from rlt.generation.served.weight_service import WeightService
@@ -102,11 +105,11 @@ def test_of_an_adapter_only_the_factors_travel(served, server, tiny_teacher, mon
     monkeypatch.setattr(policy.get_base_model(), "name_or_path", "another/model")
     with pytest.raises(RuntimeError, match="500"):
         served.sync_weights()
-    with pytest.raises(RuntimeError, match="of the weights"):  # it still answers, with the weights from before
+    with pytest.raises(RuntimeError, match="of the weights"):  # it has those from before, and writes nothing
         served._ask_server(served.servers[0], lambda one: one.complete(PROMPTS[0], 1, 3, served._sampling(4)))
-    served.number -= 1
+    monkeypatch.setattr(policy.get_base_model(), "name_or_path", tiny_teacher)
+    served.sync_weights()
     assert served.generate_seeded(PROMPTS, SEEDS)[0] == ours
-    served.number += 1
     assert server.processes[0].pid == running
     for a, b in zip(our_values, their_values, strict=True):
         assert a == pytest.approx(b, abs=2e-4)
@@ -119,6 +122,45 @@ def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served,
     os.kill(killed.pid, signal.SIGKILL)
     assert served.generate_seeded(PROMPTS, SEEDS) == before
     assert server.processes[0].pid != killed.pid
+
+
+def test_a_server_that_hangs_is_replaced(served, server, monkeypatch):
+    """Its engine is held, while vLLM's HTTP side answers on."""
+    monkeypatch.setattr("rlt.launching.servers.HUNG_S", 3)
+    before = served.generate_seeded(PROMPTS, SEEDS)
+    held = server.processes[0]
+    (engine,) = (p for p in psutil.Process(held.pid).children() if "EngineCore" in p.name())
+    engine.suspend()
+    assert served.generate_seeded(PROMPTS, SEEDS) == before
+    assert server.processes[0].pid != held.pid
+
+
+def test_requests_that_meet_new_weights_are_asked_again_and_end_no_engine(served, server):
+    """Two clients ask without a pause while weights come ten times; what they are answered is of one version."""
+    running, stop, met = server.processes[0].pid, threading.Event(), []
+
+    def ask_on() -> None:
+        client = Server(server.urls[0])
+        while not stop.is_set():
+            try:
+                client.complete(PROMPTS[0], 2, 3, {**served._sampling(24), "ignore_eos": True})
+            except ServerError as error:
+                met.append(str(error))
+
+    clients = [threading.Thread(target=ask_on) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(10):
+            served.sync_weights()
+    finally:
+        stop.set()
+        for client in clients:
+            client.join(60)
+    assert server.processes[0].pid == running
+    assert met and all("was given other weights meanwhile" in words for words in met)
+    served.sync_weights()
+    assert served.generate_seeded(PROMPTS, SEEDS) == served.generate_seeded(PROMPTS, SEEDS)
 
 
 def test_nothing_but_the_health_check_is_open_without_the_key(served, server):

@@ -22,6 +22,7 @@ from rlt.errors import Refused, fail
 from rlt.generation.shared_memory import weights_folder
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
 from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
+from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
 from rlt.planning.configuration import compose_config
 from rlt.planning.machine import check_devices, count_gpus
@@ -181,10 +182,12 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
     environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
     size = int(parameters(plan.config) * 4)
     served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
-    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights:
+    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights, Watchdog() as watchdog:
+        for left in filter(None, (folder, weights)):
+            watchdog.watch(Path(left))
         servers = None
         if server_devices:
-            servers = servers_of(plan, server_devices, devices, Path(folder) / "plan-1.json", output / LOGS)
+            servers = servers_of(plan, server_devices, devices, Path(folder) / "plan-1.json", output / LOGS, watchdog)
             plans = {1: replace(plan, config={**plan.config, "vllm_server_base_url": servers.urls})}
             environment[KEY_VARIABLE] = servers.key
         if weights is not None:
@@ -192,7 +195,8 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
         for number, plan in plans.items():
             (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
         command = [sys.executable, *RANK, folder, str(os.getpid())]
-        return run_ranks(command, devices, output / LOGS, environment, plan.config["restarts"], servers, meeting)
+        restarts = plan.config["restarts"]
+        return run_ranks(command, devices, output / LOGS, environment, restarts, servers, meeting, watchdog)
 
 
 def main() -> None:

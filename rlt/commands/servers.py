@@ -16,6 +16,7 @@ from rlt.errors import Refused
 from rlt.generation.served.client import Server, ServerError
 from rlt.launching.lifetime import stop_signals
 from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers
+from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
 from rlt.planning.configuration import compose_config
 from rlt.planning.machine import check_devices
@@ -38,21 +39,25 @@ def serve(devices: int, arguments: list[str]) -> int:
             f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
         )
     check_devices(devices, plan.gpus, config["requires"])
-    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder, Watchdog() as watchdog:
+        watchdog.watch(Path(folder))
         file = Path(folder) / "plan.json"
         file.write_text(json.dumps(asdict(plan)))
-        servers = servers_of(plan, devices, 0, file, Path(folder))
+        servers = servers_of(plan, devices, 0, file, Path(folder), watchdog)
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 
 
-def servers_of(plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path) -> Servers:
+def servers_of(
+    plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path, watchdog: Watchdog
+) -> Servers:
     """On the devices behind those that train."""
     parallel = plan.config.get("vllm_tensor_parallel_size", 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
-    return Servers(groups, threads, logs, plan_file, **address_of_servers(dict(os.environ)))
+    where = address_of_servers(dict(os.environ))
+    return Servers(groups, threads, logs, plan_file, **where, watchdog=watchdog)
 
 
 def address_of_servers(environment: dict[str, str]) -> dict:

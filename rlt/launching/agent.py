@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from rlt.launching.lifetime import PREEMPTED, REFUSED, end_followers, end_group, end_of, has_ended, stop_signals
 from rlt.launching.meeting import SILENCE_S, Meeting, rendezvous
 from rlt.launching.servers import Servers
+from rlt.launching.watchdog import Watchdog
 
 POLL_S = 0.2
 WAITING_S = 1.5  # the agent is told what the rendezvous saw up to a second ago
@@ -81,13 +82,21 @@ class Agent(LocalElasticAgent):
     _rdzv_handler: Any
     round: PrefixStore  # what the machines of a round tell each other; at node 0, as any other may be lost
 
-    def __init__(self, spec: WorkerSpec, logs: RankLogs, servers: Servers | None, meeting: Meeting | None):
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: RankLogs,
+        servers: Servers | None,
+        meeting: Meeting | None,
+        watchdog: Watchdog | None,
+    ):
         super().__init__(spec, logs, exit_barrier_timeout=EXIT_LIMIT_S)
-        self.logs, self.servers, self.meeting = logs, servers, meeting
+        self.logs, self.servers, self.meeting, self.watchdog = logs, servers, meeting, watchdog
         self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
         self.stops = 0  # signals that asked for it
         self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
+        self.watched: list[int] = []  # groups that the watchdog was told of
 
     @property
     def running(self) -> list:
@@ -119,6 +128,12 @@ class Agent(LocalElasticAgent):
             self.round = PrefixStore(f"{worker_group.master_addr}:{worker_group.master_port}", self.meeting.store)
             self.round.set(f"{MACHINE}/{worker_group.group_rank}", str(self.meeting.node))
         ids = super()._start_workers(worker_group)
+        if self.watchdog is not None:
+            for group in self.watched:
+                self.watchdog.forget(group)
+            self.watched = list(ids.values())
+            for group in self.watched:
+                self.watchdog.watch(group)
         log, ends_with = self.logs.log(worker_group.workers[0].global_rank), f"--pid={ids[0]}"
         copy = ["tail", "--bytes=+1", "--follow", "--sleep-interval=0.1", ends_with, str(log)]
         self.shown.append(subprocess.Popen(copy, stdout=2, start_new_session=True))
@@ -228,6 +243,7 @@ def run_ranks(
     restarts: int = 0,
     servers: Servers | None = None,
     meeting: Meeting | None = None,
+    watchdog: Watchdog | None = None,
 ) -> int:
     """Run a command as each of this machine's ranks until all have ended.
 
@@ -239,6 +255,7 @@ def run_ranks(
         environment: of the ranks, beside what the agent gives them.
         servers: started before the ranks, and ended after them.
         meeting: with the other machines, each of which may be lost once more than `restarts` says.
+        watchdog: ends what ranks have started where this process is killed.
 
     Returns:
         0, `PREEMPTED` when the ranks stopped and saved, or the exit code of the rank that failed first.
@@ -258,7 +275,7 @@ def run_ranks(
         max_restarts=restarts + may_be_lost,
         monitor_interval=POLL_S,
     )
-    agent = Agent(spec, RankLogs(logs, environment), servers, meeting)
+    agent = Agent(spec, RankLogs(logs, environment), servers, meeting, watchdog)
     before = {number: signal.signal(number, agent.stop) for number in stop_signals()}
     try:
         return _outcome(agent)

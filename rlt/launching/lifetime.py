@@ -53,22 +53,49 @@ def end_group(process: subprocess.Popen) -> None:
 
 def end_followers(process: subprocess.Popen) -> None:
     """The same once the leader has ended: what it started may tidy up (shared memory, for one) before it is killed."""
-    followers = [other for other in psutil.process_iter() if _follows(other, process.pid)]
-    segments = set().union(*map(_segments_of, followers))
-    for follower in followers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            follower.terminate()
-    psutil.wait_procs(followers, TIDY_UP_S)
+    segments = _tidy_up([other for other in _members(process.pid) if other.pid != process.pid])
     end_group(process)
     for segment in segments:
         segment.unlink(missing_ok=True)
 
 
-def _follows(process: psutil.Process, leader: int) -> bool:
-    try:
-        return os.getpgid(process.pid) == leader != process.pid and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, psutil.Error):  # it has just ended, or is not ours
-        return False
+def end_abandoned(group: int) -> None:
+    """A group whose launcher has ended, and cannot wait for its leader."""
+    members = _members(group)
+    segments = _tidy_up(members)
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _tidy_up(processes: list[psutil.Process]) -> set[Path]:
+    """Ask them to end, and wait a little; the shared memory that they had."""
+    segments = set().union(*map(_segments_of, processes))
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(processes, TIDY_UP_S)
+    return segments
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """The living processes of a group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):  # it has just ended, or is not ours
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def is_stopped(leader: int) -> bool:
+    """Whether some process of a group is held by SIGSTOP, or by a debugger."""
+    held = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return any(process.status() in held for process in _members(leader))
+    return False
 
 
 def _segments_of(process: psutil.Process) -> set[Path]:

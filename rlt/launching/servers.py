@@ -9,17 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from collections import deque
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 from rlt.launching.environment import free_port
-from rlt.launching.lifetime import end_followers, end_group, end_of
+from rlt.launching.lifetime import end_followers, end_group, end_of, has_ended, is_stopped
+from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
 
 LOOPBACK = "127.0.0.1"
 HOST_VARIABLE, PORT_VARIABLE = "SERVER_HOST", "SERVER_PORT"  # where servers listen, when not on the loopback address
-RESTARTS = 3
+RESTARTS, HOUR_S = 3, 3600  # of a server, in an hour
 END_LIMIT_S = 20
+WATCH_S, PROBE_LIMIT_S, HUNG_S = 2.0, 5.0, 30
 
 logger = logging.getLogger("rlt")
 
@@ -34,6 +39,7 @@ class Servers:
         host: the address at which they listen.
         first_port: of the first, the others' follow; 0: any that is free.
         key: what they ask for.
+        watchdog: ends them where this process is killed.
     """
 
     devices: list[str]
@@ -43,6 +49,7 @@ class Servers:
     host: str = LOOPBACK
     first_port: int = 0
     key: str = field(default_factory=lambda: os.environ.get(KEY_VARIABLE) or secrets.token_hex(16))
+    watchdog: Watchdog | None = None
 
     def __post_init__(self):
         self.ports = [free_port(self.first_port and self.first_port + i, self.host) for i in range(len(self.devices))]
@@ -85,27 +92,52 @@ class Servers:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            if self.watchdog is not None:
+                self.watchdog.watch(self.processes[number].pid)
 
     def _keep_alive(self, number: int) -> None:
-        for restart in range(RESTARTS + 1):
+        ends: deque[float] = deque()  # of the last hour
+        while True:
             process = self.processes[number]
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            why = self._until_it_ends(number, process)
             end_followers(process)  # while its id is still its own
             code = process.wait()
+            if self.watchdog is not None:
+                self.watchdog.forget(process.pid)
             if self.closing.is_set():
                 return
-            if restart == RESTARTS:
+            ends.append(time.monotonic())
+            while ends[0] < time.monotonic() - HOUR_S:
+                ends.popleft()
+            if len(ends) > RESTARTS:
                 break
-            logger.warning("server %d ended with code %d (%s), and is started again", number, code, self._log(number))
-            time.sleep(restart)
+            why = why or f"ended with code {code}"
+            logger.warning("server %d %s (%s), and is started again", number, why, self._log(number))
+            time.sleep(len(ends) - 1)
             self._start_one(number)
         self.failed = number
         self.given_up.set()
 
+    def _until_it_ends(self, number: int, process: subprocess.Popen) -> str:
+        """Wait for its end, or end it once it hangs; why, in the latter case.
+
+        A server hangs that was ready and does not answer, or part of which is stopped, for `HUNG_S`.
+        """
+        was_ready, well = False, time.monotonic()
+        while not has_ended(process.pid):
+            time.sleep(WATCH_S)
+            was_ready |= (does_answer := answers(self.urls[number]))
+            if not was_ready or (does_answer and not is_stopped(process.pid)):
+                well = time.monotonic()
+            elif time.monotonic() - well > HUNG_S:
+                end_group(process)
+                return f"hung for {HUNG_S} s"
+        return ""
+
     def last_words(self) -> str:
         assert self.failed is not None  # one has given up
         log = self._log(self.failed)
-        return f"\nserver {self.failed} ended {RESTARTS + 1} times (all of it in {log}):\n{end_of(log)}\n"
+        return f"\nserver {self.failed} ended {RESTARTS + 1} times in an hour (all of it in {log}):\n{end_of(log)}\n"
 
     def close(self, well: bool = True) -> None:
         with self.lock:
@@ -119,3 +151,13 @@ class Servers:
             thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
+
+
+def answers(url: str) -> bool:
+    """Whether a server says that it is well, in time."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/health", timeout=PROBE_LIMIT_S):
+            return True
+    except (OSError, HTTPException):  # URLError and timeouts are OSErrors
+        return False

@@ -14,6 +14,8 @@ Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the lo
 
 MODEL = "policy"  # the name under which servers know it
 ANSWER_LIMIT_S = 3600  # one group's completions
+CONTROL_LIMIT_S = 60  # what takes no more than a step of the engine
+UPDATE_LIMIT_S = 300  # some gigabytes of weights
 PAUSE_S = 1.0
 
 
@@ -84,14 +86,27 @@ class Server:
             time.sleep(PAUSE_S)
 
     def version(self) -> str:
-        return self.ask("GET", "/weight_info")["weight_version"]
+        return self.ask("GET", "/weight_info", limit_s=CONTROL_LIMIT_S)["weight_version"]
 
     def take_weights(self, updates: Iterable[dict], version: str) -> None:
-        self.ask("POST", "/start_weight_update", {})
+        """New weights, and nothing left of the old ones: neither requests (their clients ask again) nor prefixes.
+
+        A request that met weights on their way would end the engine.
+
+        Raises:
+            ServerError: the server has not taken them, and writes nothing until it does.
+        """
+        self.control("/pause?mode=abort")
+        self.control("/start_weight_update")
         for update in updates:
-            self.ask("POST", "/update_weights", {"update_info": update})
-        self.ask("POST", "/finish_weight_update", {"weight_version": version})
-        self.ask("POST", "/reset_prefix_cache", {})
+            self.control("/update_weights", {"update_info": update}, UPDATE_LIMIT_S)
+        self.control("/finish_weight_update", {"weight_version": version}, UPDATE_LIMIT_S)
+        if not self.control("/reset_prefix_cache").get("success"):
+            raise ServerError(f"{self.url} still holds prefixes of older weights")
+        self.control("/resume")
+
+    def control(self, path: str, body: dict | None = None, limit_s: float = CONTROL_LIMIT_S) -> dict:
+        return self.ask("POST", path, body or {}, limit_s)
 
     def complete(self, ids: list[int], count: int, seed: int, sampling: dict) -> Completions:
         request = {
@@ -102,7 +117,7 @@ class Server:
             "return_token_ids": True,
             **sampling,
         }
-        choices = sorted(self.ask("POST", "/v1/completions", request)["choices"], key=lambda choice: choice["index"])
+        choices = sorted(self._choices(request), key=lambda choice: choice["index"])
         return [c["token_ids"] for c in choices], [c["logprobs"]["token_logprobs"] for c in choices]
 
     def next_token_log_prob(self, ids: list[int], token: int, temperature: float) -> float:
@@ -117,5 +132,12 @@ class Server:
             "logprob_token_ids": [token],
             "return_tokens_as_token_ids": True,
         }
-        (choice,) = self.ask("POST", "/v1/completions", request)["choices"]
+        (choice,) = self._choices(request)
         return choice["logprobs"]["top_logprobs"][0][f"token_id:{token}"]
+
+    def _choices(self, request: dict) -> list[dict]:
+        """What it completed; a request that new weights cut off is none."""
+        choices = self.ask("POST", "/v1/completions", request)["choices"]
+        if any(choice["finish_reason"] == "abort" for choice in choices):
+            raise ServerError(f"{self.url} was given other weights meanwhile")
+        return choices

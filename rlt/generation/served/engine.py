@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from rlt.generation.served.adapters import adapter_tensors, travels_alone
-from rlt.generation.served.client import Completions, Server, ServerError, own_address
+from rlt.generation.served.client import UPDATE_LIMIT_S, Completions, Server, ServerError, own_address
 from rlt.generation.served.weight_service import WeightService
 from rlt.generation.shared_memory import weights_folder
 from rlt.generation.vllm_engine import VLLMEngine, groups_of
@@ -121,15 +121,21 @@ class ServerEngine(VLLMEngine):
             try:
                 return self._ask_server(server, request)
             except ServerError:
-                self.weights.ask("POST", f"/{self.servers.index(server)}")  # rank 0 brings it up to date
+                # Rank 0 brings it up to date, and waits for it where it is being started again.
+                limit_s = self.start_limit_s + UPDATE_LIMIT_S
+                self.weights.ask("POST", f"/{self.servers.index(server)}", limit_s=limit_s)
                 return self._ask_server(server, request)
         finally:
             with self.lock:
                 server.owes -= cost
 
     def _ask_server(self, server: Server, request: Callable[[Server], T]) -> T:
+        self._check_version(server)
         answer = request(server)
+        self._check_version(server)  # what was written by both is of neither
+        return answer
+
+    def _check_version(self, server: Server) -> None:
         version = server.version()
         if version != self.version:
             raise ServerError(f"{server.url} has version {version} of the weights, {self.version} was sent")
-        return answer

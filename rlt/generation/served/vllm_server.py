@@ -9,11 +9,14 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rlt.generation.cpu import settings as cpu_settings
 from rlt.launching.lifetime import end_with
 from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.paths import resolve_model_path
+
+LONGEST_SOCKET = 107  # bytes of its path (unix(7))
 
 
 def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
@@ -44,6 +47,12 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
     return [*(word for key, value in arguments.items() for word in (f"--{key}", str(value))), *flags]
 
 
+def socket_folder(own: Path) -> str:
+    """Where vLLM's processes meet: in the launcher's folder, with which it goes, unless its name is too long for a
+    socket's (a scheduler's TMPDIR may be)."""
+    return str(own) if len(os.fsencode(own)) <= LONGEST_SOCKET - len(f"/{uuid4()}") else "/tmp"
+
+
 def main() -> None:
     end_with(int(sys.argv[4]))
     config = json.loads(Path(sys.argv[1]).read_text())["config"]
@@ -55,6 +64,7 @@ def main() -> None:
     if on_cpu:
         for name, value in cpu_settings.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(Path(sys.argv[1]).parent))
     place = ["--port", sys.argv[2], "--host", sys.argv[3]]
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place])
 

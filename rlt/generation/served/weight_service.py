@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rlt.generation.served.client import Server, ServerError
+from rlt.generation.served.client import UPDATE_LIMIT_S, Server, ServerError
 from rlt.generation.served.weight_files import ChunkFiles, ChunkUpdate
 from rlt.places import KEY_VARIABLE
 
@@ -83,7 +83,7 @@ class WeightService:
             server.wait_until_ready(self.start_limit_s)
             if server.version() != self.version:
                 with suppress(ServerError):  # an update that was cut off is still under way there
-                    server.ask("POST", "/finish_weight_update", {})
+                    server.control("/finish_weight_update", limit_s=UPDATE_LIMIT_S)
                 server.take_weights((self._for(server, update) for update in self.updates), self.version)
 
     def _for(self, server: Server, update: ChunkUpdate) -> dict:
