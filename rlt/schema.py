@@ -31,6 +31,7 @@ class RunConfig:
     warmup_run: str | None
     dry_run: bool
     seed: int
+    deterministic: bool
     report_to: str | list[str] | None
     requires: str | None
 

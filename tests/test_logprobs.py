@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -25,6 +27,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 
 from rlt.logprobs import token_log_probs
+from rlt.logprobs.engine import _counted_log_probs
 from rlt.logprobs.head import _LinearHead
 from rlt.logprobs.packing import common_prefix, fill_rows, lay_out
 from rlt.models.attention import NAME, takes_layout
@@ -105,6 +108,52 @@ def test_without_a_budget_a_pass_has_the_tokens_of_the_longest_sequence(model, m
     monkeypatch.undo()
     for a, b in zip(ours, one_row_at_a_time(model, sequences, counted, 1.0), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_a_head_with_a_bias_is_scaled_as_the_model_scales_it():
+    """Cohere multiplies its logits; with entropies that have gradients the plain head computes them."""
+    torch.manual_seed(0)
+    config = CohereConfig(**SHAPE, attn_implementation=NAME, logit_scale=0.5, tie_word_embeddings=False)
+    model = CohereForCausalLM(config).double().eval()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY, dtype=torch.double))
+    sequences = group_of_three()
+    counted = [list(range(8, len(s))) for s in sequences]
+
+    def gradients(log_probs):
+        model.zero_grad()
+        torch.cat(log_probs).square().sum().backward()
+        return model.lm_head.bias.grad.clone()
+
+    options = {"temperature": 0.7, "token_budget": 64}
+    plain, _ = token_log_probs(model, sequences, counted, entropy="with_grad", **options)
+    ours, expected = gradients(plain), one_row_at_a_time(model, sequences, counted, 0.7)
+    for a, b in zip(plain, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), atol=1e-9, rtol=0)
+    torch.testing.assert_close(ours, gradients(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_of_what_several_want_are_the_same_to_the_last_bit_each_time():
+    """float32, two threads, the embedded model's sizes: 4,096 log-probs of 256 places."""
+    threads, hidden_size, vocabulary = torch.get_num_threads(), 576, 512
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SHAPE, "vocab_size": vocabulary, "hidden_size": hidden_size})
+    model = LlamaForCausalLM(config)
+    hidden_BTH = torch.randn(2, 1024, hidden_size, requires_grad=True)
+    places = torch.randint(0, 128, (4096,)).tolist()
+    sequences = torch.randint(0, vocabulary, (4096, 1)).tolist()
+    wanted = [(number % 2, place, number, 0) for number, place in enumerate(places)]
+    upstream = torch.randn(4096)
+
+    def gradient() -> torch.Tensor:
+        values, _ = _counted_log_probs(model, wanted, sequences, [1.0] * 4096, "none", hidden_BTH)
+        return torch.autograd.grad((values * upstream).sum(), hidden_BTH)[0]
+
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def group_of_three(offset=0):

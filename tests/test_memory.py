@@ -41,8 +41,8 @@ def test_an_adapters_folder_is_as_large_as_its_base(tiny_teacher, tmp_path):
 def test_a_profile_wins_over_the_run_and_the_command_line_over_both():
     run = config_of("teacher_rlt_mono")
     assert (run["per_device_train_batch_size"], run["load_in_4bit"]) == (4, False)
-    config = profiled("teacher_rlt_mono", "memory_cfg=12gb", "per_device_train_batch_size=8")
-    assert (config["per_device_train_batch_size"], config["load_in_4bit"]) == (8, True)
+    config = profiled("teacher_rlt_mono", "memory_cfg=12gb", "per_device_train_batch_size=1")
+    assert (config["per_device_train_batch_size"], config["load_in_4bit"]) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,34 @@ def test_the_largest_profile_that_fits(gpu_gib, model_size, expected):
     name, merged, peak = choose_profile(config, memory_profiles(), gpu_gib)
     assert name == expected
     assert peak == max(estimate_memory(merged, gpu_gib).values())
+
+
+def test_a_profile_whose_run_does_not_fit_its_card_is_refused_with_one_that_does(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"update .* of teacher_rlt_mono would take .* GiB of the card's 80.0: use memo"
+    ):
+        profiled("teacher_rlt_mono", "memory_cfg=80gb", "model_size=7.6")
+    with pytest.raises(ValueError, match="use a smaller model, or a smaller max_completion_length"):
+        profiled("teacher_rlt_mono", "memory_cfg=12gb", "model_size=70")
+    assert not profiled("teacher_rlt_mono", "memory_cfg=80gb", "model_cfg=qwen3bi")["use_peft"]
+    monkeypatch.setattr("rlt.planning.profiles.gpu_memory_gib", lambda: 12.0)  # what is there counts, not the name
+    with pytest.raises(ValueError, match=r"of the card's 12.0: use memory_cfg=12gb"):
+        profiled("teacher_rlt_mono", "memory_cfg=80gb")
+
+
+def test_an_adapter_of_a_profile_learns_at_ten_times_the_rate_of_all_weights():
+    rate = config_of("teacher_rlt_tiny")["learning_rate"]
+    assert profiled("teacher_rlt_tiny", "memory_cfg=24gb")["learning_rate"] == pytest.approx(10 * rate)
+    assert profiled("teacher_rlt_tiny", "memory_cfg=80gb")["learning_rate"] == rate
+    assert profiled("teacher_rlt_tiny", "memory_cfg=24gb", "learning_rate=3e-6")["learning_rate"] == 3e-6
+    assert profiled("teacher_rlt_tiny", "memory_cfg=24gb", "use_peft=false")["learning_rate"] == rate
+    own = config_of("teacher_rlt_mono")["learning_rate"]  # of an adapter already
+    assert profiled("teacher_rlt_mono", "memory_cfg=24gb")["learning_rate"] == own == 2e-5
+
+
+def test_a_rate_that_would_not_move_an_adapter_is_said(caplog):
+    make_plan(config_of(f"model_name_or_path={EMBEDDED}", "use_peft=true", "learning_rate=1e-6"))
+    assert "learning_rate=1e-06 with use_peft=true" in caplog.text
 
 
 def test_naming_one_kind_of_weights_leaves_all_of_them_to_the_command_line():

@@ -26,12 +26,15 @@ def shardings(*often: str) -> list:
 
 @pytest.fixture(scope="module")
 def run_steps(tiny_run, tmp_path_factory, module_environment):
-    """Trains on made-up completions, with `processes` under a sharding; the output folder."""
+    """Trains on made-up completions, with `processes` under a sharding; the output folder.
+
+    An epoch is of two steps, so that a run which is continued at its third is amid the second epoch.
+    """
 
     def run(processes: int, sharding: str, *overrides: str, base: list[str] = tiny_run) -> Path:
         folder = tmp_path_factory.mktemp(f"{sharding}-{processes}")
         steps = [f"max_steps={STEPS}", f"save_steps={SAVED}", "save_total_limit=null", "max_completion_length=40"]
-        config = config_of(*base, *steps, f"output_dir={folder}", "eval_size=0", *overrides)
+        config = config_of(*base, *steps, f"output_dir={folder}", "eval_size=0", "dataset_size=4", *overrides)
         plan = make_plan(config, processes, sharding=sharding)
         prepare_output(config)
         (folder / "plan-1.json").write_text(json.dumps(asdict(plan)))
@@ -88,7 +91,8 @@ def test_a_rank_with_fewer_rewards_trains_along(run_steps, tiny_teacher):
     """One completion of a step has none, on one of the ranks: it is left out on both, and on a single one."""
     rewards = "reward_functions=[fixed_rank.reward_of_most]"
     plain = ["run_cfg=grpo_exact", f"model_name_or_path={tiny_teacher}", *TINY_RUN[1:], "use_vllm=false", rewards]
-    together, alone = run_steps(2, "ddp", base=plain), run_steps(1, "ddp", base=plain)
+    many = "dataset_size=12"  # of few it learns so fast that last digits grow into visible ones
+    together, alone = run_steps(2, "ddp", many, base=plain), run_steps(1, "ddp", many, base=plain)
     records = map(json.loads, (together / "metrics.jsonl").read_text().splitlines())
     assert [r["completions/unscored"] for r in records if "loss" in r] == [2, 1, 1, 1, 1]
     assert_same(together, alone)

@@ -12,7 +12,8 @@ STEPS = ["save_steps=1", "eval_steps=3", "sync_ref_model=true", "ref_model_sync_
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
 
 
 def assert_same(left, right) -> None:
@@ -49,6 +50,29 @@ def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path
     assert_same(straight, tmp_path)
     again = launch("train.py", *command)
     assert "is complete" in again.stdout
+
+
+LORA = ["use_peft=true", "lora_r=4", "student_model=null", "learning_rate=1e-2"]
+ADAPTERS = {
+    "lora": LORA,
+    "bfloat16": [*LORA, "bf16=true"],
+    "4-bit": [*LORA, "load_in_4bit=true"],
+    "8-bit": [*LORA, "load_in_8bit=true"],
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "lora" else pytest.param(kind, marks=pytest.mark.slow) for kind in ADAPTERS]
+)
+def test_an_adapter_with_vllm_goes_on_bit_for_bit(kind, tiny_run, tmp_path):
+    run = [*(o for o in tiny_run if not o.startswith("use_vllm")), *ADAPTERS[kind], "save_steps=1", "eval_steps=2"]
+    for folder, lengths in (("straight", [4]), ("resumed", [2, 4])):
+        for steps in lengths:
+            succeed(launch("train.py", *run, f"max_steps={steps}", f"output_dir={tmp_path / folder}"))
+    assert_same(tmp_path / "straight", tmp_path / "resumed")
+    moved = weights(tmp_path / "straight")
+    assert all(value.dtype == torch.float32 for value in moved.values())
+    assert all(value.any() for name, value in moved.items() if "lora_B" in name)
 
 
 @pytest.mark.slow

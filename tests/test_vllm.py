@@ -1,12 +1,17 @@
 """The real engine in process: agreement of log-probs after a sync, and sampling from seeds alone."""
 
+import random
+
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from vllm.utils.torch_utils import set_random_seed
 
-from rlt.generation.vllm_engine import VLLMEngine, groups_of, merged_params
+from rlt.generation.merging import merged_params
+from rlt.generation.vllm_engine import VLLMEngine, groups_of, unchanged_process
 from rlt.logprobs import token_log_probs
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_policy, load_tokenizer
@@ -98,6 +103,37 @@ def test_prompts_of_more_tokens_than_one_engine_step_takes(engine_and_model):
     assert [0 < len(ids) <= 2 for ids in completions] == [True] * len(prompts)
 
 
+@pytest.mark.parametrize("syncs", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_reaches_the_engine_and_its_base_stays_as_it_was(engine_and_model, dtype, syncs):
+    engine, model = engine_and_model
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    policy = get_peft_model(load_policy(model.name_or_path, dtype=dtype), lora)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    engine.model = policy
+    try:
+        for _ in range(syncs):
+            engine.sync_weights()
+        assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
+        gap = disagreement(engine, policy.float())
+    finally:
+        engine.model = model
+        engine.sync_weights()
+    assert gap < (2e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_merged_weights_are_rounded_once():
+    """0.1 in bfloat16 and an update of a third of its spacing: the sum of both in bfloat16 by way of float32."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(torch.bfloat16)
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+    delta = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
+    expected = (layer.base_layer.weight.float() + delta).to(torch.bfloat16)
+    assert torch.equal(dict(merged_params(policy))["model.layers.0.self_attn.q_proj.weight"], expected)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_policy_reaches_the_engine_with_its_adapter(engine_and_model, bits):
     engine, model = engine_and_model
@@ -147,6 +183,31 @@ def test_completions_of_one_prompt_differ_and_follow_from_the_seed(engine_and_mo
     assert len({tuple(ids) for ids in completions}) > 1
     assert [len(values) for values in log_probs] == [len(ids) for ids in completions]
     assert engine.generate_seeded([prompt] * 4, [7, 1, 2, 3])[0] == completions
+
+
+def test_an_engine_leaves_generators_and_precision_of_its_process_alone():
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
+    expected = torch.rand(1).item(), random.random(), numpy.random.rand()
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with unchanged_process():  # what vLLM's workers do
+        set_random_seed(0)
+        torch.set_float32_matmul_precision("high")
+        torch.set_num_threads(before[0] + 1)
+    assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == expected
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+def test_completions_keep_to_a_structure(engine_and_model, monkeypatch):
+    engine, _ = engine_and_model
+    monkeypatch.setattr(engine, "generation_kwargs", {"structured_outputs": {"choice": ["yes", "no"]}})
+    completions, _ = engine.generate_seeded(encode(engine), [1, 2, 3])
+    texts = [engine.processing_class.decode(ids, skip_special_tokens=True) for ids in completions]
+    assert set(texts) <= {"yes", "no"}
 
 
 def test_equal_neighbours_share_a_request_unless_it_is_greedy():

@@ -17,7 +17,7 @@ import torch
 import trl
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from trl.trainer.utils import RepeatSampler, split_tensor_dict
+from trl.trainer.utils import split_tensor_dict
 
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
 from backends.roll_call import slowest
@@ -32,14 +32,15 @@ from rlt.schema import server_urls
 from rlt.survival.kill_points import kill_point
 from trainers.checkpoints import AtomicCheckpoints
 from trainers.configs import GRPOConfig
+from trainers.mismatch import MismatchAlarm, importance_figures
 from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
+from trainers.sampler import EpochRepeatSampler
 
 logger = logging.getLogger("rlt")
 
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
 MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
-MISMATCH_ALARM = 0.25  # nats per token between engine and trainer, on average, above which something is broken
 # Losses that TRL divides by the rows of a micro-batch, and by its tokens; others, by those of all micro-batches.
 MEAN_OF_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
 MEAN_OF_TOKENS = "bnpo"
@@ -58,14 +59,6 @@ class Rider(NamedTuple):
     ids: list[int]
     counted: list[int]
     temperature: float
-
-
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with a permutation that depends on the epoch's number, not on how often it was iterated."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
@@ -90,6 +83,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         with_engine, config.use_vllm = config.use_vllm, False
         self._awaited_passes: deque[Pass] = deque()
+        self._mismatch = MismatchAlarm()
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
         self._sharded = is_sharded(self.accelerator)
@@ -134,15 +128,17 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None) -> Sampler:  # pyrefly: ignore[bad-override-param-name]  # as TRL
         # Overridden so that a run resumed in its second epoch sees that epoch's order.
-        sampler: Any = super()._get_train_sampler(dataset)  # TRL's RepeatSampler
-        return EpochRepeatSampler(
-            sampler.data_source,
-            sampler.mini_repeat_count,
-            sampler.batch_size,
-            sampler.repeat_count,
-            sampler.shuffle,
-            self.args.seed,
-        )
+        self._train_sampler = self._new_sampler(dataset)
+        return self._train_sampler
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Extended: accelerate and transformers look for the sampler at fixed depths, and on several processes the
+        # loader of a resumed epoch is one deeper.
+        self._train_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _new_sampler(self, dataset=None) -> EpochRepeatSampler:
+        return EpochRepeatSampler.like(super()._get_train_sampler(dataset), self.args.seed)
 
     def _tokenize_prompts(self, prompts: list):
         # Overridden because a rendered prompt has its special tokens, and is cut as the whole text will be.
@@ -288,6 +284,13 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
         generation = sum(metrics["generation/seconds"][before:])
         metrics["scoring/seconds"].append(time.perf_counter() - start - generation)
         self._awaited_passes.clear()
+        if "importance_sampling_ratio" in batch:
+            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            figures = importance_figures(batch, self.vllm_importance_sampling_mode, bounds, self.accelerator.gather)
+            for name, value in figures.items():
+                metrics[f"sampling/importance_sampling_ratio/{name}"].append(value)
+        if self._trains_on_fresh():  # TRL then takes the update's own log-probs, whose ratio is exactly 1
+            batch.pop("old_per_token_logps", None)
         batch["scored"] = self._scored
         tokens = (batch["completion_mask"] * self._scored[:, None]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
@@ -296,11 +299,13 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def _passes_before_rewards(self) -> list[Pass]:
         """The passes without gradients that TRL makes over new completions, in its order."""
-        every = self.args.steps_per_generation * self.num_iterations
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        policy = corrected or self.args.gradient_accumulation_steps % every != 0
-        passes: list[Pass] = ["policy"] * policy
+        passes: list[Pass] = ["policy"] * (corrected or not self._trains_on_fresh())
         return [*passes, "reference"] if self.beta != 0.0 else passes
+
+    def _trains_on_fresh(self) -> bool:
+        """Whether every update is of the policy that read its completions last: no step is made in between."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # Extended: infinite rewards count as missing, as NaN does in TRL; what was asked is logged.
@@ -335,14 +340,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Extended by the alarm on disagreement between engine and trainer, and by what differs between ranks.
-        gaps = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
-        if gaps and max(gaps) > MISMATCH_ALARM:
-            logger.warning(
-                "engine and trainer differ by %.3f nats per token on average (alarm above %.2f): "
-                "the engine may hold other weights, or sample in a coarser dtype",
-                max(gaps),
-                MISMATCH_ALARM,
-            )
+        self._mismatch.check(self._metrics["train"].get("sampling/sampling_logp_difference/mean", ()))
         if self.accelerator.num_processes > 1 and "loss" in logs:
             spent = self._metrics["train"]["generation/seconds"]
             logs |= slowest(sum(spent), self.accelerator.device)

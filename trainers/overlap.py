@@ -48,7 +48,7 @@ class OverlappedGeneration(Base):
     def _rows_at(self, micro_step: int) -> list[dict]:
         """The rows that the data loader will give at a micro-step to come."""
         size = self._train_batch_size * self.args.steps_per_generation
-        sampler = self._get_train_sampler()
+        sampler = self._new_sampler()
         epoch, batch = divmod(micro_step, -(-len(sampler) // size))
         sampler.set_epoch(epoch)
         return [self.train_dataset[i] for i in islice(sampler, batch * size, (batch + 1) * size)]

@@ -5,6 +5,7 @@ and ends with an error when the process is gone; the process ends when the train
 """
 
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ from rlt.generation.cpu import norms as cpu_norms
 from rlt.generation.cpu import sampling as cpu_sampling
 from rlt.generation.shared_memory import weights_folder
 from rlt.generation.vllm_engine import Completions, VLLMEngine, generate, load_weights, prepare_bfloat16
+from rlt.launching.environment import free_port
 
 START_LIMIT_S = 600
 ANSWER_LIMIT_S = 3600
@@ -116,6 +118,7 @@ def _end(process, pipe, folder: Path) -> None:
 def serve(pipe, options: dict[str, Any], threads: int, folder: Path) -> None:
     """The other side: one request after the other, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's, whose end ends this process too
+    os.environ["MASTER_PORT"] = str(free_port())  # the trainer has opened its own; vLLM on a GPU would open it again
     cpu_norms.install()
     cpu_sampling.install()
     if options.get("dtype") == "bfloat16":

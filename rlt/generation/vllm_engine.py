@@ -1,29 +1,29 @@
 """vLLM in the trainer's own process, on a GPU or on the CPU.
 
 TRL's `VLLMGeneration` with four differences: requests carry seeds of their own, the completions of a prompt are one
-request, the CPU backend is set up and gets its weights in the way it can take them, and a quantised policy's weights
-arrive in the engine's own precision.
+request, the CPU backend is set up and gets its weights in the way it can take them, and an adapter is added on the way
+to the engine instead of in the policy.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate, groupby
 from typing import Any
 
+import numpy
 import torch
 from accelerate.utils import is_peft_model
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.generation.vllm_generation import VLLMGeneration, ensure_master_addr_port, extract_logprobs
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from rlt.generation.cpu import norms as cpu_norms
 from rlt.generation.cpu import sampling as cpu_sampling
 from rlt.generation.cpu import settings as cpu_settings
+from rlt.generation.merging import merged_params
 from rlt.generation.served.client import Completions
-
-QUANTISED = (Linear4bit, Linear8bitLt)
-UNITS = 1024  # inputs of a layer whose weights are asked for at once
 
 
 class VLLMEngine(VLLMGeneration):
@@ -52,9 +52,8 @@ class VLLMEngine(VLLMGeneration):
         if size > 1:  # neighbours share an engine
             groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
             self.tp_group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
-        threads = torch.get_num_threads()
-        self.llm = LLM(**self._llm_options())
-        torch.set_num_threads(threads)  # which the CPU backend replaces
+        with unchanged_process():
+            self.llm = LLM(**self._llm_options())
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
         self._llm_weights_sleeping = self.enable_sleep_mode
@@ -109,10 +108,12 @@ class VLLMEngine(VLLMGeneration):
         }
 
     def _iter_named_params(self):
-        # Extended by quantised policies: TRL would merge into, and hand over, packed weights.
+        # Extended by adapters: TRL would merge them into the base, which is the reference, and round it at every sync.
         policy: Any = self.accelerator.unwrap_model(self.model)
-        quantised = is_peft_model(policy) and getattr(policy.get_base_model(), "is_quantized", False)
-        yield from merged_params(policy) if quantised else super()._iter_named_params()
+        if is_peft_model(policy):
+            yield from merged_params(policy, self._dist.gather_params)
+        else:
+            yield from super()._iter_named_params()
 
     def _iter_engine_params(self):
         policy: Any = self.accelerator.unwrap_model(self.model)
@@ -147,6 +148,10 @@ class VLLMEngine(VLLMGeneration):
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
         prompts, seeds, mine = self._of_the_group(prompts, seeds)
+        if self.tensor_parallel_size > 1 and not self.on_cpu and is_peft_model(self.model):
+            # As TRL does: the small reductions of an adapter's gradients end before the engine's begin, which could
+            # hang otherwise (https://github.com/huggingface/trl/issues/3671).
+            torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
         ids, log_probs = generate(self.llm, prompts, seeds, self._sampling(max_tokens))
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
@@ -183,6 +188,20 @@ class VLLMEngine(VLLMGeneration):
             "logprobs": 0,
             **self.generation_kwargs,
         }
+
+
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """What building an engine sets for its whole process is put back: random generators, threads, and how float32
+    matrices are multiplied."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    numpy.random.set_state(arrays)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 def prepare_bfloat16() -> None:
@@ -227,6 +246,9 @@ def generate(llm: LLM, prompts: list[list[int]], seeds: list[int], sampling: dic
 
 
 def _params(options: dict[str, Any]) -> SamplingParams:
+    options = dict(options)
+    if structure := options.get("structured_outputs"):  # of `generation_kwargs`, where it is plain values
+        options["structured_outputs"] = StructuredOutputsParams(**structure)
     return SamplingParams(**options)
 
 
@@ -243,45 +265,3 @@ def next_token_log_probs(llm: LLM, prompts: list[list[int]], tokens: list[int], 
     )
     first: list[Any] = [output.outputs[0].logprobs for output in outputs]
     return [log_probs[0][token].logprob for log_probs, token in zip(first, tokens, strict=True)]
-
-
-@torch.no_grad()
-def merged_params(policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of an adapter's base model with the adapter added, in full precision; nothing is changed."""
-    base = policy.get_base_model()
-    modules: dict[str, Any] = dict(base.named_modules())
-    adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    linears: dict[str, Any] = dict(adapted)
-    for name, module in modules.items():
-        if isinstance(module, QUANTISED) and not _is_inside(name, adapted):
-            linears[name] = module
-    for name, module in linears.items():
-        layer = module.get_base_layer() if name in adapted else module
-        weight = _what_it_multiplies_by(layer) if isinstance(layer, QUANTISED) else layer.weight.detach()
-        for adapter in module.active_adapters if name in adapted else ():
-            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
-        yield f"{name}.weight", weight
-        if getattr(layer, "bias", None) is not None:
-            yield f"{name}.bias", layer.bias.detach()
-    for name, param in base.named_parameters():
-        if not _is_inside(name, linears):
-            yield name, param.detach()
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
-
-
-def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
-    """A linear layer's weight as its products have it, whatever form it is kept in.
-
-    bitsandbytes repacks 4-bit weights on a CPU, and its own way back loses their scales (0.50.2).
-    """
-    size, device = layer.in_features, layer.weight.device
-    weights: Any = layer  # whose type denies that a bias may be missing
-    bias, weights.bias = layer.bias, None  # which would be added, and rounded, in the products' precision
-    try:
-        inputs = torch.arange(size, device=device).split(UNITS)
-        return torch.cat([layer(torch.nn.functional.one_hot(rows, size).float()) for rows in inputs]).T
-    finally:
-        weights.bias = bias

@@ -137,10 +137,17 @@ def _counted_log_probs(causal, wanted, sequences, temperatures, entropy, hidden_
     for temperature, some in groupby(distinct, key=itemgetter(0)):
         _, rows, positions, targets = zip(*some, strict=True)
         targets_N = torch.tensor(targets, device=hidden_BTH.device)
-        hidden_NH = hidden_BTH[list(rows), list(positions)]
+        places = [row * hidden_BTH.shape[1] + at for row, at in zip(rows, positions, strict=True)]
+        hidden_NH = _chosen(hidden_BTH.flatten(0, 1), places)
         parts.append(head_log_probs(causal, hidden_NH, targets_N, temperature, entropy))
     order = [numbers[one] for one in wanted]
-    return [torch.cat(values)[order] for values in zip(*parts, strict=True)]
+    return [_chosen(torch.cat(values), order) for values in zip(*parts, strict=True)]
+
+
+def _chosen(values: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """`values[places]`, with gradients that are the same each time: a place that is named twice gets the sum of two,
+    which the backward pass of plain indexing adds up in whatever order its threads come."""
+    return values.index_select(0, torch.tensor(places, device=values.device, dtype=torch.long))
 
 
 def _pass_for_nothing(causal, device) -> torch.Tensor:

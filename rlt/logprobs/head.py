@@ -31,9 +31,7 @@ def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: fl
             return values[0], entropies if entropy == "with_grad" else entropies.detach()
         if cap is None and entropy != "with_grad":
             return _LinearHead.apply(*plain, factor / temperature, rows, entropy == "value")
-    # A soft cap comes after the architecture's factor and before the temperature.
-    hidden_NH = hidden_NH * factor if factor != 1.0 else hidden_NH
-    args = (1.0 / temperature, cap, entropy)
+    args = (factor, cap, temperature, entropy)
     chunks = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
         parts = [_any_head(head, hidden, targets, *args) for hidden, targets in chunks]
@@ -62,16 +60,21 @@ def _logit_transform(config) -> tuple[float, float | None]:
     return (1.0 if factor is None else factor), cap
 
 
-def _any_head(head, hidden_NH, targets_N, scale: float, cap: float | None, entropy: str):
-    """Adapters on the head, shards, soft caps and entropies with gradients: plain operations."""
+def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temperature: float, entropy: str):
+    """Adapters on the head, shards, soft caps and entropies with gradients: plain operations.
+
+    A soft cap comes after the architecture's factor and before the temperature, as in the models.
+    """
     # A call of the module would let ZeRO-3 give back the weight that `_with_whole_head` has gathered.
     plain = type(head) is torch.nn.Linear and _is_whole(head)
     logits_NV = torch.nn.functional.linear(hidden_NH, head.weight, head.bias) if plain else head(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if factor != 1.0:
+        logits_NV = logits_NV * factor
     if cap is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)
-    if scale != 1.0:
-        logits_NV = logits_NV * scale
+    if temperature != 1.0:
+        logits_NV = logits_NV * (1.0 / temperature)
     normaliser_N = logits_NV.logsumexp(dim=-1)
     log_probs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
     if entropy == "none":

@@ -1,5 +1,6 @@
 """Which device and which precision forward passes have."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -34,3 +35,14 @@ def on(device: str | torch.device, model: PreTrainedModel) -> PreTrainedModel:
 def uses_bfloat16(wanted: bool | None) -> bool:
     """Whether forward passes run in bfloat16: as the key `bf16` says; null asks the device."""
     return supports_bfloat16(device_type()) if wanted is None else wanted
+
+
+def be_deterministic() -> None:
+    """Ask torch for algorithms that give the same digits each time; an operation that has none warns with its name.
+
+    On the CPU runs are so without it. On a GPU it is sums over atomics that change (of gathered rows, for one), and
+    cuBLAS, which wants a workspace of its own (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlt.errors import Refused
+from rlt.planning.engine_checks import check_engine
 from rlt.planning.memory import model_folder
 from rlt.planning.ranges import check_ranges
 from rlt.planning.trl_fields import base_names, fields_of, read_table
@@ -39,6 +40,7 @@ DERIVED = {
     "steps_per_generation": "generation_aggregation_steps",
     "generation_batch_size": "generation_aggregation_steps",
     "eval_strategy": "eval_steps",
+    "full_determinism": "deterministic",
     "resume_from_checkpoint": "resume_from",
     "vllm_mode": "use_vllm_server",
     "vllm_max_model_length": "max_prompt_length and max_completion_length",
@@ -49,13 +51,17 @@ FIXED = frozenset(
         *("hub_strategy", "hub_always_push"),
         *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),
         *("remove_unused_columns", "save_only_model", "save_strategy", "use_cpu"),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),  # of a call that is not made here
         *("vllm_server_host", "vllm_server_port", "vllm_structured_outputs_regex"),
     }
 )
 # And of those on TRL's SFT trainer, whose loss is computed here (trainers/sft.py).
 SFT_FIXED = ("average_tokens_across_devices", "label_smoothing_factor", "loss_type", "packing", "padding_free")
 # And those of GRPO, whose head (logprobs/head.py) and evaluations (trainers/evaluation.py) are computed here.
-GRPO_FIXED = ("cast_lm_head_to_fp32", "eval_delay", "eval_on_start", "use_transformers_continuous_batching")
+GRPO_FIXED = (
+    *("cast_lm_head_to_fp32", "eval_delay", "eval_on_start", "use_transformers_continuous_batching"),
+    *("vllm_group_port", "max_tool_calling_iterations", "log_multimodal"),  # of what no run here does
+)
 FIXED_BY_CONFIG = {"sft": SFT_FIXED, "grpo": GRPO_FIXED}
 
 
@@ -134,6 +140,8 @@ def check_common(settings: Training) -> None:
             raise Refused(f"{key}=true: quantised weights cannot be trained, set use_peft=true as well")
     if settings.load_in_4bit and settings.load_in_8bit:
         raise Refused("load_in_4bit=true with load_in_8bit=true: choose one")
+    if settings.trl.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise Refused("use_liger_kernel=true needs a package that is missing: pip install liger-kernel")
     if settings.trl.get("load_best_model_at_end"):
         check_best(settings)
     profile = settings.profile
@@ -255,8 +263,7 @@ def check_combinations(settings: GRPOSettings) -> None:
         raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
     if teaches and settings.answer_line:
         raise Refused("answer_line=true: a teacher explains a solution that it is shown; unset it")
-    if settings.overlap_generation:
-        check_overlap(settings)
+    check_engine(settings)
     if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
         raise Refused(
             "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
@@ -280,20 +287,6 @@ def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None
         raise Refused(
             f"reward_weights={list(weights)} must be {len(named)} number{'s' * (len(named) > 1)}, for "
             f"{', '.join(named)}"
-        )
-
-
-def check_overlap(settings: GRPOSettings) -> None:
-    """What another process generates while this one trains is one batch off-policy, and shares the device."""
-    wanted = {"use_vllm": True, "use_vllm_server": False, "vllm_enable_sleep_mode": False}
-    for key, value in wanted.items():
-        if getattr(settings, key) != value:
-            raise Refused(
-                f"overlap_generation=true with {key}={getattr(settings, key)}: set {key}={str(value).lower()}"
-            )
-    if not settings.trl.get("vllm_importance_sampling_correction", True):
-        raise Refused(
-            "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
         )
 
 

@@ -48,7 +48,7 @@ def model_folder(config: dict[str, Any]) -> Path | None:
     folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
     try:
         for place in (folder, folder / MERGED):
-            if (place / "config.json").is_file():
+            if (place / "config.json").is_file() and not is_adapter(place):
                 return place
         return model_folder({"model_name_or_path": adapter_base(folder)}) if is_adapter(folder) else None
     except (ValueError, OSError):  # said by the plan's check of models, or when it is loaded

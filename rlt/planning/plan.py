@@ -4,6 +4,7 @@ A run that cannot work is refused here in one line that names the key, its value
 that would do. Imports neither torch nor an engine.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -37,6 +38,10 @@ from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
 from rlt.schema import GRPOSettings, Profile, TeacherSettings, profile_of, renamed
+
+SLOW_ADAPTER = 5e-6  # of learning rates
+
+logger = logging.getLogger("rlt")
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,12 @@ def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding:
     if isinstance(settings, TeacherSettings):
         check_reward(settings)
     check_common(settings)
+    if settings.use_peft and settings.learning_rate < SLOW_ADAPTER:
+        logger.warning(
+            "learning_rate=%s with use_peft=true: Adam moves an adapter by at most that much a step, from zero, which "
+            "is hardly seen; adapters take 1e-5 and more",
+            settings.learning_rate,
+        )
     memory = estimate_memory(config, gpu_memory_gib(), devices, kind)
     return Plan(config, devices, gpus, accumulation, generation, memory)
 

@@ -14,8 +14,8 @@ from huggingface_hub import snapshot_download
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor
 
+from backends.fsdp2 import whole
 from rlt.errors import Refused
 
 A, B = ".lora_A", ".lora_B"
@@ -46,13 +46,8 @@ def adapter_tensors(
         lora: Any = module
         a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         with gather([a, b]):
-            yield f"{name}{A}", _whole(a).float()
-            yield f"{name}{B}", _whole(b).float() * lora.scaling["default"]
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield f"{name}{A}", whole(a.detach()).float()
+            yield f"{name}{B}", whole(b.detach()).float() * lora.scaling["default"]
 
 
 def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,49 @@
+"""What an engine that samples for GRPO asks of a run: its log-probs are compared with the policy's, token by token."""
+
+from rlt.errors import Refused
+from rlt.schema import GRPOSettings
+
+MODE = "vllm_importance_sampling_mode"
+# What a sampled distribution is left whole by.
+WHOLE = {"top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "repetition_penalty": (1, None)}
+
+
+def check_engine(settings: GRPOSettings) -> None:
+    """Keys of sampling by vLLM that do not go together.
+
+    Raises:
+        Refused: the first of them.
+    """
+    if settings.overlap_generation:
+        check_overlap(settings)
+    trl = settings.trl
+    if not settings.use_vllm:
+        return
+    if trl.get("cache_implementation") is not None:
+        raise Refused(f"cache_implementation={trl['cache_implementation']} is Hugging Face's: set use_vllm=false")
+    if not trl.get("vllm_importance_sampling_correction", True):
+        return
+    given = {key: trl[key] for key in WHOLE if key in trl} | dict(trl.get("generation_kwargs") or {})
+    for key, whole in WHOLE.items():
+        if given.get(key, whole[0]) not in whole:
+            raise Refused(
+                f"{key}={given[key]}: the engine's log-probs would be those of a cut distribution, and their ratio to "
+                f"the policy's would leave little to learn from; leave {key} out, or set "
+                "vllm_importance_sampling_correction=false"
+            )
+    if trl.get("loss_type") == "vespo" and not str(trl.get(MODE)).startswith("token_"):
+        raise Refused(f"loss_type=vespo with {MODE}={trl.get(MODE)}: it weighs completions itself; set token_truncate")
+
+
+def check_overlap(settings: GRPOSettings) -> None:
+    """What another process generates while this one trains is one batch off-policy, and shares the device."""
+    wanted = {"use_vllm": True, "use_vllm_server": False, "vllm_enable_sleep_mode": False}
+    for key, value in wanted.items():
+        if getattr(settings, key) != value:
+            raise Refused(
+                f"overlap_generation=true with {key}={getattr(settings, key)}: set {key}={str(value).lower()}"
+            )
+    if not settings.trl.get("vllm_importance_sampling_correction", True):
+        raise Refused(
+            "overlap_generation=true needs vllm_importance_sampling_correction=true, which accounts for older weights"
+        )
