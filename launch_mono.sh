@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 ./setup.sh
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE  # of a job's controller: here is one process
 
 if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && timeout 30 nvidia-smi -L >/dev/null 2>&1; then
   export CUDA_VISIBLE_DEVICES=0

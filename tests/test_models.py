@@ -249,6 +249,7 @@ def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_
     for _ in range(2):
         adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
         adapter.save_pretrained(tmp_path)
+        os.utime(tmp_path / "adapter_model.safetensors", (7, 7))  # copied with its times, or by a clock that is behind
         path = resolve_model_path(str(tmp_path))
         written = (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns
         assert path == str(tmp_path / "merged") == resolve_model_path(str(tmp_path))
@@ -274,6 +275,15 @@ def test_an_adapter_of_an_adapters_folder_has_both(tiny_teacher, tmp_path):
     shutil.rmtree(path)
     again = load_frozen(resolve_model_path(str(tmp_path / "second")), torch.float32)
     torch.testing.assert_close(again(ids).logits, expected)
+
+
+def test_an_adapter_with_settings_of_a_model_beside_it_is_merged_too(tiny_teacher, tmp_path):
+    adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path)
+    shutil.copy(f"{tiny_teacher}/config.json", tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    merged = load_frozen(resolve_model_path(str(tmp_path)), torch.float32)
+    torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(tiny_teacher, tmp_path):

@@ -1,5 +1,6 @@
 """What is refused before anything heavy is loaded, and that every configuration composes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from conftest import ROOT, config_of, launch
 from omegaconf import OmegaConf
 
 from rlt.commands.begin import show
+from rlt.commands.torchrun import forget_place
 from rlt.commands.train import check_sweep
 from rlt.planning import checks
 from rlt.planning.checks import known_keys
@@ -144,6 +146,20 @@ BAD = [
     (["vllm_gpu_memory_utilization=1.5"], "vllm_gpu_memory_utilization=1.5 must be above 0 and at most 1"),
     (["adam_beta2=1.0"], "adam_beta2=1.0 must be 0 or more and below 1"),
     (["ref_model_mixup_alpha=-1"], "ref_model_mixup_alpha=-1 must be in 0 to 1"),
+    (["top_p=0.9"], "top_p=0.9: the engine's log-probs would be those of a cut distribution"),
+    (["top_k=20"], "top_k=20: the engine's"),
+    (["min_p=0.1"], "min_p=0.1: the engine's"),
+    (["repetition_penalty=1.2"], "repetition_penalty=1.2: the engine's"),
+    (["generation_kwargs={top_p: 0.9}"], "top_p=0.9: the engine's"),
+    (["cache_implementation=static"], "cache_implementation=static is Hugging Face's"),
+    (
+        ["loss_type=vespo", "vllm_importance_sampling_mode=sequence_mask"],
+        "vllm_importance_sampling_mode=sequence_mask: it weighs completions itself",
+    ),
+    (["torch_compile=true"], "torch_compile: runs here need it as it is"),
+    (["vllm_group_port=1"], "vllm_group_port: runs here need it as it is"),
+    (["use_liger_kernel=true"], "pip install liger-kernel"),
+    (["full_determinism=true"], "set deterministic instead"),
     (["top_k=-2"], "top_k=-2 must be -1 or 0 for all tokens, or at least 1"),
     (["run_cfg=evaluate_tiny", "questions_at_once=0"], "questions_at_once=0 must be positive"),
 ]
@@ -157,6 +173,39 @@ def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path
         make_plan(config_of(*named, f"output_dir={tmp_path / 'run'}", *overrides))
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_path_in_the_home_folder_is_read_as_a_shell_reads_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = config_of("output_dir='~/runs/q'", "dataset_id_or_path='~/rows.jsonl'", "results_dir='~/r'")
+    assert [config[key] for key in ("output_dir", "dataset_id_or_path", "results_dir")] == [
+        f"{tmp_path}/runs/q",
+        f"{tmp_path}/rows.jsonl",
+        f"{tmp_path}/r",
+    ]
+    assert config_of("results_dir='~/r'")["output_dir"] == f"{tmp_path}/r/teacher_rlt_tiny"
+
+
+@pytest.mark.parametrize("content", [b"max_steps: 3\n", b"\xef\xbb\xbf# @package _global_\nmax_steps: 3\n"])
+def test_a_run_file_without_its_head_is_one_line(content, monkeypatch, tmp_path):
+    monkeypatch.setattr("rlt.planning.configuration.CFGS", tmp_path)
+    (tmp_path / "run_cfg").mkdir()
+    (tmp_path / "run_cfg" / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="cfgs/run_cfg/mine.yaml must begin with the line `# @package _global_`"):
+        rewrite_arguments(["mine"])
+
+
+def test_half_precision_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="fp16=true needs a GPU"):
+        make_plan(config_of(EMBEDDED, "fp16=true", "bf16=false"))
+
+
+@pytest.mark.parametrize("place", [["WORLD_SIZE", "RANK"], ["PMI_SIZE"], ["OMPI_COMM_WORLD_SIZE"]])
+def test_places_that_a_controller_left_are_forgotten_by_a_run_of_one_process(place, monkeypatch):
+    for name in place:
+        monkeypatch.setenv(name, "2")
+    forget_place()
+    assert not set(place) & os.environ.keys()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,18 @@ import re
 
 import pytest
 
-from rlt.prompts.rendering import Rendered, render_student_reading, render_teacher_prompt, render_teacher_reading
+from rlt.models.loading import load_tokenizer
+from rlt.prompts.rendering import (
+    Rendered,
+    render_conversation,
+    render_question,
+    render_student_reading,
+    render_teacher_prompt,
+    render_teacher_reading,
+    student_answer,
+)
 from rlt.prompts.spans import align_spans, common_ends, tokenize_with_spans, tokens_inside
-from rlt.prompts.styles import FORMATS, load_format
+from rlt.prompts.styles import FORMATS, check_tags, load_format
 
 STYLE = load_format("stratos")
 
@@ -53,6 +62,42 @@ def test_a_template_without_a_system_role_gets_that_text_before_the_question(tok
             assert prompt.startswith("[user]Teach.\n\nQ?[assistant]<|begin_of_solution|>42")
     finally:
         tokenizer.chat_template = kept
+
+
+def test_a_reading_begins_with_what_a_student_is_asked_and_answers(tokenizer, monkeypatch):
+    """Qwen3's template puts an empty thought into the last answer, and none into the prompt for one."""
+    thinks = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for template in (tokenizer.chat_template, thinks):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        for style in FORMATS.values():
+            asked = render_question(tokenizer, style, "Q?", "System.")
+            reading = render_student_reading(tokenizer, style, "Q?", "42", "\n\nbecause\n\n", "System.")
+            assert reading.text == asked + student_answer(style, "because", "42") + "<|im_end|>\n"
+
+
+def test_a_system_text_of_a_row_goes_before_the_question_where_a_template_has_no_role_for_it(tokenizer, monkeypatch):
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    assert render_conversation(tokenizer, "Q?", "Be terse.") == "[user]Be terse.\n\nQ?"
+    assert render_conversation(tokenizer, "Q?", None) == "[user]Q?"
+
+
+def test_a_tag_that_is_a_special_token_is_refused(tiny_teacher):
+    own = load_tokenizer(tiny_teacher)
+    check_tags(STYLE, own)
+    own.add_tokens([STYLE.explanation_tags[1]])
+    check_tags(STYLE, own)  # a plain token of its own is read
+    own = load_tokenizer(tiny_teacher)
+    own.add_special_tokens({"additional_special_tokens": [STYLE.explanation_tags[1]]})
+    with pytest.raises(ValueError, match=r"the tag <\|end_of_explanation\|> is a special token of this tokenizer"):
+        check_tags(STYLE, own)
 
 
 def test_a_system_prompt_that_a_template_trims_stays_where_it_is(tokenizer, monkeypatch):

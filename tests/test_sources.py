@@ -156,6 +156,41 @@ def test_tags_of_another_style_are_those_asked_for(tmp_path):
     assert load_rows(source).dropped == {"no thought or solution tags": 1}
 
 
+def test_messages_in_parts_and_a_system_turn_are_read_as_text(tmp_path):
+    answer = "<|begin_of_thought|>1.<|end_of_thought|>\n\n<|begin_of_solution|>2<|end_of_solution|>"
+    user = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 1?"}]}
+    system, gpt = {"from": "system", "value": "Be terse."}, {"from": "gpt", "value": answer}
+    picture = {"role": "user", "content": [{"type": "image", "image": "x.png"}]}
+    rows = [{"conversations": c} for c in ([system, user, gpt], [user, gpt], [picture, gpt], [system, gpt])]
+    rows.append({"conversations": [system, user, gpt], "system": "Mine."})
+    loaded = load_rows(write_lines(tmp_path / "r.jsonl", rows))
+    assert [(row["question"], row.get("system")) for row in loaded.rows] == [
+        ("What is 1 + 1?", "Be terse."),
+        ("What is 1 + 1?", None),
+        ("What is 1 + 1?", "Mine."),
+    ]
+    assert loaded.dropped == {
+        "conversation has parts that are no text": 1,
+        "conversation is not one question and one answer": 1,
+    }
+
+
+def test_binary_columns_are_text_and_numbers_are_written_out(tmp_path):
+    table = pyarrow.table(
+        {
+            "question": pyarrow.array([b"1 + 2?", "½ + ½?".encode()], pyarrow.binary()),
+            "solution": pyarrow.array([0.00001, 1.0]),
+            "own": pyarrow.array([b"a", b"b"], pyarrow.binary()),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = load_rows(str(tmp_path / "rows.parquet")).rows
+    assert [(row["question"], row["solution"], row["own"]) for row in rows] == [
+        ("1 + 2?", "0.00001", "a"),
+        ("½ + ½?", "1.0", "b"),
+    ]
+
+
 def test_conversations_that_are_no_question_and_answer_are_counted(tmp_path):
     user, assistant = {"from": "user", "value": "q"}, {"from": "assistant", "value": STRATOS}
     rows = [{"conversations": c} for c in ([user], [assistant, user], [user, assistant, user], None)]

@@ -13,14 +13,15 @@ import torch
 from conftest import assert_best_is_kept, build, config_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rlt.jobs import run_plan
 from rlt.models.loading import load_frozen
 from rlt.models.residence import resident
 from rlt.planning.plan import make_plan
 from rlt.runs.folder import prepare_output
+from rlt.runs.manifest import last_checkpoint
 from trainers.build import build_trainer
-from trainers.checkpoints import last_checkpoint
 from trainers.outputs import update_seconds
 from trainers.sft import example
 
@@ -154,8 +155,24 @@ def test_an_adapter_trains_and_is_saved_merged_on_request(tiny_run, tmp_path, in
     plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path}", *overrides, *merged))
     prepare_output(plan.config)
     run_plan(plan)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.float32}  # bfloat16 would not move by small rates
     assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(merged)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_one_line(tiny_run, tiny_teacher, tmp_path, in_root):
+    own = AutoTokenizer.from_pretrained(tiny_teacher)
+    own.add_tokens(["<new>"])
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    own.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"its tokenizer has 49153 tokens and its embedding 49152 rows"):
+        build(tiny_run, tmp_path / "run", f"model_name_or_path={tmp_path / 'model'}")
+
+
+def test_an_adapter_on_one_side_of_a_tied_embedding_is_refused(tiny_run, tmp_path, in_root):
+    overrides = ["use_peft=true", "lora_target_modules=[q_proj,embed_tokens]", "use_vllm=true", "student_model=null"]
+    with pytest.raises(ValueError, match="embed_tokens is tied to the output head; leave it out"):
+        build(tiny_run, tmp_path, *overrides)
 
 
 @pytest.mark.parametrize("weights", [[], ["use_peft=true", "lora_r=4"]], ids=["all", "lora"])

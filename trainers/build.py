@@ -14,14 +14,14 @@ from trl import DPOConfig
 from backends.collective import let_fsdp_run_on_cpu
 from rlt.errors import Refused
 from rlt.models.devices import device_type, on, uses_bfloat16
-from rlt.models.loading import load_policy, load_student, load_tokenizer
+from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
-from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.prompts.styles import ReasoningFormat, check_tags, load_format
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
 from rlt.runs.learned import check_held_out, learned_questions, write_held_out
@@ -94,7 +94,7 @@ def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
         raise Refused(str(error)) from error
 
 
-def build_policy(model: Training) -> tuple[PreTrainedModel, LoraConfig | None]:
+def build_policy(model: Training, tokenizer) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
     low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
     policy = load_policy(
@@ -105,6 +105,7 @@ def build_policy(model: Training) -> tuple[PreTrainedModel, LoraConfig | None]:
         load_in_8bit=model.load_in_8bit,
         trust_remote_code=model.trust_remote_code,
     )
+    check_vocabulary(policy, tokenizer, model.model_name_or_path)
     if not model.use_peft:
         return policy, None
     adapter = LoraConfig(
@@ -122,8 +123,13 @@ def build_trainer(plan: Plan):
     settings = plan.settings
     style = load_format(settings.reasoning_format)
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
+    check_tags(style, tokenizer)
     trainer: Any
     trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
+    policy: Any = trainer.model
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # TRL has made bfloat16 of adapters on quantised weights, which then stand still
+            parameter.data = parameter.data.float()
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     track(trainer, plan.config)
@@ -140,7 +146,7 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     train, evaluation = (Dataset.from_list(made) if made else None for made in examples)
     arguments = trl_config(SFTConfig, plan, completion_only_loss=True)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings)
+    policy, adapter = build_policy(settings, tokenizer)
     trainer = SFTTrainer(
         answers=held_out_answers(settings, eval_rows, tokenizer, style),
         model=policy,
@@ -192,7 +198,7 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
     arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings)
+    policy, adapter = build_policy(settings, tokenizer)
     trainer = DPOTrainer(
         model=policy,
         args=arguments,
@@ -225,7 +231,9 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     keep_best(arguments, settings)
     functions = reward_functions(settings, style, train_rows, arguments)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings)
+    policy, adapter = build_policy(settings, tokenizer)
+    if adapter is not None and settings.use_vllm:
+        check_embedding(policy, settings.lora_target_modules)
     attention = policy.config.get_text_config()._attn_implementation
     arguments.model_init_kwargs = {"attn_implementation": attention}
     cpu_dtype = "bfloat16" if uses_bfloat16(settings.bf16) else "float32"
@@ -273,6 +281,18 @@ def keep_best(arguments: GRPOConfig, settings: Training) -> None:
         arguments.load_best_model_at_end = True
         arguments.metric_for_best_model = arguments.metric_for_best_model or "reward"
         arguments.greater_is_better = arguments.greater_is_better is not False
+
+
+def check_embedding(policy: PreTrainedModel, targets: Any) -> None:
+    """An adapter on the input alone of a tied embedding unties it, and engines know one embedding then.
+
+    Raises:
+        Refused: the targets name such a layer.
+    """
+    embedding = policy.get_input_embeddings()
+    (name,) = (name.rpartition(".")[2] for name, module in policy.named_modules() if module is embedding)
+    if policy.config.get_text_config().tie_word_embeddings and not isinstance(targets, str) and name in targets:
+        raise Refused(f"lora_target_modules={list(targets)}: {name} is tied to the output head; leave it out")
 
 
 def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:

@@ -34,6 +34,13 @@ def is_rank() -> bool:
     return os.environ.keys() >= PLACE
 
 
+def forget_place() -> None:
+    """Variables that a job's controller or an MPI leaves in the environment of a run that is one process: libraries
+    would wait for the others."""
+    for name in [name for name in os.environ if name in PLACE or name.startswith(("PMI_", "OMPI_COMM_", "MV2_COMM_"))]:
+        logger.info("%s=%s in the environment is ignored: this is a run of one process", name, os.environ.pop(name))
+
+
 def main(arguments: list[str]) -> int:
     """Run as one rank; the exit code."""
     store = open_store()  # held until the run's end: at rank 0 it may be the one where all ranks meet

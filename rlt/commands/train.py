@@ -70,6 +70,7 @@ def main() -> None:
     prepare_process()
     if torchrun.is_rank():
         sys.exit(torchrun.main(sys.argv[1:]))
+    torchrun.forget_place()
     try:
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
         check_sweep(sys.argv[1:])

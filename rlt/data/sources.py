@@ -8,10 +8,12 @@ own stay beside them as JSON has them, for a user's reward functions. Importing 
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +144,9 @@ def _as_json(value: object) -> object:
     """Text, numbers, truth values, lists and objects as they are; what JSON does not have, as text."""
     if not _is_there(value):
         return None
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return _text(value)
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=_text))
 
 
 def _is_there(value: object) -> bool:
@@ -153,12 +155,21 @@ def _is_there(value: object) -> bool:
 
 
 def _as_text(value: object) -> str:
-    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else _text(value)
+    return json.dumps(value, default=_text) if isinstance(value, (dict, list)) else _text(value)
 
 
 def _text(value: object) -> str:
-    """The value as text. A text that was cut may end in half a character, which no tokenizer takes: now a `?`."""
-    return str(value).encode("utf-8", "replace").decode() if _is_there(value) else ""
+    """The value as text. A text that was cut may end in half a character, which no tokenizer takes: now a `?`.
+
+    Bytes are text that its table does not mark as such. A number is written without an exponent.
+    """
+    if not _is_there(value):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _check_columns(columns: Iterable[str], place: str) -> None:
@@ -174,10 +185,17 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
     messages = _messages(row["conversations"] or [])
     if messages is None:
         return None, "conversations are neither a list of messages nor the JSON of one"
+    contents = [_content(message.get("value", message.get("content"))) for message in messages]
+    texts = [content for content in contents if content is not None]
+    if len(texts) < len(contents):
+        return None, "conversation has parts that are no text"
     roles = [message.get("from", message.get("role")) for message in messages]
-    if len(messages) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt"):
+    if roles[:1] == ["system"]:  # kept in the row's column, unless that has its own
+        row = {"system": texts[0], **{column: value for column, value in row.items() if _is_there(value)}}
+        roles, texts = roles[1:], texts[1:]
+    if len(roles) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt"):
         return None, "conversation is not one question and one answer"
-    question, answer = (_text(message.get("value", message.get("content"))) for message in messages)
+    question, answer = texts
     parts = [re.search(f"{re.escape(start)}(.*?){re.escape(end)}", answer, re.DOTALL) for start, end in tags]
     found = [part.group(1).strip() for part in parts if part is not None]
     if len(found) < len(parts):
@@ -185,6 +203,15 @@ def _from_conversation(row: dict, tags: Tags) -> tuple[dict | None, str]:
     thought, solution = found
     rest = {column: value for column, value in row.items() if column != "conversations"}
     return {**rest, "question": question.strip(), "reasoning_trace": thought, "solution": solution}, ""
+
+
+def _content(content: object) -> str | None:
+    """The text of a message: as it is, or in parts of the kind `text`; None where a part is another."""
+    if not isinstance(content, list):
+        return _text(content)
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else None
 
 
 def _messages(conversations: object) -> list[dict] | None:

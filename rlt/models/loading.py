@@ -151,7 +151,24 @@ def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **option
                 f"student {name_or_path} has another tokenizer than the teacher (id {number} is {tokens[number]!r} to "
                 f"it and {token!r} to the teacher): one has to serve both"
             )
-    return load_frozen(name_or_path, **options)
+    model = load_frozen(name_or_path, **options)
+    check_vocabulary(model, tokenizer, name_or_path)
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name_or_path: str) -> None:
+    """Every token has a row in the model's embedding.
+
+    Raises:
+        Refused: tokens were added to the tokenizer, and the embedding was not resized.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows, tokens = embedding.weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if tokens > rows:
+        raise Refused(
+            f"{name_or_path}: its tokenizer has {tokens} tokens and its embedding {rows} rows: call "
+            "model.resize_token_embeddings, and save the model again"
+        )
 
 
 def told(load: Callable, name_or_path: str, **options: Any):

@@ -4,6 +4,7 @@ from the model that adapter and base make together. Nothing heavy is imported be
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 from rlt.errors import Refused
@@ -11,6 +12,7 @@ from rlt.models.embedded import embedded_model_path, is_embedded, locked
 from rlt.places import LOCAL_STARTS
 
 MERGED = "merged"
+MADE_FROM = "made_from.json"  # in it: the adapter's files and their sums
 
 
 def resolve_model_path(name: str) -> str:
@@ -30,8 +32,11 @@ def resolve_model_path(name: str) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter and no whole model, as a LoRA run leaves it."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether a folder has an adapter's weights and none of a whole model, whatever settings lie beside them."""
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    whole = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model.")]
+    return not whole and not (folder / "pytorch_model.bin").is_file()
 
 
 def adapter_base(folder: Path) -> str:
@@ -56,29 +61,36 @@ def adapter_base(folder: Path) -> str:
 def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
     """`folder`/merged: the base of the folder's adapter with the adapter added, in the base's precision.
 
-    Written once, and again when the adapter is newer; several processes may ask at once. It is complete or absent.
+    Written once, and again when the adapter is another; several processes may ask at once. It is complete or absent.
 
     Raises:
         Refused: the folder cannot be written to, the base cannot be loaded, or the adapter does not fit it.
         TimeoutError: another process has held the lock for 10 minutes.
     """
     merged = folder / MERGED
-    if not _is_newer(merged, folder):
+    if not _is_of(merged, adapter := _adapter_sums(folder)):
         if not os.access(folder, os.W_OK):
             raise Refused(f"{folder} has an adapter alone, and its merged model cannot be written there: copy it")
         with locked(folder / f"{MERGED}.lock"):
-            if not _is_newer(merged, folder):
+            if not _is_of(merged, adapter):
                 aside = folder / f"{MERGED}.partial"
                 shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
                 _merge(folder, aside, trust_remote_code)
+                (aside / MADE_FROM).write_text(json.dumps(adapter))
                 shutil.rmtree(merged, ignore_errors=True)
                 os.rename(aside, merged)
     return merged
 
 
-def _is_newer(merged: Path, folder: Path) -> bool:
-    adapters = [path.stat().st_mtime for path in folder.glob("adapter_model.*")]
-    return merged.is_dir() and merged.stat().st_mtime >= max(adapters, default=0.0)
+def _adapter_sums(folder: Path) -> dict[str, str]:
+    """By the content of an adapter's files: their times are a copy's, or those of a machine whose clock is behind."""
+    files = sorted([*folder.glob("adapter_model.*"), folder / "adapter_config.json"])
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _is_of(merged: Path, adapter: dict[str, str]) -> bool:
+    made_from = merged / MADE_FROM
+    return made_from.is_file() and json.loads(made_from.read_text()) == adapter
 
 
 def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:

@@ -19,6 +19,13 @@ from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
 
+# Keys whose values may be paths.
+PATHS = frozenset(
+    {
+        *("results_dir", "output_dir", "model_name_or_path", "student_model", "dataset_id_or_path"),
+        *("eval_dataset_id_or_path", "resume_from", "compare_with", "trained_on", "reasoning_format"),
+    }
+)
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
 
 logger = logging.getLogger("rlt")
@@ -41,7 +48,9 @@ def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:
-            raise Refused(f"{argument!r} cannot be read: write key=value, and quote special characters") from None
+            key, _, value = argument.partition("=")
+            remedy = f"\"{key}='{value}'\" (the shell takes the outer quotes)" if value else "key=value"
+            raise Refused(f"{argument!r} cannot be read: write {remedy}") from None
         key, _, value = argument.partition("=")
         name = key.lstrip("+~")
         if name not in known and not name.startswith("hydra"):
@@ -66,9 +75,23 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
                 choice = Path(choice).name.removesuffix(".yaml")
                 if choice not in options(name) and (name, choice) != ("memory_cfg", "null"):
                     raise Refused(f"{name}={choice} does not exist: use one of {', '.join(options(name))}")
+                check_head(name, choice)
         plain = name in key_names() and not argument.startswith(("+", "~"))
         rewritten.append(f"++{argument}" if plain else argument)
     return flags + rewritten
+
+
+def check_head(group: str, choice: str) -> None:
+    """A file of one's own says at its top where Hydra puts its keys.
+
+    Raises:
+        Refused: it does not.
+    """
+    file, package = CFGS / group / f"{choice}.yaml", "memory_profile" if group == "memory_cfg" else "_global_"
+    head = f"# @package {package}"
+    first = file.read_bytes().partition(b"\n")[0].decode(errors="replace").strip() if file.is_file() else head
+    if not first.startswith("# @package"):
+        raise Refused(f"cfgs/{group}/{choice}.yaml must begin with the line `{head}`, and no mark before it")
 
 
 def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
@@ -97,7 +120,12 @@ def as_dict(cfg: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
     """
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=throw_on_missing)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): _at_home(str(key), value) for key, value in container.items()}
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """A path that begins with `~`, which a shell has left as it is, as the libraries would read it."""
+    return str(Path(value).expanduser()) if key in PATHS and isinstance(value, str) and value.startswith("~") else value
 
 
 def sweeps(override: str) -> bool:

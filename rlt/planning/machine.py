@@ -72,6 +72,8 @@ def count_gpus() -> int:
 def check_device(config: dict[str, Any], gpus: int) -> None:
     if config["requires"] == "gpu" and not gpus:
         raise Refused(f"run {config['run_name']} needs a GPU and none is visible (requires=null tries the CPU)")
+    if config.get("fp16") and not gpus:
+        raise Refused("fp16=true needs a GPU: a CPU computes in bfloat16 (bf16=true) or float32")
 
 
 def check_servers_answer(config: dict[str, Any]) -> None:

@@ -103,13 +103,15 @@ def render_student_reading(
     before = thought_start
     between = f"{thought_end}{style.delimiter}{style.solution_tags[0]}"
     after = style.solution_tags[1]
-    messages = [
+    asked = [
         {"role": "system", "content": system_prompt or style.student_system},
         {"role": "user", "content": question},
-        # Rendered around a mark: a template that strips or edits its content must not touch the scored text.
-        {"role": "assistant", "content": MARK},
     ]
-    head, _, tail = _chat(tokenizer, messages).rpartition(MARK)
+    # What a student is asked and learns to answer. Some templates begin a turn that is written otherwise, with an empty
+    # thought for one.
+    head = _chat(tokenizer, asked, add_generation_prompt=True)
+    # Rendered around a mark: a template that strips or edits its content must not touch the scored text.
+    _, _, tail = _chat(tokenizer, [*asked, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     thought_at = len(head) + len(before)
     solution_at = thought_at + len(explanation) + len(between)
     text = head + before + explanation + between + solution + after + tail
@@ -120,6 +122,14 @@ def render_student_reading(
     return Rendered(text, spans)
 
 
+def render_conversation(tokenizer, question: str, system_prompt: str | None) -> str:
+    """A question, behind a system prompt if there is one; the answer's turn comes next."""
+    asked = {"role": "user", "content": question}
+    if not system_prompt:
+        return tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    return _chat(tokenizer, [{"role": "system", "content": system_prompt}, asked], add_generation_prompt=True)
+
+
 def render_question(
     tokenizer, style: ReasoningFormat, question: str, system_prompt: str | None = None, answer_line: bool = False
 ) -> str:
@@ -128,11 +138,8 @@ def render_question(
     Args:
         answer_line: ask for a last line `Answer: …` instead of the format's sections.
     """
-    asked = {"role": "user", "content": question + ANSWER_LINE if answer_line else question}
-    if answer_line and not system_prompt:
-        return tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
-    system = {"role": "system", "content": system_prompt or style.student_system}
-    return _chat(tokenizer, [system, asked], add_generation_prompt=True)
+    asked = question + ANSWER_LINE if answer_line else question
+    return render_conversation(tokenizer, asked, system_prompt or (None if answer_line else style.student_system))
 
 
 def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from rlt.data.sources import Rows, load_rows, say_dropped
 from rlt.data.splits import check_disjoint, hold_out, questions_of
 from rlt.errors import Refused
-from rlt.prompts.rendering import prompt_token_ids, render_student_reading, render_teacher_prompt
+from rlt.prompts.rendering import (
+    prompt_token_ids,
+    render_conversation,
+    render_student_reading,
+    render_teacher_prompt,
+)
 from rlt.prompts.spans import tokenize_with_spans
 from rlt.prompts.styles import ReasoningFormat
 from rlt.schema import DataConfig
@@ -85,10 +90,8 @@ def student_system(row: dict, data: DataConfig) -> str | None:
 
 def plain_prompt(tokenizer, row: dict, data: DataConfig) -> str:
     """The question as a conversation, with the row's own system text when asked for."""
-    messages = [{"role": "user", "content": row["question"]}]
-    if data.use_dataset_system_prompt and row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    system = row.get("system") if data.use_dataset_system_prompt else None
+    return render_conversation(tokenizer, row["question"], system)
 
 
 def question_rows(rows: list[dict], tokenizer, data: DataConfig, render: Callable[..., str]) -> list[dict]:

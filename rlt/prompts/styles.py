@@ -65,6 +65,21 @@ class ReasoningFormat:
         return self._fill(self.student_system_prompt)
 
 
+def check_tags(style: ReasoningFormat, tokenizer: Any) -> None:
+    """A tag that is a special token of the tokenizer would be left out where text is made of tokens.
+
+    Raises:
+        Refused: a tag is, or holds, such a token.
+    """
+    special = set(tokenizer.all_special_ids)
+    for tag in (*style.explanation_tags, *style.thought_tags, *style.solution_tags):
+        if special & set(tokenizer(tag, add_special_tokens=False)["input_ids"]):
+            raise Refused(
+                f"reasoning_format: the tag {tag} is a special token of this tokenizer, which texts are read without: "
+                "add it as a plain token (special=False), or choose other tags"
+            )
+
+
 FORMATS = {
     "stratos": ReasoningFormat("stratos"),
     "r1": ReasoningFormat(

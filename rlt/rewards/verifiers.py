@@ -11,6 +11,7 @@ import re
 import resource
 import weakref
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from rlt.data.generator import generator_tasks
@@ -18,14 +19,22 @@ from rlt.errors import Refused
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.expressions import work_out
 
-ANSWER_LINE = re.compile(r"Answer:[ \t]*(\S.*)$", re.MULTILINE)
-AROUND_A_LINE = " \t\r*$`"  # stripped from `**Answer:** $42$`; a generator's checks take an answer as it stands
+# However a model sets it: `**Answer**: 42`, `ANSWER : 42`, with a wide colon, or on the line below.
+ANSWER_LINE = re.compile(r"(?<![^\W_])answer[*_]*[ \t]*[:：][*_]*\s*(\S.*)$", re.MULTILINE | re.IGNORECASE)
+AROUND_A_LINE = " \t\r*$`_"  # stripped from `**Answer:** $42$`; a generator's checks take an answer as it stands
 BOXED_CHOICE = re.compile(r"\\boxed\s*\{(?:\\\w+\s*\{)?[\s$*(]*([A-J])\s*[).:}]")
 # As options are listed: `B) 3.2 J`.
 FIRST_CHOICE = re.compile(r"\A[\s$*(]*([A-J])(?:[$*]*[).:]|\*\*|[$*\t ]*(?:\n|\Z))")
 LONE_CHOICE = re.compile(r"\b(?:[A-HJ]\b|I(?=\W*\Z))|(?<=\()I(?=\))")  # not the pronoun I
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\d\\$+*/^=<>]+", re.DOTALL)  # a text that has nothing of mathematics
 AROUND_WORDS = re.compile(r"\\(?:boxed|text\w*|math\w+)|[{}$]|\*\*")
+# One number with a noun or a unit, or a currency before it: as a formula its letters would be multiplied.
+AMOUNT = re.compile(
+    r"(?:[^\W\d]+ )*[$€£¥₹]?\s*"
+    r"(?P<number>[-−]?\d+(?:[, ]\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+    r"(?:\s+(?P<unit>(?!pi\b)(?:[^\W\d_]{2,}|[mgslhJNWVAK]\b)(?:(?:/|\^| )[^\W_]+)*))?\.?"
+)
+PI = re.compile(r"(?<![\\\w])pi(?!\w)")
 PYTHON_POWER = re.compile(r"(?<=[\w)])(?:\*\*| \*\* )(?=[\w(-])")
 # Tasks whose own checks are not used, and the checks that they get instead (reasoning-gym 0.1.25). The last two are
 # wrong: one takes any answer for right, the other reads the first number only, without its sign and its thousands. The
@@ -91,16 +100,31 @@ def is_mathematically(answer: str, row: dict) -> float:
         return 1.0
     if WORDS.fullmatch(solution):  # whose letters would be multiplied: `post` and `stop` would be equal
         return is_exact(AROUND_WORDS.sub("", answer), {"solution": AROUND_WORDS.sub("", solution)})
+    amounts = [AMOUNT.fullmatch(_bare(text)) for text in (answer, solution)]
+    if amounts[0] and amounts[1]:
+        return _is_same_amount(amounts[0], amounts[1])
     # Without time limits of its own, which need the main thread's alarm: the process has one.
     unlimited: Any = None
     gold, given = (parse(_as_latex(text), parsing_timeout=unlimited) for text in (solution, answer))
     return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
 
 
+def _is_same_amount(answer: re.Match, solution: re.Match) -> float:
+    """Equal numbers; a unit is compared where both have one."""
+    numbers = [Decimal(re.sub("[, ]", "", found["number"]).replace("−", "-")) for found in (answer, solution)]
+    units = {(found["unit"] or "").casefold().rstrip("s") for found in (answer, solution)} - {""}
+    return float(numbers[0] == numbers[1] and len(units) < 2)
+
+
+def _bare(text: str) -> str:
+    """Without what only says that a formula stands here."""
+    return re.sub(r"\\[\[\]()]", "", text).replace("\\$", "$").strip("* \n$")
+
+
 def _as_latex(text: str) -> str:
     """The text marked as mathematics. Characters that keep it from being read are replaced: the dollar sign of a price,
     bold type, the `**` of powers."""
-    text = PYTHON_POWER.sub("^", text.replace("\\$", "").strip("* "))
+    text = PI.sub(r"\\pi", PYTHON_POWER.sub("^", text.replace("\\$", "").strip("* ")))
     return text if "$" in text else f"${text}$"
 
 
