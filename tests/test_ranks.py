@@ -16,6 +16,7 @@ from rlt.planning.plan import make_plan
 from rlt.runs.folder import prepare_output
 
 STEPS, SAVED = 5, 3
+ADAPTER = ["use_peft=true", "lora_r=4", "student_model=null", "learning_rate=1e-2"]
 ALL = ("zero3", "fsdp", "ddp", "zero1", "zero2", "offload")
 
 
@@ -115,11 +116,12 @@ def test_a_warm_up_of_two_processes_is_that_of_one(sharding, tiny_teacher, tmp_p
         torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("weights", [[], pytest.param(ADAPTER, marks=pytest.mark.slow)], ids=["all", "lora"])
 @pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharding", shardings("zero3"))
-def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, parallel, tiny_run, tmp_path):
+def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, parallel, weights, tiny_run, tmp_path):
     run = ["use_vllm=true", "max_steps=2", "eval_size=3", "save_steps=100", "report_to=null"]
-    run.append(f"vllm_tensor_parallel_size={parallel}")
+    run += [f"vllm_tensor_parallel_size={parallel}", *weights]
     done = launch("launch.py", "2", sharding, *tiny_run, *run, f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

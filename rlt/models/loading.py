@@ -163,7 +163,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
         Refused: tokens were added to the tokenizer, and the embedding was not resized.
     """
     embedding: Any = model.get_input_embeddings()
-    rows, tokens = embedding.weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    # Not by its weight, of which ZeRO-3 leaves nothing between passes.
+    rows, tokens = embedding.num_embeddings, max(tokenizer.get_vocab().values()) + 1
     if tokens > rows:
         raise Refused(
             f"{name_or_path}: its tokenizer has {tokens} tokens and its embedding {rows} rows: call "
