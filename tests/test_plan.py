@@ -1,5 +1,6 @@
 """What is refused before anything heavy is loaded, and that every configuration composes."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -206,6 +207,16 @@ def test_places_that_a_controller_left_are_forgotten_by_a_run_of_one_process(pla
         monkeypatch.setenv(name, "2")
     forget_place()
     assert not set(place) & os.environ.keys()
+
+
+@pytest.mark.parametrize(("processes", "lines"), [("1", 0), ("8", 1)])
+def test_a_forgotten_place_is_said_where_it_named_others(processes, lines, monkeypatch, caplog):
+    """vLLM and accelerate leave LOCAL_WORLD_SIZE=1 in the environment of what they start."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    with caplog.at_level(logging.INFO, logger="rlt"):
+        forget_place()
+    assert "LOCAL_WORLD_SIZE" not in os.environ
+    assert len([record for record in caplog.records if "is ignored" in record.message]) == lines
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from rlt.survival.kill_points import RESTART_VARIABLE
 from rlt.survival.stop_signals import PEERS_VARIABLE
 
 PLACE = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what says what is so
 PLAN = "plan"  # in the store: what rank 0 made of the command line; empty: there is nothing to run
 PORT = "port"  # where ranks meet at rank 0
 
@@ -38,7 +39,9 @@ def forget_place() -> None:
     """Variables that a job's controller or an MPI leaves in the environment of a run that is one process: libraries
     would wait for the others."""
     for name in [name for name in os.environ if name in PLACE or name.startswith(("PMI_", "OMPI_COMM_", "MV2_COMM_"))]:
-        logger.info("%s=%s in the environment is ignored: this is a run of one process", name, os.environ.pop(name))
+        value = os.environ.pop(name)
+        if value != ALONE.get(name):
+            logger.info("%s=%s in the environment is ignored: this is a run of one process", name, value)
 
 
 def main(arguments: list[str]) -> int:
