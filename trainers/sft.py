@@ -14,10 +14,10 @@ from backends.collective import agree_on_forwards, inside_forward, is_sharded
 from rlt.logprobs import token_log_probs
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
-from trainers.checkpoints import AtomicCheckpoints
+from trainers.stopping import GivesUpSteps
 
 
-class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
+class SFTTrainer(GivesUpSteps, trl.SFTTrainer):
     """Trains on rows with `input_ids` and `completion_mask`.
 
     Args:

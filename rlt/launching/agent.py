@@ -94,7 +94,7 @@ class Agent(LocalElasticAgent):
         self.logs, self.servers, self.meeting, self.watchdog = logs, servers, meeting, watchdog
         self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
-        self.stops = 0  # signals that asked for it
+        self.stops = self.interrupts = 0  # signals that asked for it, and Ctrl-C among them
         self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
         self.watched: list[int] = []  # groups that the watchdog was told of
 
@@ -104,11 +104,17 @@ class Agent(LocalElasticAgent):
         return [handler.proc for handler in handlers if handler.proc.returncode is None]
 
     def stop(self, number: int, frame) -> None:
-        """A signal: the ranks are asked to save and stop; the second time, they are ended."""
+        """A signal: the ranks are asked to save and stop; at a second Ctrl-C they are ended.
+
+        SIGTERM may come more than once: from a scheduler to all processes of a job, and from whoever passes it on.
+        """
         self.stops += 1
+        self.interrupts += number == signal.SIGINT
         self._remaining_restarts = 0
-        if self.stops > 1:
+        if self.interrupts > 1:
             self.end_all()
+        elif self.stops > 1:
+            return
         elif not self._ask_to_stop():
             raise SignalException("asked to stop while no rank ran", signal.Signals(number))
 
@@ -191,11 +197,14 @@ class Agent(LocalElasticAgent):
         if first is None:
             return None
         self._shutdown()  # so that none of them writes behind the last words
-        title, failure = _failure_of(*first, self.logs.log(first[0]))
+        if self.stops and first[1] == -signal.SIGTERM:  # it did not listen yet: no step has begun
+            title, failure = f"rank {first[0]} was asked to stop at its start", Failure("", PREEMPTED, final=True)
+        else:
+            title, failure = _failure_of(*first, self.logs.log(first[0]))
         if self.meeting is None:
             return failure
         if (told := self._told()) is None:
-            self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{'final' if failure.final else ''}")
+            self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{failure.code if failure.final else ''}")
             return failure
         return replace(failure, words=failure.words + told.words, final=failure.final or told.final)
 
@@ -208,8 +217,8 @@ class Agent(LocalElasticAgent):
     def _told(self) -> Failure | None:
         if not self.round.check([FAILED]):
             return None
-        title, _, final = self.round.get(FAILED).decode().partition("\n")
-        return Failure(f"\n{title}\n", final=bool(final))
+        title, _, code = self.round.get(FAILED).decode().partition("\n")
+        return Failure(f"\n{title}\n", PREEMPTED if self.stops and code == str(PREEMPTED) else 1, final=bool(code))
 
     def _silence(self, worker_group: Any) -> Failure | None:
         """Which machines of this round are gone; the agent's `num_nodes_waiting` has brought the rendezvous' state.

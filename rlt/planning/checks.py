@@ -165,6 +165,10 @@ def check_common(settings: Training) -> None:
         raise Refused(f"eval_steps={settings.eval_steps} must be a whole number of steps, or null")
     if settings.save_steps <= 0:
         raise Refused(f"save_steps={settings.save_steps} must be positive")
+    if settings.save_minutes is not None and settings.save_minutes <= 0:
+        raise Refused(f"save_minutes={settings.save_minutes} must be positive, or null to save by steps alone")
+    if settings.stop_grace_s <= 0:
+        raise Refused(f"stop_grace_s={settings.stop_grace_s} must be positive")
 
 
 def check_best(settings: Training) -> None:

@@ -48,7 +48,7 @@ CONTINUABLE = frozenset(
         "deterministic",
         *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
-        *("save_steps", "save_total_limit", "save_merged_model"),
+        *("save_steps", "save_minutes", "stop_grace_s", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
     }
