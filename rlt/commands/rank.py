@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
-from rlt.jobs import run_plan
+from rlt.jobs import DEFAULT_LIMIT_S, run_plan
 from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with
 from rlt.planning.plan import Plan
 
@@ -40,6 +40,9 @@ def main() -> None:
 
 def run_rank(plan: Callable[[], Plan]) -> None:
     """Run what `plan` gives as one of several ranks, and leave their group."""
+    from backends.roll_call import are_on_one_machine, open_store_on_loopback
+
+    store = open_store_on_loopback(DEFAULT_LIMIT_S) if are_on_one_machine() else None
     try:
         run_plan(plan())
     except Refused as error:
@@ -48,6 +51,7 @@ def run_rank(plan: Callable[[], Plan]) -> None:
         leave_group(together=ended.code == PREEMPTED)
         raise
     leave_group()
+    del store  # held until here
 
 
 def leave_group(together: bool = False) -> None:

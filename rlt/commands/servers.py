@@ -57,7 +57,9 @@ def servers_of(
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
     where = address_of_servers(dict(os.environ))
-    return Servers(groups, threads, logs, plan_file, **where, watchdog=watchdog)
+    asked_for = {HOST_VARIABLE, PORT_VARIABLE} & os.environ.keys()
+    sockets = plan_file.parent if devices and not asked_for else None  # where only this machine's ranks ask them
+    return Servers(groups, threads, logs, plan_file, **where, sockets=sockets, watchdog=watchdog)
 
 
 def address_of_servers(environment: dict[str, str]) -> dict:

@@ -22,7 +22,16 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from rlt.launching.lifetime import PREEMPTED, REFUSED, end_followers, end_group, end_of, has_ended, stop_signals
+from rlt.launching.lifetime import (
+    PREEMPTED,
+    REFUSED,
+    end_followers,
+    end_group,
+    end_of,
+    has_ended,
+    is_held,
+    stop_signals,
+)
 from rlt.launching.meeting import SILENCE_S, Meeting, rendezvous
 from rlt.launching.servers import Servers
 from rlt.launching.watchdog import Watchdog
@@ -30,6 +39,7 @@ from rlt.launching.watchdog import Watchdog
 POLL_S = 0.2
 WAITING_S = 1.5  # the agent is told what the rendezvous saw up to a second ago
 EXIT_LIMIT_S = 600.0  # for the other machines, once the ranks of this one have come to their end
+HELD_S = 30.0  # a rank that is stopped for so long (SIGSTOP) counts as hung: the others wait for it
 COPY_LIMIT_S = 5.0  # for what a rank wrote last
 FAILED, MACHINE = "failed", "machine"  # of a round: why it ended, and which machines are in it
 GONE = f"was not heard of for {SILENCE_S} s, or ended without a word"
@@ -97,6 +107,7 @@ class Agent(LocalElasticAgent):
         self.stops = self.interrupts = 0  # signals that asked for it, and Ctrl-C among them
         self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
         self.watched: list[int] = []  # groups that the watchdog was told of
+        self.ran: dict[int, float] = {}  # when a rank, by its process, was last seen not to be held
 
     @property
     def running(self) -> list:
@@ -187,7 +198,7 @@ class Agent(LocalElasticAgent):
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
         first = None
         for process in self.running:
-            if not has_ended(process.pid):
+            if not has_ended(process.pid) and not self._end_if_held(process):
                 continue
             end_followers(process)  # while its id is still its own
             code = process.wait()
@@ -207,6 +218,17 @@ class Agent(LocalElasticAgent):
             self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{failure.code if failure.final else ''}")
             return failure
         return replace(failure, words=failure.words + told.words, final=failure.final or told.final)
+
+    def _end_if_held(self, process: subprocess.Popen) -> bool:
+        """End a rank that was held too long; whether it was."""
+        now = time.monotonic()
+        if not is_held(process.pid):
+            self.ran[process.pid] = now
+        if now - self.ran.setdefault(process.pid, now) < HELD_S:
+            return False
+        logger.warning("process %d, a rank, was held (SIGSTOP) for %.0f s, and is ended", process.pid, HELD_S)
+        end_group(process)
+        return True
 
     def _failure_around(self, worker_group: Any) -> Failure | None:
         """Servers that cannot go on, and what other machines say or no longer say."""

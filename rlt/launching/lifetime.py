@@ -98,6 +98,13 @@ def is_stopped(leader: int) -> bool:
     return False
 
 
+def is_held(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP; one under a debugger is not."""
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
+
+
 def _segments_of(process: psutil.Process) -> set[Path]:
     """Python's shared memory and semaphores that a process has mapped."""
     try:

@@ -5,8 +5,10 @@ Imports nothing heavy: the plan looks at folders before a run.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ import yaml
 from rlt.errors import Refused
 from rlt.runs.durable import read_json, write_whole
 from rlt.schema import profile_of, renamed
+
+logger = logging.getLogger("rlt")
 
 CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
 MARKER = "COMPLETE"  # written last, with what was done
@@ -67,7 +71,8 @@ INPUTS = (
     *("resume_from", "compare_with"),
 )
 SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
-BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS)  # a rank on another machine may be ahead
+LOCK = ".lock"  # who holds the folder
+BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS, LOCK)  # a rank on another machine may be ahead
 
 
 def saved_configuration(folder: Path) -> dict | None:
@@ -183,21 +188,34 @@ def prepare_output(config: dict) -> None:
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
 
+    It is a file that is locked: on a network file system a folder's lock is one machine's alone.
+
     Raises:
         Refused: another run holds it, it cannot be made or written to, or it is a file.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        if not os.access(folder, os.W_OK, effective_ids=True):
+            raise Refused(f"output_dir={folder} cannot be written to: choose another")
+        handle = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise Refused(f"output_dir={folder} cannot be made or opened ({error}): choose another") from error
     try:
-        if not os.access(folder, os.W_OK, effective_ids=True):
-            raise Refused(f"output_dir={folder} cannot be written to: choose another")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"output_dir={folder} is in use by another run: wait for it, or choose another") from None
+        _lock(handle, folder)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: str | Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "one that has just begun"
+        raise Refused(
+            f"output_dir={folder} is in use by another run ({holder}): wait for it, or choose another"
+        ) from None
+    except OSError as error:  # a file system may have no locks
+        logger.warning("output_dir=%s cannot be locked (%s): no second run is kept out of it", folder, error.strerror)
