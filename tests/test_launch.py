@@ -25,11 +25,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *arguments]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, stderr: Path | None = None, **environment: str) -> subprocess.Popen:
+    """A launcher; what it says goes into a pipe, or a file."""
+    said = stderr.open("w") if stderr else None
     return subprocess.Popen(
         command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=said or subprocess.PIPE,
+        stderr=said or subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
         start_new_session=True,
@@ -194,7 +196,7 @@ def test_what_the_ranks_of_the_life_before_said_is_kept(tmp_path):
     script = "import os; os.write(2, (os.environ['SAYS'] + ' ' + os.environ['RANK']).encode())"
     command = [sys.executable, "-c", script]
     for says in ("first", "second", "third"):
-        assert run_ranks(command, 2, tmp_path, {"SAYS": says}) == 0
+        assert run_ranks(command, 2, tmp_path, {"SAYS": says}, tmp_path) == 0
     said = {path.name: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
         **{f"rank-{rank}.log": f"third {rank}" for rank in range(2)},
@@ -216,13 +218,13 @@ def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path
 
 def test_what_a_user_did_is_not_tried_again(tmp_path):
     command = [sys.executable, "-c", f"import sys; sys.exit('error: no such thing' and {REFUSED})"]
-    assert run_ranks(command, 1, tmp_path, {}, restarts=3) == 1
+    assert run_ranks(command, 1, tmp_path, {}, tmp_path, restarts=3) == 1
     assert not (tmp_path / "rank-0.before.log").exists()
 
 
 def test_a_crash_is_tried_again_as_often_as_asked(tmp_path):
     script = "import os, sys; sys.exit(f'life {os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}')"
-    assert run_ranks([sys.executable, "-c", script], 1, tmp_path, {}, restarts=2) == 1
+    assert run_ranks([sys.executable, "-c", script], 1, tmp_path, {}, tmp_path, restarts=2) == 1
     assert "life 2" in (tmp_path / "rank-0.log").read_text()
     assert "life 1" in (tmp_path / "rank-0.before.log").read_text()
 

@@ -196,7 +196,8 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
             (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
         command = [sys.executable, *RANK, folder, str(os.getpid())]
         restarts = plan.config["restarts"]
-        return run_ranks(command, devices, output / LOGS, environment, restarts, servers, meeting, watchdog)
+        words = Path(folder)
+        return run_ranks(command, devices, output / LOGS, environment, words, restarts, servers, meeting, watchdog)
 
 
 def main() -> None:

@@ -7,13 +7,17 @@ that started this one, with which this one ends.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
-from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with
+from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with, last_words
+from rlt.launching.speech import speak_on
 from rlt.planning.plan import Plan
 
 
@@ -34,8 +38,18 @@ def main() -> None:
     end_with(int(sys.argv[2]))
     if os.environ["LOCAL_RANK"] != "0":
         os.dup2(2, 1)  # into its log: the terminal is the first rank's
+    speak_on()
+    folder = Path(sys.argv[1])
+    sys.excepthook = partial(keep_last_words, last_words(folder, os.environ["RANK"]))
     prepare_process()
-    run_rank(lambda: read_plan(Path(sys.argv[1])))
+    run_rank(lambda: read_plan(folder))
+
+
+def keep_last_words(file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Why this rank ends, also where its log cannot be written."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    file.write_text(text)
+    sys.stderr.write(text)
 
 
 def run_rank(plan: Callable[[], Plan]) -> None:

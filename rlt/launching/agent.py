@@ -30,6 +30,7 @@ from rlt.launching.lifetime import (
     end_of,
     has_ended,
     is_held,
+    last_words,
     stop_signals,
 )
 from rlt.launching.meeting import SILENCE_S, Meeting, rendezvous
@@ -61,10 +62,11 @@ class RankLogs(LogsSpecs):
 
     Args:
         environment: what the ranks get beside their numbers.
+        words: a folder for what a rank says last.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self.environment = folder, environment
+    def __init__(self, folder: Path, environment: dict[str, str], words: Path):
+        self.folder, self.environment, self.words = folder, environment, words
 
     @property
     def root_log_dir(self) -> str:
@@ -78,6 +80,7 @@ class RankLogs(LogsSpecs):
         logs = {}
         for local, environment in envs.items():
             environment |= self.environment
+            last_words(self.words, environment["RANK"]).unlink(missing_ok=True)
             log = self.log(environment["RANK"])
             if log.is_file():  # why an earlier life of the rank ended
                 log.replace(log.with_suffix(".before.log"))
@@ -211,7 +214,7 @@ class Agent(LocalElasticAgent):
         if self.stops and first[1] == -signal.SIGTERM:  # it did not listen yet: no step has begun
             title, failure = f"rank {first[0]} was asked to stop at its start", Failure("", PREEMPTED, final=True)
         else:
-            title, failure = _failure_of(*first, self.logs.log(first[0]))
+            title, failure = _failure_of(*first, self.logs.log(first[0]), last_words(self.logs.words, first[0]))
         if self.meeting is None:
             return failure
         if (told := self._told()) is None:
@@ -255,15 +258,19 @@ class Agent(LocalElasticAgent):
         return Failure(f"\n{names} {GONE}\n")
 
 
-def _failure_of(rank: int, code: int, log: Path) -> tuple[str, Failure]:
-    """In a few words for the other machines, and in full."""
+def _failure_of(rank: int, code: int, log: Path, words: Path) -> tuple[str, Failure]:
+    """In a few words for the other machines, and in full.
+
+    Args:
+        words: a file with what the rank said last, if it could: its log's disk may be full.
+    """
     refused = code == REFUSED
     code = 1 if refused else code
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     title = f"rank {rank} ended first, with {how}"
-    return title, Failure(
-        f"\n{title} (all of it in {log}):\n{end_of(log)}\n", code if code > 0 else 128 - code, refused
-    )
+    said = end_of(words)
+    end = said if said and said.splitlines()[-1] not in end_of(log) else end_of(log)
+    return title, Failure(f"\n{title} (all of it in {log}):\n{end}\n", code if code > 0 else 128 - code, refused)
 
 
 def run_ranks(
@@ -271,6 +278,7 @@ def run_ranks(
     devices: int,
     logs: Path,
     environment: dict[str, str],
+    words: Path,
     restarts: int = 0,
     servers: Servers | None = None,
     meeting: Meeting | None = None,
@@ -284,6 +292,7 @@ def run_ranks(
     Args:
         devices: ranks of this machine.
         environment: of the ranks, beside what the agent gives them.
+        words: a folder for what a rank says last; its log's disk may be full.
         servers: started before the ranks, and ended after them.
         meeting: with the other machines, each of which may be lost once more than `restarts` says.
         watchdog: ends what ranks have started where this process is killed.
@@ -306,7 +315,7 @@ def run_ranks(
         max_restarts=restarts + may_be_lost,
         monitor_interval=POLL_S,
     )
-    agent = Agent(spec, RankLogs(logs, environment), servers, meeting, watchdog)
+    agent = Agent(spec, RankLogs(logs, environment, words), servers, meeting, watchdog)
     before = {number: signal.signal(number, agent.stop) for number in stop_signals()}
     try:
         return _outcome(agent)

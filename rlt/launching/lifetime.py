@@ -32,6 +32,11 @@ def end_of(log: Path) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][-LAST_LINES:])
 
 
+def last_words(folder: Path, rank: int | str) -> Path:
+    """Where a rank says why it ends, beside its log: in its launcher's own folder."""
+    return folder / f"rank-{rank}.txt"
+
+
 def end_with(launcher: int) -> None:
     """However the launcher ends, this process does not stay behind; it holds for what the process becomes, too."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
