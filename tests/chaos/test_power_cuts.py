@@ -50,13 +50,14 @@ class Disk:
 
     def __init__(self, folder: Path, kind: str):
         self.image, self.place, self.folder = folder / "disk.img", folder / "disk", folder
+        self.options = "loop,nouuid" if kind == "xfs" else "loop"  # xfs takes a copy for the same disk
         with self.image.open("wb") as file:
             file.truncate(1000 * 2**20)
         _call(*MAKE[kind], self.image)
         self.place.mkdir()
 
     def __enter__(self) -> "Disk":
-        _call("mount", "-o", "loop", self.image, self.place)
+        _call("mount", "-o", self.options, self.image, self.place)
         return self
 
     def __exit__(self, *_) -> None:
@@ -64,7 +65,8 @@ class Disk:
 
     def cut(self) -> "Disk":
         copy = object.__new__(Disk)
-        copy.folder, copy.image, copy.place = self.folder, self.folder / "cut.img", self.folder / "cut"
+        copy.folder, copy.options = self.folder, self.options
+        copy.image, copy.place = self.folder / "cut.img", self.folder / "cut"
         _call("cp", "--sparse=always", self.image, copy.image)
         copy.place.mkdir(exist_ok=True)
         return copy
