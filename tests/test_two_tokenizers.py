@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas
 import pytest
 import torch
 from conftest import build, config_of, launch
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlt.jobs import run_plan
 from rlt.logprobs import token_log_probs
 from rlt.models.loading import load_frozen, load_tokenizer
+from rlt.models.paths import resolve_model_path
 from rlt.planning.plan import make_plan
 from rlt.prompts.rendering import prompt_token_ids, render_student_reading, render_teacher_prompt
 from rlt.prompts.spans import Aligned, common_pieces, tiled, tokenize_with_spans
@@ -275,6 +277,32 @@ def test_held_out_questions_and_the_tables_of_a_run_have_both(tiny_run, teacher,
     evaluated = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [record["step"] for record in evaluated] == [0, 1]
     assert all(torch.isfinite(torch.tensor(record["reward"])).all() for record in evaluated)
+
+
+@pytest.mark.slow
+def test_a_collection_is_ranked_by_a_student_with_another_tokenizer(student, tmp_path):
+    (tmp_path / "short.yaml").write_text("explanation_tags: ['<explain>', '.']\n")  # any sentence ends an explanation
+    style, folder = f"reasoning_format={tmp_path / 'short.yaml'}", tmp_path / "traces"
+    lengths = ["dataset_size=3", "traces_per_question=2", "max_completion_length=32", "bf16=false"]
+    done = launch("train.py", "collect_tiny", style, f"student_model={student}", *lengths, f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("has another tokenizer than the teacher") == 1
+    teacher = resolve_model_path(config_of("collect_tiny")["model_name_or_path"])
+    models = [load_frozen(place, torch.float32) for place in (teacher, student)]
+    reward = TeacherReward(
+        load_tokenizer(teacher),
+        load_format(str(tmp_path / "short.yaml")),
+        PAPER,
+        0.7,
+        *map(ask, models),
+        load_tokenizer(student),
+    )
+    traces = pandas.read_parquet(folder / "all/traces.parquet").to_dict("records")
+    anew = reward.score(traces, [row["completion"] for row in traces])
+    assert len(traces) == 6
+    assert [row["reward"] for row in traces] == pytest.approx(
+        [one.reward for one in anew], abs=2e-3
+    )  # the teacher's by vLLM
 
 
 def test_score_reads_each_model_in_its_own_tokens(both, teacher, student, tmp_path):
