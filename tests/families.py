@@ -55,6 +55,13 @@ GEMMA2 = (
     "{{ bos_token }}{% set before = '' %}{% if messages[0].role == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA_TURNS
 )
+# A BOS, the system text bare, an open thought in the prompt, and of an answer only what stands behind its thought.
+R1_DISTILLED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+R1_TOKENS = ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>", "<|pad|>"]
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_0|>"]
 GEMMA_TOKENS = ["<bos>", "<end_of_turn>", "<start_of_turn>", "<pad>"]
 # By family: the template, special tokens (with a BOS: it, then the end of a turn), whether there is a BOS.
@@ -66,6 +73,7 @@ FAMILIES = {
     "llama3.2": (LLAMA32, LLAMA_TOKENS, True),
     "gemma3": (GEMMA3, GEMMA_TOKENS, True),
     "gemma2": (GEMMA2, GEMMA_TOKENS, True),
+    "r1, distilled": (R1_DISTILLED, R1_TOKENS, True),
 }
 
 

@@ -39,7 +39,8 @@ SHAPES = {
         | {"vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
         | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072},
         "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
-        | {"num_attention_heads": 16, "image_size": 896, "patch_size": 14, "model_type": "siglip_vision_model"},
+        | {"num_attention_heads": 16, "image_size": 896, "patch_size": 14, "model_type": "siglip_vision_model"}
+        | {"vision_use_head": False},
     },
 }
 OLDER = {"qwen05bi", "qwen15bi", "qwen3bi", "qwen7bi", "qwen32bi", "smollm2_135m"}
