@@ -218,7 +218,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     student_tokenizer = its_tokenizer(settings, tokenizer, style) if teaches else None
 
     def prepare(rows: list[dict]) -> list[dict]:
-        if plan.profile.teaches:
+        if teaches:
             return teaching_rows(rows, tokenizer, style, settings, student_tokenizer).rows
         return question_rows(rows, tokenizer, settings, question_prompt(settings, style))
 
