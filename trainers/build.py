@@ -21,7 +21,8 @@ from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
-from rlt.prompts.styles import ReasoningFormat, check_tags, load_format
+from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
 from rlt.runs.learned import check_held_out, learned_questions, write_held_out
@@ -123,7 +124,7 @@ def build_trainer(plan: Plan):
     settings = plan.settings
     style = load_format(settings.reasoning_format)
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    check_tags(style, tokenizer)
+    check_tokenizer(style, tokenizer)
     trainer: Any
     trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
     policy: Any = trainer.model
@@ -213,10 +214,12 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     settings: GRPOSettings = plan.settings
     train_rows, eval_rows = split_rows(settings, style)
+    teaches = isinstance(settings, TeacherSettings)
+    student_tokenizer = its_tokenizer(settings, tokenizer, style) if teaches else None
 
     def prepare(rows: list[dict]) -> list[dict]:
-        if plan.profile.teaches:
-            return teaching_rows(rows, tokenizer, style, settings).rows
+        if teaches:
+            return teaching_rows(rows, tokenizer, style, settings, student_tokenizer).rows
         return question_rows(rows, tokenizer, settings, question_prompt(settings, style))
 
     held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
@@ -224,7 +227,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     say_renamed(asked)
     evaluation = HeldOutEvaluation(held_out, settings.output_dir)
     completions = CompletionsFile(settings.output_dir, settings.save_completions_probability)
-    teacher = teacher_arguments(settings, tokenizer, style) if isinstance(settings, TeacherSettings) else None
+    teacher = teacher_arguments(settings, student_tokenizer, style) if teaches else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = trl_config(GRPOConfig, plan)
     check_enough_questions(asked, arguments)
@@ -255,9 +258,16 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, evaluation
 
 
-def teacher_arguments(settings: TeacherSettings, tokenizer, style: ReasoningFormat) -> dict[str, Any]:
+def its_tokenizer(settings: TeacherSettings, tokenizer, style: ReasoningFormat):
+    """What the student reads with; the policy's tokenizer where the reference model is the student."""
+    path = student_path(settings)
+    return tokenizer if path is None else load_student_tokenizer(path, tokenizer, style, settings.trust_remote_code)
+
+
+def teacher_arguments(settings: TeacherSettings, student_tokenizer, style: ReasoningFormat) -> dict[str, Any]:
     """What a teacher's trainer takes beside the others': its student, its tags, its reward."""
-    return {"student": build_student(settings, tokenizer), "style": style, "reward_config": settings}
+    student = {"student": build_student(settings, student_tokenizer), "student_tokenizer": student_tokenizer}
+    return {**student, "style": style, "reward_config": settings}
 
 
 def reward_functions(
@@ -295,13 +305,21 @@ def check_embedding(policy: PreTrainedModel, targets: Any) -> None:
         raise Refused(f"lora_target_modules={list(targets)}: {name} is tied to the output head; leave it out")
 
 
-def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:
-    """The frozen student in the dtype of forward passes; None when the reference model is it, and takes its place."""
+def student_path(settings: TeacherSettings) -> str | None:
+    """Where the student is; None when the reference model is it."""
     if settings.student_model is None:
         return None
     path = resolve_model_path(settings.student_model)
     same_weights = not (settings.sync_ref_model or settings.load_in_4bit or settings.load_in_8bit)
     if settings.beta and same_weights and path == resolve_model_path(settings.model_name_or_path):
+        return None
+    return path
+
+
+def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:
+    """The frozen student in the dtype of forward passes; None when the reference model takes its place."""
+    path = student_path(settings)
+    if path is None:
         return None
     student = load_student(
         path,

@@ -138,19 +138,11 @@ def load_frozen(
 
 
 def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PreTrainedModel:
-    """A frozen model that reads the ids of a teacher's tokenizer. Options as of `load_frozen`.
+    """A frozen model that reads the ids of a tokenizer. Options as of `load_frozen`.
 
     Raises:
-        Refused: its own tokenizer has other tokens under these ids.
+        Refused: it cannot be loaded, or as in `check_vocabulary`.
     """
-    own = load_tokenizer(name_or_path, options.get("trust_remote_code", False)).get_vocab()
-    tokens = {number: token for token, number in own.items()}
-    for token, number in tokenizer.get_vocab().items():
-        if tokens.get(number, token) != token:
-            raise Refused(
-                f"student {name_or_path} has another tokenizer than the teacher (id {number} is {tokens[number]!r} to "
-                f"it and {token!r} to the teacher): one has to serve both"
-            )
     model = load_frozen(name_or_path, **options)
     check_vocabulary(model, tokenizer, name_or_path)
     return model
