@@ -24,7 +24,7 @@ from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.rows import load_split_rows
 from rlt.prompts.styles import FORMATS
 from rlt.runs.folder import HELD_OUT, MARKER, check_output, prepare_output
-from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out
+from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out, write_training_rows
 from rlt.schema import DataConfig, pick
 from rlt.traces.card import card
 from rlt.traces.pairs import preference_pairs
@@ -519,6 +519,22 @@ def test_what_a_model_learned_is_its_runs_sources_without_what_they_held_out(tmp
     write_held_out(Path(warmed), rows[1:3])
     assert learned_questions(warmed) == questions_of([rows[0], rows[3]])
     assert questions_of(load_rows(f"{warmed}/{HELD_OUT}").rows) == questions_of(rows[1:3])
+
+
+def test_what_a_run_was_trained_on_is_not_known_once_its_source_has_other_rows(tmp_path, caplog):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n} + 1?", "solution": str(n + 1)} for n in range(4)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = made_by(tmp_path / "model", dataset_id_or_path=str(source), eval_size=0, model_name_or_path="a/model")
+    write_training_rows(Path(model), load_rows(str(source)).rows)
+    assert learned_questions(model) == questions_of(rows)
+    assert not caplog.text
+    source.write_text('{"question": "2 * 3?", "solution": "6"}\n')
+    assert learned_questions(model) == set()
+    assert f"{source} has other rows now than {model} was trained on" in caplog.text
+    evaluation = config_of("evaluate_tiny", f"trained_on={model}")
+    with pytest.raises(ValueError, match="has other rows now"):
+        check_apart(evaluation, [], trained_on(evaluation), must_be_there=True)
 
 
 def test_an_earlier_run_whose_folder_is_gone_is_said(tmp_path, caplog):

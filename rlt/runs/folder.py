@@ -26,6 +26,7 @@ CURVES = "curves.png"
 COMPLETIONS = "completions"  # step-00001.parquet and so on
 EVALUATIONS = "evaluations.jsonl"  # held-out questions, one object per evaluation
 HELD_OUT = "held_out.jsonl"  # the questions that a run holds out, as a dataset
+LEARNED = "training_rows.json"  # how many rows a run trains on, and their sum
 CHECKPOINTS = "checkpoint-*"
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 PARTS = "parts"  # of a job: rows as they were made, and what they were made from
