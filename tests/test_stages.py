@@ -17,7 +17,7 @@ from rlt.data.sources import load_rows
 from rlt.data.splits import questions_of
 from rlt.jobs.collect import questions
 from rlt.jobs.evaluate import check_apart, check_comparable, trained_on
-from rlt.jobs.pipeline import Stage, check, check_evaluations, check_fresh, command_of, configuration_of, stages_of
+from rlt.jobs.pipeline import Stage, check, check_evaluations, command_of, configuration_of, stages_of
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.trl_fields import typed_settings
@@ -385,15 +385,6 @@ def test_a_run_that_goes_on_holds_out_what_it_held_out_before(tmp_path):
     check_held_out(tmp_path, rows[::-1])
     with pytest.raises(ValueError, match="the held-out questions are others than when this run began"):
         check_held_out(tmp_path, [rows[0], {"question": "1 + 3?"}])
-
-
-def test_a_finished_stage_is_not_kept_when_what_it_read_is_made_again():
-    stages = "stages=[{name:a,run:student_sft_tiny},{name:ab,run:evaluate_tiny,set:{model_name_or_path:'{a}'}}]"
-    first, second = stages_of(config_of("pipeline_tiny", stages, "output_dir=results/p"))
-    check_fresh(second, [])
-    check_fresh(first, [second])  # one name begins with the other
-    with pytest.raises(ValueError, match="stage ab is complete, and a, which it reads, was made again"):
-        check_fresh(second, [first])
 
 
 def test_a_stage_may_ask_what_an_earlier_one_will_have_held_out():
