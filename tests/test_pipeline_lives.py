@@ -121,3 +121,10 @@ def test_a_pipeline_stopped_behind_a_stage_that_was_made_again_does_not_keep_the
         assert refused.returncode == 1
         assert "and a, which it reads, was made again since" in refused.stderr.splitlines()[-1]
     assert (folder / "a" / MARKER).is_file()
+
+
+@pytest.mark.parametrize("written", [f"hub_token={SECRET}(", f"hub_token={SECRET},b", f"+hub_token={SECRET}{{"])
+def test_a_secret_that_cannot_be_read_is_not_shown_in_the_refusal(written):
+    with pytest.raises(ValueError, match="hub_token=<hidden>") as refused:
+        config_of("teacher_sft_tiny", written)
+    assert SECRET not in str(refused.value)
