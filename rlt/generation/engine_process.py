@@ -145,7 +145,7 @@ def serve(pipe, options: dict[str, Any], threads: int, folder: Path) -> None:
             if weights is not None:
                 load_weights(llm, _read_once(Path(weights)))
             pipe.send((number, generate(llm, prompts, seeds, sampling)))
-    except (EOFError, BrokenPipeError):  # the trainer has ended
+    except (EOFError, ConnectionError):  # the trainer has ended; with a request or an answer on its way, as a reset
         shutil.rmtree(folder, ignore_errors=True)
 
 
