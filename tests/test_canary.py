@@ -73,14 +73,20 @@ def folder(tmp_path) -> Path:
         ("test_it.py::test_fine", "ok", [], 1),
         ("test_it.py::test_broken", "failed", ["test_broken"], 0),
         ("test_it.py::test_slow", "timeout", [], None),
-        ("no_such_file.py", "failed", ["no tests ran"], 0),
     ],
 )
 def test_a_part_says_what_broke_and_ends_at_its_limit(tests, status, broke, passed, folder):
     result = canary.run_part(folder, folder / "log.txt", tests, 10)
     assert (result["status"], result.get("passed")) == (status, passed)
-    assert [name.partition(" in ")[0] for name in result["broke"]] == broke
+    assert result["broke"] == broke
     assert "=== .venv/bin/python -m pytest" in (folder / "log.txt").read_text()
+
+
+def test_a_part_that_cannot_begin_says_why(folder):
+    result = canary.run_part(folder, folder / "log.txt", "no_such_file.py", 10)
+    assert result["status"] == "failed"
+    assert len(result["broke"]) == 1
+    assert not result.get("passed")
 
 
 def test_the_table_has_a_line_for_each_version():
