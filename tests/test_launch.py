@@ -112,10 +112,17 @@ def test_servers_that_others_can_reach_need_a_key():
     assert address_of_servers({}) == {"host": "127.0.0.1", "first_port": 0}
     with pytest.raises(ValueError, match="SERVER_HOST=0.0.0.0 is open to others: set RLT_SERVER_KEY"):
         address_of_servers({"SERVER_HOST": "0.0.0.0"})
-    assert address_of_servers({"SERVER_HOST": "10.0.0.1", "SERVER_PORT": "8000", "RLT_SERVER_KEY": "k"}) == {
+    assert address_of_servers({"SERVER_HOST": "10.0.0.1", "SERVER_PORT": "8000", "RLT_SERVER_KEY": "k" * 16}) == {
         "host": "10.0.0.1",
         "first_port": 8000,
     }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1"])
+def test_a_key_that_can_be_guessed_is_refused(host):
+    with pytest.raises(ValueError, match="RLT_SERVER_KEY has 15 characters, which can be guessed: take at least 16"):
+        address_of_servers({"SERVER_HOST": host, "RLT_SERVER_KEY": "k" * 15})
+    assert address_of_servers({"RLT_SERVER_KEY": ""})["host"] == "127.0.0.1"  # unset: one is drawn
 
 
 def test_arguments_are_devices_a_run_a_sharding_and_keys():

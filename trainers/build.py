@@ -25,7 +25,13 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
-from rlt.runs.learned import check_held_out, learned_questions, write_held_out
+from rlt.runs.learned import (
+    check_held_out,
+    check_training_rows,
+    learned_questions,
+    write_held_out,
+    write_training_rows,
+)
 from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, TeacherSettings, Training
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
@@ -158,7 +164,7 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
-    leave_held_out(trainer, eval_rows)
+    leave_rows(trainer, train_rows, eval_rows)
     return trainer, None
 
 
@@ -166,18 +172,22 @@ def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], 
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
-        Refused: an earlier life of the run held out others.
+        Refused: an earlier life of the run held out, or trained on, others.
     """
     learned = learned_questions(settings.model_name_or_path)
     train_rows, eval_rows, _ = load_split_rows(settings, style, learned)
     check_held_out(Path(settings.output_dir), eval_rows)
+    check_training_rows(Path(settings.output_dir), train_rows)
     return train_rows, eval_rows
 
 
-def leave_held_out(trainer, rows: list[dict]) -> None:
-    """In the output folder, for later evaluations."""
-    if rows and trainer.is_world_process_zero():
-        write_held_out(Path(trainer.args.output_dir), rows)
+def leave_rows(trainer, train_rows: list[dict], eval_rows: list[dict]) -> None:
+    """In the output folder: held-out rows for later evaluations, and what says whether a later life has the same."""
+    if not trainer.is_world_process_zero():
+        return
+    if eval_rows:
+        write_held_out(Path(trainer.args.output_dir), eval_rows)
+    write_training_rows(Path(trainer.args.output_dir), train_rows)
 
 
 def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):
@@ -196,6 +206,7 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     settings: DPOSettings = plan.settings
     pairs = preference_pairs(Path(settings.dataset_id_or_path), settings.min_margin)
     pairs = pairs[: settings.dataset_size]
+    check_training_rows(Path(settings.output_dir), pairs)
     rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
     arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
@@ -208,6 +219,7 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
+    leave_rows(trainer, pairs, [])
     return trainer, None
 
 
@@ -254,7 +266,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     else:
         trainer = GRPOTrainer(reward_funcs=functions, **shared)
     completions.trainer = evaluation.trainer = trainer
-    leave_held_out(trainer, eval_rows)
+    leave_rows(trainer, train_rows, eval_rows)
     return trainer, evaluation
 
 

@@ -4,14 +4,13 @@ All of it is estimated before anything is loaded. `benchmarks/memory.py` compare
 """
 
 import contextlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlt.models.embedded import cache_folder, is_embedded
-from rlt.models.files import tensor_shapes
+from rlt.models.files import model_settings, tensor_shapes
 from rlt.models.paths import MERGED, adapter_base, is_adapter
 from rlt.schema import profile_of
 
@@ -86,7 +85,7 @@ def _product(shape: list[int]) -> int:
 def shape_of(config: dict[str, Any]) -> Shape:
     """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
     size, folder = parameters(config), model_folder(config)
-    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    found = model_settings(folder) if folder else {}
     found = found.get("text_config", found)
     if not {"hidden_size", "num_hidden_layers"} <= found.keys():  # not here, or named otherwise
         layers = (size / 12 / 100**2) ** (1 / 3)

@@ -8,18 +8,23 @@ server.
 import contextlib
 import importlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.runs.durable import write_whole
-from rlt.runs.folder import MLFLOW, MLFLOW_RUN, SECRET, TENSORBOARD, TRACKIO, WANDB_RUN, hide_secrets
+from rlt.runs.folder import MLFLOW, MLFLOW_RUN, TENSORBOARD, TRACKIO, WANDB, WANDB_RUN, hide_secrets, is_secret
+from rlt.runs.reach import why_unreachable
 from rlt.runs.trackers import trackers_of
 from rlt.schema import profile_of
 
 PROJECT = "rlt"
+
+logger = logging.getLogger("rlt")
 
 
 def run_title(config: dict[str, Any]) -> str:
@@ -72,16 +77,15 @@ def prepare_dashboards(config: dict[str, Any]) -> None:
 
 
 def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
-    """Offline unless logged in."""
+    """Offline unless logged in and W&B answers: its own library tries for minutes, and then ends the run."""
     id_file = folder / WANDB_RUN
     if not id_file.is_file():
         write_whole(id_file, os.urandom(4).hex())
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    logged_in = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
-    os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
+    if "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = _wandb_mode(folder)
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
     os.environ.setdefault("WANDB_NOTES", run_question(config))
-    if any(argument.lstrip("+").partition("=")[0].endswith(SECRET) for argument in sys.argv):
+    if any(is_secret(argument) for argument in sys.argv):
         os.environ["WANDB__DISABLE_META"] = "true"  # the machine's description, which has the command line in it
     os.environ |= {
         "WANDB_DIR": str(folder),
@@ -89,6 +93,35 @@ def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
         "WANDB_RESUME": "allow",
         "WANDB_SILENT": "true",
     }
+
+
+def _wandb_mode(folder: Path) -> str:
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if not (os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())):
+        return "offline"
+    server = _wandb_server()
+    reason = why_unreachable(server)
+    if reason is None:
+        return "online"
+    logger.warning(
+        "W&B at %s cannot be reached (%s): this run is logged offline, in %s; `wandb sync` sends it later",
+        server,
+        reason,
+        folder / WANDB,
+    )
+    return "offline"
+
+
+def _wandb_server() -> str:
+    """By W&B's own settings files and variables; `wandb.setup` would keep what it reads, before the rest is set."""
+    wandb = importlib.import_module("wandb")
+    settings = wandb.Settings()
+    try:
+        settings.update_from_system_settings()
+        settings.update_from_env_vars(dict(os.environ))
+    except ValueError as error:
+        raise Refused(f"report_to=wandb: W&B's settings cannot be read ({' '.join(str(error).split())})") from error
+    return settings.base_url
 
 
 def _prepare_trackio(config: dict[str, Any], folder: Path) -> None:

@@ -30,6 +30,7 @@ CURVES = "curves.png"
 COMPLETIONS = "completions"  # step-00001.parquet and so on
 EVALUATIONS = "evaluations.jsonl"  # held-out questions, one object per evaluation
 HELD_OUT = "held_out.jsonl"  # the questions that a run holds out, as a dataset
+LEARNED = "training_rows.json"  # how many rows a run trains on, and their sum
 CHECKPOINTS = "checkpoint-*"
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 PARTS = "parts"  # of a job: rows as they were made, and what they were made from
@@ -41,6 +42,7 @@ ANSWERS = "answers.parquet"  # of an evaluation
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
+STAGES_READ = "stages_read.json"  # what each of its stages read of earlier ones: names of files and their sums
 MODEL_CARD = "README.md"  # of a model that is pushed to a hub
 # What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
 WANDB, TRACKIO, TENSORBOARD, MLFLOW = "wandb", "trackio", "tensorboard", "mlflow.db"
@@ -121,6 +123,11 @@ def check_comparison(config: dict[str, Any]) -> None:
     other = config.get("compare_with")
     if other is not None and read_json(Path(other) / EVALUATION) is None:
         raise Refused(f"compare_with={other} holds no {EVALUATION}: name the output folder of an evaluation")
+
+
+def is_secret(argument: str) -> bool:
+    """Whether an override, `key=value`, gives a key whose value is not shown."""
+    return argument.lstrip("+").partition("=")[0].endswith(SECRET)
 
 
 def hide_secrets(value: Any, key: str = "") -> Any:
