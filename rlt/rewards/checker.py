@@ -18,6 +18,7 @@ from rlt.places import ROOT
 from rlt.rewards.checker_process import LENGTH, READY, REPLY
 
 START_LIMIT_S = 120.0  # for imports, on a busy machine
+FORK_LIMIT_S = 10.0  # takes milliseconds
 END_LIMIT_S = 10.0
 # What the process gets of the run's environment; keys and tokens stand in none of these.
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -38,6 +39,7 @@ class Checker:
         self._end: weakref.finalize | None = None  # of the parent, which forks a child for each line
         self._control: socket.socket | None = None  # to the parent
         self._line: socket.socket | None = None  # to the child
+        self._said_ready = False
 
     def start(self) -> None:
         """Wait until there is a warm child to ask.
@@ -45,11 +47,13 @@ class Checker:
         Raises:
             TimeoutError, RuntimeError: the process was not ready in time, or ended.
         """
-        if self._line is not None and _has_word(self._line):  # unasked: it has ended, or says what it should not
-            self._replace_child()
-        if self._line is None:
+        if self._line is not None and self._said_ready and _has_word(self._line):
+            self._replace_child()  # unasked: it has ended, or says what it should not
+        if not self._has_child():
             self._start_parent()
             self._replace_child()
+            if not self._has_child():
+                raise RuntimeError(f"the verifier's process forked no child within {FORK_LIMIT_S:.0f} s")
 
     def ask(self, request: bytes, limit_s: float) -> float:
         """The score of an answer, 0 or 1.
@@ -87,11 +91,21 @@ class Checker:
             answer += part
         return REPLY.unpack(answer)[0] if len(answer) == REPLY.size else math.inf
 
+    def _has_child(self) -> bool:
+        """Wait for a new child's word that it is there; False where the parent has ended, or is held."""
+        if self._line is None:
+            return False
+        if not self._said_ready:
+            self._line.settimeout(FORK_LIMIT_S)
+            with contextlib.suppress(OSError):
+                self._said_ready = self._line.recv(len(READY)) == READY
+        return self._said_ready
+
     def _replace_child(self) -> None:
         """The parent ends the child that is, and forks the next for a new line, which need not be waited for."""
         if self._line is not None:
             self._line.close()
-            self._line = None
+        self._line, self._said_ready = None, False
         assert self._control is not None
         ours, theirs = socket.socketpair()
         with theirs, contextlib.suppress(OSError):  # the parent has ended: the next question starts another

@@ -3,10 +3,11 @@
 The parent imports, tries a check of each kind and never sees an answer. It forks a child for each line (a socket) that
 it is handed, and kills the one before: a child that hung is replaced in milliseconds. Both end with the trainer.
 
-A request is its length (8 bytes) and JSON: kind, answer, row. The reply is a double: 0 or 1, not a number where the
-check broke.
+A child first says that it is there, in one byte. A request is its length (8 bytes) and JSON: kind, answer, row. The
+reply is a double: 0 or 1, not a number where the check broke.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -61,7 +62,8 @@ def main(descriptor: int, trainer: int) -> None:
     end_with(trainer)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer's, which may still have a step to finish
-    Path("/proc/self/oom_score_adj").write_text("1000")  # ended first where the machine runs out of memory
+    with contextlib.suppress(OSError):  # not every container allows it
+        Path("/proc/self/oom_score_adj").write_text("1000")  # ended first where the machine runs out of memory
     warm_up()
     control = socket.socket(fileno=descriptor)
     control.send(READY)
@@ -113,6 +115,7 @@ def serve(line: socket.socket) -> None:
     """Answer one request after the other, until the line ends."""
     from rlt.rewards.verifiers import CHECKS
 
+    line.sendall(READY)
     requests = line.makefile("rb")
     while head := requests.read(LENGTH.size):
         kind, answer, row = json.loads(requests.read(*LENGTH.unpack(head)))

@@ -201,31 +201,35 @@ class Verifier:
 
     def check_batch(self, answers: Sequence[str | None], rows: Sequence[dict]) -> list[float]:
         """The same of many, in `batch_limit_s` seconds at most; what is left by then is wrong unchecked."""
+        found = [self._score_or_request(answer, row) for answer, row in zip(answers, rows, strict=True)]
+        if any(isinstance(one, bytes) for one in found):
+            self._checker.start()  # outside the batch's time
         give_up = time.monotonic() + self.batch_limit_s
         unchecked: Counter[str] = Counter()
-        found = [self._check(answer, row, give_up, unchecked) for answer, row in zip(answers, rows, strict=True)]
+        scores = [one if isinstance(one, float) else self._ask(one, give_up, unchecked) for one in found]
         if unchecked:
             said = ", ".join(f"{count} {reason}" for reason, count in unchecked.items())
             logger.warning("of a batch of %d answers these count as wrong unchecked: %s", len(answers), said)
-        return found
+        return scores
 
-    def _check(self, answer: str | None, row: dict, give_up: float, unchecked: Counter[str]) -> float:
+    def _score_or_request(self, answer: str | None, row: dict) -> float | bytes:
+        """The score where it takes no parser, else what the checker is asked."""
         if answer is None:
             return 0.0
         kind = kind_of(row) if self.kind == "auto" else self.kind
         if kind == "exact" or is_exact(answer, row):
             return is_exact(answer, row)
         known = {key: row[key] for key in ("question", "solution", "task", "metadata") if key in row}
-        request = json.dumps((kind, answer[:LONGEST], known), default=str).encode()
+        return json.dumps((kind, answer[:LONGEST], known), default=str).encode()
+
+    def _ask(self, request: bytes, give_up: float, unchecked: Counter[str]) -> float:
+        left = give_up - time.monotonic()
         try:
-            self._checker.start()
-            left = give_up - time.monotonic()
             if left <= 0:
                 raise Unchecked(f"came after the batch's {self.batch_limit_s:.0f} s")
             return self._checker.ask(request, min(self.limit_s, left))
-        except Broken:
-            self.failures += 1
         except Unchecked as reason:
             self.failures += 1
-            unchecked[str(reason)] += 1
+            if not isinstance(reason, Broken):  # an answer that is none, such as half a formula: ordinary
+                unchecked[str(reason)] += 1
         return 0.0
