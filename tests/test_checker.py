@@ -19,7 +19,7 @@ import torch.distributed as dist
 from conftest import ROOT, spawn_ranks
 
 from rlt.prompts.styles import FORMATS
-from rlt.rewards.checker import PASSED_ON
+from rlt.rewards.checker import PASSED_ON, START_LIMIT_S
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import Verifier
 from rlt.schema import VerifiedRewardConfig
@@ -155,8 +155,9 @@ def test_both_processes_end_with_a_trainer_that_is_killed_while_it_waits(verifie
     try:
         watched = psutil.Process(trainer.pid)
         found: list[psutil.Process] = []
+        give_up = time.monotonic() + START_LIMIT_S
         while len(found) < 2:
-            assert trainer.poll() is None
+            assert trainer.poll() is None and time.monotonic() < give_up
             found = watched.children(recursive=True)
     finally:
         trainer.kill()
