@@ -290,7 +290,7 @@ def reward_functions(
     weights = [1.0] * (settings.profile.teaches + len(functions))
     if settings.verified:
         check_rows(settings.verified.verifier, rows)
-        verified, verified_weights = verified_rewards(settings.verified, style)
+        verified, verified_weights = verified_rewards(settings.verified, style, arguments.ddp_timeout)
         functions, weights = functions + verified, weights + verified_weights
     if arguments.reward_weights is None:
         arguments.reward_weights = weights
