@@ -8,16 +8,22 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     NemotronHConfig,
     Olmo3Config,
+    OlmoHybridConfig,
+    PhimoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -27,6 +33,7 @@ from transformers import (
 )
 
 from rlt.logprobs import token_log_probs
+from rlt.logprobs.engine import _say_how_it_reads
 from rlt.models.attention import NAME
 from rlt.models.sharing import way_of_reading
 
@@ -80,6 +87,10 @@ FAMILIES = {
     ),
     "Mistral": ("tree", MistralConfig(**SHAPE, sliding_window=WINDOW)),
     "Gemma 2": ("tree", Gemma2Config(**{**SHAPE, **WINDOWS}, query_pre_attn_scalar=12, attn_logit_softcapping=0.5)),
+    "Gemma 4": (
+        "tree",
+        Gemma4TextConfig(**SHAPE, **WINDOWS, hidden_size_per_layer_input=0, global_head_dim=16),
+    ),
     "Gemma 3": ("tree", Gemma3TextConfig(**SHAPE, **WINDOWS, query_pre_attn_scalar=12, final_logit_softcapping=0.5)),
     "gpt-oss": ("tree", GptOssConfig(**SHAPE, **WINDOWS, num_local_experts=4, num_experts_per_tok=2)),
     "Olmo 3": ("tree", Olmo3Config(**SHAPE, **WINDOWS)),
@@ -91,6 +102,16 @@ FAMILIES = {
     "Qwen3-Next": (
         "tree and rows",
         Qwen3NextConfig(**SHAPE, **DELTA, **EXPERTS, shared_expert_intermediate_size=24),
+    ),
+    "Olmo Hybrid": (
+        "tree and rows",
+        OlmoHybridConfig(**{key: value for key, value in SHAPE.items() if key != "head_dim"}, **DELTA),
+    ),
+    "Bamba": (
+        "tree and rows",
+        BambaConfig(
+            **{key: value for key, value in SHAPE.items() if key != "head_dim"}, **MAMBA, attn_layer_indices=[1]
+        ),
     ),
     "Nemotron-H": (
         "tree and rows",
@@ -200,3 +221,102 @@ def test_in_float64_throughout_a_family_differs_in_the_last_digits_only(name, fl
     for model in models:
         model.set_experts_implementation("eager")  # the grouped product has no float64
     compare(*models, 1e-9)
+
+
+def log_probs_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(token_log_probs(model, *sequences_and_counted(), token_budget=100)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [
+        ("Mistral", "sliding_window", 100),
+        ("Gemma 2", "sliding_window", 100),
+        ("Gemma 3", "sliding_window", 100),
+        ("gpt-oss", "sliding_window", 100),
+        ("Olmo 3", "sliding_window", 100),
+        ("Gemma 2", "attn_logit_softcapping", None),
+        ("Gemma 3", "final_logit_softcapping", None),
+        ("Gemma 3", "query_pre_attn_scalar", 48),
+    ],
+)
+def test_what_a_family_has_of_its_own_counts_in_these_tests(name, key, other):
+    config = deepcopy(FAMILIES[name][1])
+    before = log_probs_of(tiny_model(config, NAME))
+    setattr(config, key, other)
+    assert (log_probs_of(tiny_model(config, NAME)) - before).abs().max() > 1e-3
+
+
+def test_sinks_count_in_these_tests():
+    model = tiny_model(FAMILIES["gpt-oss"][1], NAME)
+    before = log_probs_of(model)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-100.0)
+    assert (log_probs_of(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3", "gpt-oss", "Qwen3.5", "Granite 4"])
+def test_without_a_packed_row_a_model_reads_and_writes_as_with_eager_attention(name):
+    models = [tiny_model(FAMILIES[name][1], attention) for attention in (NAME, "eager")]
+    log_probs_of(models[0])  # so that recurrent layers have been told of packed rows
+    ids = torch.randint(3, VOCABULARY, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        ours, stock = (model(input_ids=ids, attention_mask=mask).logits[mask.bool()] for model in models)
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ours, stock = (model.generate(ids, **options) for model in models)
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "gpt-oss", "Qwen3.5", "Nemotron-H", "Granite 4"])
+def test_checkpointing_adapters_and_copies_change_no_gradient(name):
+    model = tiny_model(FAMILIES[name][1], NAME)
+    log_probs_of(model)
+    model = get_peft_model(deepcopy(model), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    sequences, counted = sequences_and_counted()
+
+    def trained() -> dict[str, torch.Tensor]:
+        return gradients(model, torch.cat(token_log_probs(model, sequences, counted, token_budget=100)[0]))
+
+    plain = trained()
+    model.train()
+    model.gradient_checkpointing_enable()
+    checkpointed = trained()
+    assert plain.keys() == checkpointed.keys() and all("lora" in name for name in plain)
+    for key in plain:
+        torch.testing.assert_close(checkpointed[key], plain[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "reason"),
+    [
+        ("Qwen3.5", "in part", "its recurrent layers read each sequence from its first token"),
+        ("Qwen3", "", ""),
+    ],
+)
+def test_the_way_is_said_once(name, told, reason, caplog):
+    _say_how_it_reads.cache_clear()
+    with caplog.at_level("INFO", logger="rlt"):
+        model = tiny_model(FAMILIES[name][1], NAME)
+        log_probs_of(model), log_probs_of(model)
+    said = [record.getMessage() for record in caplog.records if record.name == "rlt"]
+    assert len(said) == bool(told)
+    assert all(told in line and reason in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(**SHAPE, attention_dropout=0.1), "dropout of 0.1"),
+        (Gemma3TextConfig(**SHAPE, **WINDOWS, use_bidirectional_attention=True), "looks ahead"),
+        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"] * 2), "layers of kind conv"),
+        (PhimoeConfig(**SHAPE, sliding_window=WINDOW), "a sliding window that its attention is not told of"),
+    ],
+    ids=["dropout", "bidirectional", "convolutions", "a hidden window"],
+)
+def test_a_model_that_reads_padded_rows_has_a_reason(config, reason):
+    reading = way_of_reading(tiny_model(config, NAME))
+    assert reading.way == "rows" and reason in reading.reason

@@ -293,6 +293,12 @@ def test_rows_stay_within_the_budget_and_keep_together_what_shares():
     assert [row.members for row in fill_rows(sequences, [0, 1, 3], token_budget=8)] == [[0, 1], [3]]
 
 
+def test_the_budget_of_recurrent_layers_is_of_whole_padded_sequences():
+    sequences = [[1, 1, 1, 2], [1, 1, 1, 3, 3, 3], [1, 1, 1, 4]]
+    assert [row.members for row in fill_rows(sequences, [0, 1, 2], token_budget=12)] == [[0, 1, 2]]
+    assert [row.members for row in fill_rows(sequences, [0, 1, 2], token_budget=12, whole=True)] == [[0, 1], [2]]
+
+
 def test_common_prefixes():
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert common_prefix([1, 2], [1, 2, 4]) == 2

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from rlt.models.attention import SharedPrefixLayout
 
 # Architectures that were read so in tests/test_families.py, with one recurrent mixer in each such layer.
-RECURRENT = frozenset({"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "nemotron_h", "granitemoehybrid"})
+RECURRENT = frozenset(
+    {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "nemotron_h", "granitemoehybrid", "bamba"}
+)
 
 
 @cache

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from rlt.models.attention import NAME
 from rlt.models.recurrent import RECURRENT, recurrent_mixers
 
-# Architectures whose layers do not hand keyword arguments on, bring a mask of their own, or hide a window.
-WITHOUT_LAYOUT = frozenset({"nemotron", "doge"})
+# Architectures whose layers do not hand keyword arguments on, or bring a mask of their own.
+WITHOUT_LAYOUT = frozenset({"nemotron", "doge", "moshi", "recurrent_gemma"})
+# Those whose layers do not tell the attention of their window, or mean another thing by it.
+HIDDEN_WINDOW = frozenset({"phimoe", "qwen2_moe", "modernbert-decoder"})
 ON_THE_TREE = frozenset({"full_attention", "sliding_attention"})
 WITHOUT_MEMORY = frozenset({"moe", "mlp"})  # Nemotron-H counts these among its layers
 
@@ -51,4 +53,7 @@ def way_of_layers(model: PreTrainedModel) -> Reading:
         return Reading("rows", "attention that is not transformers' interface")
     if config.model_type in WITHOUT_LAYOUT:
         return Reading("rows", "layers that bring a mask of their own")
+    windows = "sliding_attention" in kinds or not hasattr(config, "layer_types")
+    if windows and getattr(config, "sliding_window", None) and config.model_type in HIDDEN_WINDOW:
+        return Reading("rows", "a sliding window that its attention is not told of")
     return Reading("tree")
