@@ -12,6 +12,7 @@ from test_reductions import PAPER
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig
 
 from rlt.commands.score import log_prob_function
+from rlt.errors import Refused
 from rlt.models.loading import load_frozen, load_policy, load_student
 from rlt.prompts.styles import load_format
 from rlt.rewards import TeacherReward
@@ -61,6 +62,11 @@ def run(policy, student):
 def test_models_are_loaded_so_that_their_layers_share_prompts(policy, student, tokenizer):
     for model in (load_policy(policy), load_student(student, tokenizer, dtype=torch.float32)):
         assert model.config._attn_implementation == "shared_prefix"
+
+
+def test_an_attention_that_a_model_has_not_is_refused_in_one_line(student):
+    with pytest.raises(Refused, match="has no attn_implementation=sdpa: shared_prefix or eager would do"):
+        load_policy(student, attn_implementation="sdpa")
 
 
 def test_rewards_of_a_teacher_are_those_of_stock_models(policy, student, tokenizer):

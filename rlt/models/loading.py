@@ -185,6 +185,11 @@ def told(load: Callable, name_or_path: str, **options: Any):
             f"{name_or_path} could not be loaded ({reason}): name a folder with safetensors weights and a tokenizer, "
             "or a hub model that is in the local cache or can be downloaded"
         ) from error
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        asked = options["attn_implementation"]
+        raise Refused(f"{name_or_path} has no attn_implementation={asked}: shared_prefix or eager would do") from error
     except ImportError as error:  # bitsandbytes or flash attention
         raise Refused(f"{name_or_path} needs a package that is missing: {str(error).strip()}") from error
 
