@@ -210,6 +210,7 @@ def score_hostile(rank: int, folder: Path) -> None:
         began = time.monotonic()
         right += verifier.check(text, {"solution": "7919"})
         alone.append(time.monotonic() - began)
+    right += verifier.check("15838/2", {"solution": "7919"})  # the child that hung has been replaced by then
     secrets = sum(b"canary" in Path(f"/proc/{process.pid}/environ").read_bytes() for process in processes())
     del verifier
     config = VerifiedRewardConfig(1.0, 0.0, 0.0, length_free=1, verifier="auto", verifier_limit_s=1.5)
@@ -235,6 +236,6 @@ def test_a_step_of_hostile_answers_on_two_ranks_ends_and_rewards_none(tmp_path, 
     for rank in range(RANKS):
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
         sys.stdout.write(f"rank {rank}: {figures}\n")
-        assert figures["right"] == 1.0  # the sum that came first
+        assert figures["right"] == 2.0  # the sums that came first and last
         assert figures["rewarded"] == figures["secrets"] == 0
         assert figures["peak_gib"] < 1.0
