@@ -195,6 +195,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
             (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+        environment["TMPDIR"] = folder  # where libraries leave files when a rank is killed
         command = [sys.executable, *RANK, folder, str(os.getpid())]
         restarts = plan.config["restarts"]
         words = Path(folder)

@@ -88,6 +88,7 @@ class Servers:
                 env={
                     **os.environ,
                     KEY_VARIABLE: self.key,
+                    "TMPDIR": str(self.plan_file.parent),  # vLLM leaves files there when it is killed
                     "CUDA_VISIBLE_DEVICES": self.devices[number],
                     "OMP_NUM_THREADS": str(self.threads),
                 },
@@ -155,6 +156,7 @@ class Servers:
             thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
+            process.wait(END_LIMIT_S)
 
 
 def answers(url: str) -> bool:

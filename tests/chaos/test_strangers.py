@@ -4,12 +4,13 @@ import secrets
 import socket
 import time
 
-import httpx
 import psutil
 import pytest
 from figures import record
 from test_launch import start, wait_until
 from test_servers import served, server  # noqa: F401  # fixtures
+
+from rlt.launching.connection import open_client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LINES = 10_000
@@ -40,10 +41,10 @@ def test_nothing_listens_beyond_the_loopback(first, tiny_run, tmp_path):
     assert seen and not beyond
 
 
-def test_every_route_of_a_server_asks_for_the_key(server):  # noqa: F811
+def test_every_route_of_a_server_asks_for_the_key(served, server):  # noqa: F811
     """All that its description names, with every method, and a few that it does not."""
-    file = server.urls[0].removeprefix("unix:")
-    with httpx.Client(transport=httpx.HTTPTransport(uds=file), base_url="http://server", timeout=20) as client:
+    served.sync_weights()
+    with open_client(server.urls[0], 20) as client:
         key = {"Authorization": f"Bearer {server.key}"}
         paths = client.get("/openapi.json", headers=key).json()["paths"]
         asked = [(method.upper(), path) for path, methods in paths.items() for method in methods]
