@@ -21,7 +21,7 @@ from rlt.jobs.pipeline import stages_of
 from rlt.planning.plan import make_plan
 from rlt.planning.resolve import with_warmup
 from rlt.reports.curves import PANELS
-from rlt.runs.dashboard import prepare_dashboards, run_question, run_title
+from rlt.runs.dashboard import has_wandb_login, prepare_dashboards, run_question, run_title
 from rlt.runs.reach import why_unreachable
 from rlt.runs.trackers import TRACKERS, as_override, trackers_of
 from trainers.tracking import tracker_name
@@ -351,3 +351,21 @@ def test_every_tracker_is_one_that_transformers_knows():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(TRACKERS) <= set(INTEGRATION_TO_CALLBACK)
+
+
+@pytest.mark.parametrize(
+    ("machine", "server", "login"),
+    [
+        ("api.wandb.ai", "https://api.wandb.ai", True),
+        ("api.forge.coreweave.com", "https://api.forge.coreweave.com", True),
+        ("wandb.example.org", "https://api.wandb.ai", True),
+        ("example.org", "https://api.wandb.ai", False),
+        (None, "https://api.wandb.ai", False),
+    ],
+)
+def test_a_login_is_found_whatever_the_server_is_called(machine, server, login, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if machine:
+        (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {'k' * 40}\n")
+    assert has_wandb_login(server) == login

@@ -9,10 +9,12 @@ import contextlib
 import importlib
 import json
 import logging
+import netrc
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlt.errors import Refused
 from rlt.places import CFGS
@@ -95,11 +97,26 @@ def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
     }
 
 
+def has_wandb_login(server: str) -> bool:
+    """Whether there is a key, or an entry in ~/.netrc for W&B's server or one that is called after it."""
+    try:
+        machines = netrc.netrc(_netrc_file()).hosts
+    except (OSError, netrc.NetrcParseError):  # there is none, or none that W&B could read
+        machines = {}
+    named = urlsplit(server).netloc in machines or any("wandb" in machine for machine in machines)
+    return named or bool(os.environ.get("WANDB_API_KEY"))
+
+
+def _netrc_file() -> Path:
+    return Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+
+
 def _wandb_mode(folder: Path) -> str:
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if not (os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())):
-        return "offline"
+    if not os.environ.get("WANDB_API_KEY") and not _netrc_file().is_file():
+        return "offline"  # without W&B's import, which takes seconds
     server = _wandb_server()
+    if not has_wandb_login(server):
+        return "offline"
     reason = why_unreachable(server)
     if reason is None:
         return "online"
