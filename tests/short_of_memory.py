@@ -7,10 +7,12 @@ modules and by what calls them; the steps and places are read from `cases.json` 
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
+
 import trainers.recovery
 from rlt.commands import rank
 from rlt.logprobs import engine
@@ -126,12 +128,13 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
         is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
         if is_ddp:
             share(accelerator, model)
-        figures = {name: list(values) for name, values in trainer._metrics["train"].items() if name != "step_time"}
+        noted = trainer._metrics["train"].items()
+        figures = {f"{name} {i}": value for name, values in noted for i, value in enumerate(values)}
         found.append(
             {
                 "gradients": gradients_of(trainer),
                 "same_random_state": current["before"] == random_state(),
-                "figures": {n: v for n, v in figures.items() if "seconds" not in n and "per_second" not in n},
+                "figures": {n: v for n, v in figures.items() if not re.search("second|step_time", n)},
                 "step": trainer.state.global_step,
                 "recovered": trainer._update_budget.recovered,
                 "tokens": trainer._update_budget.tokens,

@@ -110,10 +110,10 @@ class TokenBudget:
             NoMemoryLeft: nothing smaller is left to try.
         """
         if shortage.hopeless or shortage.tokens < 2:
-            raise NoMemoryLeft(
-                f"out of memory with one sequence of {shortage.tokens} tokens in a pass ({shortage.peak_gib:.2f} GiB "
-                f"held at most): {self.remedy}"
+            what = (
+                f"one sequence of {shortage.tokens} tokens in a pass" if shortage.tokens else "passes of a fixed size"
             )
+            raise NoMemoryLeft(f"out of memory with {what} ({shortage.peak_gib:.2f} GiB held at most): {self.remedy}")
         if not self.lowered:
             self._failed = shortage.tokens
             self._patience *= 2 if self.recovered else 1
