@@ -9,6 +9,7 @@ from test_reductions import PAPER
 from rlt.models.loading import load_frozen
 from rlt.prompts.rendering import prompt_token_ids, render_teacher_prompt
 from rlt.prompts.styles import load_format
+from rlt.survival.readings import lasting_log_probs
 from rlt.traces.scoring import TraceScorer
 
 TEXTS = ["Three fours are 12.<|end_of_explanation|>", "It is 12."]
