@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT
-from test_logprobs import group_of_three, llama
+from test_logprobs import llama
 
 from rlt.errors import Refused
 from rlt.logprobs import engine, token_log_probs
@@ -121,7 +121,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next():
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_readings_for_scores_are_the_same_in_smaller_passes(times, monkeypatch):
-    model, sequences = llama(), group_of_three()
+    model, sequences = llama(), [[3, 1, 4, 1, 5, 9, 2, 6, *range(7 * k, 7 * k + 6)] for k in range(6)]
     counted = [list(range(4, len(ids))) for ids in sequences]
     with torch.no_grad():
         expected, _ = token_log_probs(model, sequences, counted, token_budget=1000)
@@ -135,7 +135,7 @@ def test_readings_for_scores_are_the_same_in_smaller_passes(times, monkeypatch):
 
     head = engine.head_log_probs
     monkeypatch.setattr(engine, "head_log_probs", reading)
-    found = lasting_log_probs(25)(model, sequences, counted, 1.0)
+    found = lasting_log_probs(20)(model, sequences, counted, 1.0)
     assert len(calls) >= times
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from accelerate.utils import gather
+from accelerate.utils.memory import clear_device_cache
 
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
 from backends.updates import add_gradients, give_up_gradients, held_back, share_gradients
@@ -37,6 +38,7 @@ UPDATE_REMEDY = (
 )
 SCORING_REMEDY = "lower max_prompt_length or max_completion_length, or set offload_untrained_models=true"
 
+ENTROPY_CONTROL = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # of TRL's adaptive bonus
 LogProbs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -45,6 +47,13 @@ def _seeded(seed: int, devices: list[torch.device]):
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+class Said(NamedTuple):
+    """How many figures there are under each name, and what of the trainer's own state a loss moves."""
+
+    counts: dict[str, int]
+    control: dict[str, Any]
 
 
 class MicroBatch(NamedTuple):
@@ -100,6 +109,8 @@ class RecoversMemory(transformers.Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Overridden because transformers goes forward, back and (under DeepSpeed) on to the optimizer in one.
+        if self.accelerator.has_lomo_optimizer:  # whose backward pass is its step, which nothing undoes
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -145,6 +156,9 @@ class RecoversMemory(transformers.Trainer):
                 if (not self.model_accepts_loss_kwargs or batch.num_items is None) and self.compute_loss_func is None:
                     loss = loss / self.current_gradient_accumulation_steps
                 watch.meet()
+                every = self.args.torch_empty_cache_steps
+                if every is not None and self.state.global_step % every == 0:
+                    clear_device_cache()
                 if self._by_pass is None:
                     self._go_back(loss, ends_step)
                 else:
@@ -267,14 +281,16 @@ class RecoversMemory(transformers.Trainer):
 
         return agree
 
-    def _said_so_far(self) -> dict[str, int]:
-        """How many figures of this step a trainer of TRL has noted under each name."""
-        return {name: len(values) for name, values in getattr(self, "_metrics", {}).get("train", {}).items()}
+    def _said_so_far(self) -> Said:
+        """What a trainer of TRL has noted of this step."""
+        counts = {name: len(values) for name, values in getattr(self, "_metrics", {}).get("train", {}).items()}
+        return Said(counts, {name: vars(self)[name] for name in ENTROPY_CONTROL if name in vars(self)})
 
-    def _unsay(self, said: dict[str, int]) -> None:
-        """Forget the figures since."""
+    def _unsay(self, said: Said) -> None:
+        """Forget what was noted since."""
         for name, values in getattr(self, "_metrics", {}).get("train", {}).items():
-            del values[said.get(name, 0) :]
+            del values[said.counts.get(name, 0) :]
+        vars(self).update(said.control)
 
     def _dropout(self, part: int | str = "whole"):
         """A context in which random numbers depend on the place in the run alone, and none are taken from outside."""
