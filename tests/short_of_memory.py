@@ -134,7 +134,7 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
             {
                 "gradients": gradients_of(trainer),
                 "same_random_state": current["before"] == random_state(),
-                "figures": {n: v for n, v in figures.items() if not re.search("second|step_time", n)},
+                "figures": {n: v for n, v in figures.items() if not re.search("second|step_time|num_tokens", n)},
                 "step": trainer.state.global_step,
                 "recovered": trainer._update_budget.recovered,
                 "tokens": trainer._update_budget.tokens,

@@ -33,8 +33,8 @@ ANYWHERE = [
     *(once(place, 2) for place in ("before", "inside", "head", "backward")),  # the second pass
     *(once(place, 4) for place in ("before", "head", "backward")),  # the second micro-batch
     *(once(place, 2) for place in ("between", "after")),
-    once("before", 1) + once("before", 3),  # again while it is read without gradients
-    once("backward", 1) + once("after", 2) + once("head", 12),  # again in the smaller passes
+    once("before", 1) + once("before", 2),  # again while it is read without gradients
+    once("backward", 1) + once("after", 1),  # again in the smaller passes
 ]
 
 
@@ -64,7 +64,7 @@ IN_STEP = [
     *(once(place, 2, 1) for place in ("before", "head", "between", "after")),
     once("before", 4, 1),
     once("before", 1, 0) + once("head", 1, 1),  # both at once
-    once("before", 1, 0) + once("before", 4, 1),  # again while it is read without gradients
+    once("before", 1, 0) + once("before", 2, 1),  # again while it is read without gradients
     once("head", 1, 1) + once("after", 1, 0),  # again in the smaller passes
 ]
 ANYWHERE_OF_TWO = [*IN_STEP, *(once(place, n, 1) for place in ("inside", "backward") for n in (1, 3))]

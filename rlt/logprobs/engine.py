@@ -122,7 +122,7 @@ def token_log_probs(
             if guard is not None:
                 guard.begin(number)
             read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
-            flat = _one_pass(causal, inputs, read, keep_up)
+            flat = _one_pass(causal, inputs, read, keep_up, entropy)
             if flat is None:
                 count += len(forwards) - number - 1  # each of which is made for nothing
                 log_probs, entropies = ([values.new_zeros(0) for values in log_probs] for _ in range(2))
@@ -132,18 +132,18 @@ def token_log_probs(
                 for member, part in zip(members, values.split(sizes), strict=True):
                     store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
         for _ in range(count - len(forwards)):
-            nothing = _pass_for_nothing(causal, device)
+            nothing = _pass_for_nothing(causal, device, entropy)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
 
 
-def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None) -> list[torch.Tensor] | None:
+def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None, entropy) -> list[torch.Tensor] | None:
     """What `read` makes of a pass's hidden states; None where it ran out of memory, and has kept up with the others."""
     if guard is None:
         return _with_whole_head(causal, read, causal.base_model(**inputs, use_cache=False).last_hidden_state)
     hidden_BTH = guard(partial(_collective_trunk, causal, inputs, guard))
     if hidden_BTH is None:
-        _pass_for_nothing(causal, inputs["input_ids"].device)
+        _pass_for_nothing(causal, inputs["input_ids"].device, entropy)
         return None
     # Caught inside the head's call, whose end gives back what ZeRO-3 has gathered for it.
     return _with_whole_head(causal, lambda hidden: guard(partial(read, hidden)), hidden_BTH)
@@ -203,7 +203,10 @@ def _chosen(values: torch.Tensor, places: list[int]) -> torch.Tensor:
     return values.index_select(0, torch.tensor(places, device=values.device, dtype=torch.long))
 
 
-def _pass_for_nothing(causal, device) -> torch.Tensor:
-    """Zero, by way of a whole forward pass over one token."""
-    hidden_1TH = causal.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    return causal.get_output_embeddings()(hidden_1TH.last_hidden_state).float().sum() * 0.0
+def _pass_for_nothing(causal, device, entropy) -> torch.Tensor:
+    """Zero, by way of a whole pass over one token: of the same modules as any other, on the way back too, which ZeRO-3
+    compares between ranks."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    hidden_1TH = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    read = partial(_counted_log_probs, causal, [(0, 0, 0, 1)], [[0, 0]], [1.0], entropy)
+    return sum(values.sum() for values in _with_whole_head(causal, read, hidden_1TH)) * 0.0
