@@ -30,7 +30,8 @@ def fitting(limit: int, sizes: list[int], budget: TokenBudget, asked: list):
 
     def attempt(watch: Watch) -> int:
         tokens = min(budget.tokens or max(sizes), sum(sizes))
-        watch.plan([(max(tokens, min(sizes)), 1 if tokens < 2 * min(sizes) else 2)])
+        alone = tokens < 2 * min(sizes)
+        watch.plan([(min(sizes), 1) if alone else (tokens, 2)])
         asked.append(tokens)
         if tokens > limit:
             raise ERRORS[0]
@@ -113,7 +114,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next():
         held.append(weakref.ref(mine))
         watch.plan([(100, 2)])
         if len(held) < 2:
-            raise ERRORS[0]
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     repeat_smaller(TokenBudget(100, ""), attempt)
     assert alive == [0, 0]
