@@ -20,7 +20,7 @@ from rlt.survival.oom import TokenBudget
 from trainers.grpo import GRPOTrainer
 from trainers.recovery import RecoversMemory
 
-BUDGET = 240  # tokens per pass: two of them in a micro-batch of eight rows
+BUDGET = 300  # tokens per pass: two of them in a micro-batch of eight rows
 PLACES = ("before", "inside", "head", "between", "backward", "after")
 
 
@@ -153,8 +153,8 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
 
 
 def text_of(place: int) -> str:
-    """Another text of another length for each completion, of 24 to 40 tokens."""
-    return " ".join(str(place * 5 + i) for i in range(8 + (7 * place) % 5))
+    """Another text of another length for each completion, of 42 to 54 tokens."""
+    return " ".join(str(place * 5 + i) for i in range(14 + (7 * place) % 5))
 
 
 def generate(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):

@@ -17,7 +17,7 @@ from rlt.runs.folder import prepare_output
 # Two prompts of eight completions in two micro-batches, some without a reward; every step has the same rows.
 RUN = [
     *("run_cfg=grpo_exact", *TINY_RUN[1:], "use_vllm=false", "eval_size=0", "save_steps=100", "shuffle_dataset=false"),
-    *("reward_functions=[fixed_rank.reward_of_most]", "max_completion_length=40", "learning_rate=1e-30"),
+    *("reward_functions=[fixed_rank.reward_of_most]", "max_completion_length=64", "learning_rate=1e-30"),
     *("train_batch_size=16", "per_device_train_batch_size=8", "num_generations=8", "dataset_size=2"),
 ]
 CALM: list = []

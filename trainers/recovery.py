@@ -206,7 +206,14 @@ class RecoversMemory(transformers.Trainer):
 
     def _read_at_once(self, model, inner, sequences, counted, budget: TokenBudget, watch: Watch, *, sharded, **how):
         compute = partial(self._compute, inner, sequences, counted, budget, watch, sharded=sharded, **how)
-        return inside_forward(model, inner, compute) if sharded else compute()
+        if not sharded:
+            return compute()
+        # One tensor that has gradients: ZeRO-3 compares between ranks how many a forward pass returns.
+        flat = inside_forward(model, inner, lambda: torch.cat([value for kind in compute() for value in kind]))
+        if watch.shortage is not None:
+            return [], []
+        parts = flat.split([len(where) for where in counted] * 2)
+        return list(parts[: len(counted)]), list(parts[len(counted) :])
 
     def _compute(self, inner, sequences, counted, budget: TokenBudget, watch: Watch, *, sharded: bool, **how):
         return token_log_probs(
