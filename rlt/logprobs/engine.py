@@ -209,4 +209,4 @@ def _pass_for_nothing(causal, device, entropy) -> torch.Tensor:
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     hidden_1TH = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
     read = partial(_counted_log_probs, causal, [(0, 0, 0, 1)], [[0, 0]], [1.0], entropy)
-    return sum(values.sum() for values in _with_whole_head(causal, read, hidden_1TH)) * 0.0
+    return torch.stack([values.sum() for values in _with_whole_head(causal, read, hidden_1TH)]).sum() * 0.0
