@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ $# -ge 1 ] || { echo "usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]" >&2; exit 2; }
+trap "exit 75" TERM  # stopped before anything began: the same command begins it
 ./setup.sh
 
 export TOKENIZERS_PARALLELISM=false

@@ -1,6 +1,7 @@
 """Several processes of one run: how they meet, and who is missing or slow."""
 
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -8,7 +9,10 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from torch.distributed import TCPStore
 from transformers import TrainerCallback
+
+LOOPBACK = "127.0.0.1"
 
 
 def is_one_of_several() -> bool:
@@ -18,6 +22,27 @@ def is_one_of_several() -> bool:
 def meet(limit_s: int) -> None:
     """Wait for the other ranks, for `limit_s` seconds at most."""
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=limit_s))
+
+
+def are_on_one_machine() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def open_store_on_loopback(limit_s: int) -> TCPStore | None:
+    """Where the ranks of one machine meet: torch's own store would listen on all of its addresses, without a key.
+
+    Torch is told that somebody else holds it, by which it asks at MASTER_ADDR and MASTER_PORT.
+
+    Returns:
+        On rank 0, what holds it while the run lasts.
+    """
+    place = LOOPBACK, int(os.environ["MASTER_PORT"])
+    os.environ |= {"MASTER_ADDR": LOOPBACK, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if os.environ["RANK"] != "0":
+        return None
+    listening = socket.create_server(place).detach()
+    limit = timedelta(seconds=limit_s)
+    return TCPStore(*place, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listening)
 
 
 def slowest(seconds: float, device: torch.device) -> dict[str, float]:

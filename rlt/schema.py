@@ -54,6 +54,8 @@ class TrainConfig:
     bf16: bool | None
     eval_steps: float | None
     save_steps: float
+    save_minutes: float | None
+    stop_grace_s: float
     save_total_limit: int | None
     trl: Mapping[str, Any]  # the keys of the run that name fields of its TRL configuration, as they are given
 

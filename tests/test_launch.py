@@ -25,11 +25,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *arguments]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, stderr: Path | None = None, **environment: str) -> subprocess.Popen:
+    """A launcher; what it says goes into a pipe, or a file."""
+    said = stderr.open("w") if stderr else None
     return subprocess.Popen(
         command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=said or subprocess.PIPE,
+        stderr=said or subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
         start_new_session=True,
@@ -110,10 +112,17 @@ def test_servers_that_others_can_reach_need_a_key():
     assert address_of_servers({}) == {"host": "127.0.0.1", "first_port": 0}
     with pytest.raises(ValueError, match="SERVER_HOST=0.0.0.0 is open to others: set RLT_SERVER_KEY"):
         address_of_servers({"SERVER_HOST": "0.0.0.0"})
-    assert address_of_servers({"SERVER_HOST": "10.0.0.1", "SERVER_PORT": "8000", "RLT_SERVER_KEY": "k"}) == {
+    assert address_of_servers({"SERVER_HOST": "10.0.0.1", "SERVER_PORT": "8000", "RLT_SERVER_KEY": "k" * 16}) == {
         "host": "10.0.0.1",
         "first_port": 8000,
     }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1"])
+def test_a_key_that_can_be_guessed_is_refused(host):
+    with pytest.raises(ValueError, match="RLT_SERVER_KEY has 15 characters, which can be guessed: take at least 16"):
+        address_of_servers({"SERVER_HOST": host, "RLT_SERVER_KEY": "k" * 15})
+    assert address_of_servers({"RLT_SERVER_KEY": ""})["host"] == "127.0.0.1"  # unset: one is drawn
 
 
 def test_arguments_are_devices_a_run_a_sharding_and_keys():
@@ -194,7 +203,7 @@ def test_what_the_ranks_of_the_life_before_said_is_kept(tmp_path):
     script = "import os; os.write(2, (os.environ['SAYS'] + ' ' + os.environ['RANK']).encode())"
     command = [sys.executable, "-c", script]
     for says in ("first", "second", "third"):
-        assert run_ranks(command, 2, tmp_path, {"SAYS": says}) == 0
+        assert run_ranks(command, 2, tmp_path, {"SAYS": says}, tmp_path) == 0
     said = {path.name: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
         **{f"rank-{rank}.log": f"third {rank}" for rank in range(2)},
@@ -216,13 +225,13 @@ def test_when_one_rank_is_killed_all_end_and_it_is_named_last(tiny_run, tmp_path
 
 def test_what_a_user_did_is_not_tried_again(tmp_path):
     command = [sys.executable, "-c", f"import sys; sys.exit('error: no such thing' and {REFUSED})"]
-    assert run_ranks(command, 1, tmp_path, {}, restarts=3) == 1
+    assert run_ranks(command, 1, tmp_path, {}, tmp_path, restarts=3) == 1
     assert not (tmp_path / "rank-0.before.log").exists()
 
 
 def test_a_crash_is_tried_again_as_often_as_asked(tmp_path):
     script = "import os, sys; sys.exit(f'life {os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}')"
-    assert run_ranks([sys.executable, "-c", script], 1, tmp_path, {}, restarts=2) == 1
+    assert run_ranks([sys.executable, "-c", script], 1, tmp_path, {}, tmp_path, restarts=2) == 1
     assert "life 2" in (tmp_path / "rank-0.log").read_text()
     assert "life 1" in (tmp_path / "rank-0.before.log").read_text()
 

@@ -20,8 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
@@ -30,7 +28,8 @@ from rlt.logprobs import token_log_probs
 from rlt.logprobs.engine import _counted_log_probs
 from rlt.logprobs.head import _LinearHead
 from rlt.logprobs.packing import common_prefix, fill_rows, lay_out
-from rlt.models.attention import NAME, takes_layout
+from rlt.models.attention import NAME
+from rlt.models.sharing import way_of_reading
 
 VOCABULARY = 53
 
@@ -207,15 +206,13 @@ def test_passes_that_other_ranks_make_alone_change_nothing(model):
 
 
 def other_architectures():
-    mistral = {**SHAPE, "sliding_window": 4, "attn_implementation": NAME}
-    yield MistralForCausalLM(MistralConfig(**mistral))
     yield MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("other", other_architectures(), ids=["sliding window", "state space"])
+@pytest.mark.parametrize("other", other_architectures(), ids=["state space"])
 def test_models_that_look_elsewhere_share_nothing_and_say_so_once(other, caplog):
     other = other.double().eval()
-    assert not takes_layout(other)
+    assert way_of_reading(other).way == "rows"
     sequences = group_of_three()
     counted = [list(range(8, len(s))) for s in sequences]
     for _ in range(2):
@@ -294,6 +291,12 @@ def test_rows_stay_within_the_budget_and_keep_together_what_shares():
     assert [row.members for row in rows] == [[0, 2], [1, 3], [4]]
     assert [row.length for row in rows] == [7, 5, 12]  # a sequence longer than the budget passes alone
     assert [row.members for row in fill_rows(sequences, [0, 1, 3], token_budget=8)] == [[0, 1], [3]]
+
+
+def test_the_budget_of_recurrent_layers_is_of_whole_padded_sequences():
+    sequences = [[1, 1, 1, 2], [1, 1, 1, 3, 3, 3], [1, 1, 1, 4]]
+    assert [row.members for row in fill_rows(sequences, [0, 1, 2], token_budget=12)] == [[0, 1, 2]]
+    assert [row.members for row in fill_rows(sequences, [0, 1, 2], token_budget=12, whole=True)] == [[0, 1], [2]]
 
 
 def test_common_prefixes():

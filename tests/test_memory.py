@@ -193,6 +193,19 @@ def test_the_estimate_of_full_training_by_hand():
     assert estimate_memory(config)["update (policy, optimizer)"] == pytest.approx(by_hand / GIB)
 
 
+@pytest.mark.parametrize("key", ["mamba_n_heads", "ssm_state_size", "linear_num_key_heads"])
+def test_a_model_with_recurrent_layers_reads_a_prompt_for_each_completion(key, tmp_path):
+    plain = of_size(tmp_path / "plain", 1000)
+    recurrent = of_size(tmp_path / "recurrent", 1000)
+    (tmp_path / "recurrent/config.json").write_text(json.dumps({**SHAPE, key: 4}))
+    both = [
+        phases(f"model_name_or_path={path}", "student_model=null", "per_device_train_batch_size=8", "num_generations=8")
+        for path in (plain, recurrent)
+    ]
+    more = 7 * 512 * 64 * 2 * 50  # prompts of 512 tokens, hidden size, layers, bytes
+    assert both[1]["update"] - both[0]["update"] == pytest.approx(more)
+
+
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2}
 
 

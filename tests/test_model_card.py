@@ -138,7 +138,7 @@ def test_a_finished_run_is_on_the_hub_with_its_card_and_nothing_that_is_private(
     assert hub.messages == ["teacher_rlt_tiny"]  # one commit, though a checkpoint was saved at each step
     assert set(hub.files) == {
         *("README.md", "config.yaml", "metrics.jsonl", "evaluations.jsonl", "held_out.jsonl", "curves.png"),
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("training_rows.json", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     assert all(content == (folder / name).read_bytes() for name, content in hub.files.items())

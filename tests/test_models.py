@@ -25,9 +25,11 @@ from transformers import (
 from rlt.models import embedded
 from rlt.models.devices import supports_bfloat16
 from rlt.models.embedded import embedded_model_path, is_embedded
+from rlt.models.files import tensor_shapes
 from rlt.models.loading import load_frozen, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.models.residence import resident, send_for
+from rlt.planning.machine import check_models_exist
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "embedded/smollm2-135m-instruct"
@@ -232,16 +234,12 @@ def test_a_frozen_model_neither_trains_nor_drops_out(tiny):
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_a_student_of_another_tokenizer_is_refused(tiny_teacher, tiny_student, tokenizer, tmp_path):
-    assert load_student(tiny_student, tokenizer, dtype=torch.float32)
-    shutil.copytree(tiny_student, tmp_path / "other")
-    file = tmp_path / "other" / "tokenizer.json"
-    known = json.loads(file.read_text())
-    vocabulary = known["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(known))
-    with pytest.raises(ValueError, match="has another tokenizer than the teacher .id .* is '[ab]' to it"):
-        load_student(str(tmp_path / "other"), tokenizer, dtype=torch.float32)
+def test_a_student_has_a_row_for_every_token_of_its_tokenizer(tiny_student):
+    own = load_tokenizer(tiny_student)
+    assert load_student(tiny_student, own, dtype=torch.float32)
+    own.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="its tokenizer has 49153 tokens and its embedding 49152 rows"):
+        load_student(tiny_student, own, dtype=torch.float32)
 
 
 def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_teacher, tmp_path):
@@ -284,6 +282,30 @@ def test_an_adapter_with_settings_of_a_model_beside_it_is_merged_too(tiny_teache
     ids = torch.tensor([[1, 2, 3]])
     merged = load_frozen(resolve_model_path(str(tmp_path)), torch.float32)
     torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
+
+
+def test_a_whole_model_with_an_adapters_settings_or_weights_left_in_it_is_read_as_it_is(
+    tiny_teacher, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path / "cache"))
+    folder, ids = tmp_path / "model", torch.arange(30).view(1, 30)
+    adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+    adapter.save_pretrained(folder)
+    shutil.copytree(tiny_teacher, folder, dirs_exist_ok=True)
+    expected = load_frozen(tiny_teacher, torch.float32)(ids).logits
+    check_models_exist({"model_name_or_path": str(folder)})
+    assert torch.equal(load_frozen(resolve_model_path(str(folder)), torch.float32)(ids).logits, expected)
+    assert "the adapter is left out" in caplog.text
+    caplog.clear()
+    (folder / "adapter_model.safetensors").unlink()
+    shard = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensor_shapes(shard), shard.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    path = resolve_model_path(str(folder))
+    assert path == resolve_model_path(str(folder))
+    assert torch.equal(load_frozen(path, torch.float32)(ids).logits, expected)
+    assert load_tokenizer(path).get_vocab() == load_tokenizer(tiny_teacher).get_vocab()
+    assert not caplog.text
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(tiny_teacher, tmp_path):

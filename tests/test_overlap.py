@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from conftest import config_of, launch
 from test_resume import succeed, weights
 
-from rlt.generation.engine_process import EngineProcess
+from rlt.generation.engine_process import EngineProcess, limit_sends
 from rlt.generation.vllm_engine import VLLMEngine
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_policy, load_tokenizer
@@ -64,6 +64,10 @@ def test_it_writes_what_the_engine_in_process_does_and_its_end_is_no_hang():
     first, second = (elsewhere.submit(prompts, seeds, max_tokens=8) for _ in range(2))
     assert [elsewhere.collect(number)[0] for number in (second, first)] == [written[0]] * 2
     number = elsewhere.submit(prompts, seeds)
+    os.kill(elsewhere._process.pid, signal.SIGSTOP)
+    limit_sends(elsewhere._pipe, 1)
+    with pytest.raises(TimeoutError, match="the engine's process has taken no request for"):
+        elsewhere._send("x" * 2**22)  # more than a pipe holds
     os.kill(elsewhere._process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with exit code -9"):
         elsewhere.collect(number)

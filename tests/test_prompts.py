@@ -134,9 +134,10 @@ def test_teacher_and_student_keep_the_same_tokens(tokenizer):
     teacher = render_teacher_reading(STYLE, prompt, completion)
     student = render_student_reading(tokenizer, STYLE, "What is 3 * 4?", "12", "\n\nBecause 3 * 4 is 12.\n\n")
     left, right = tokenize_with_spans(tokenizer, [teacher, student])
-    pairs = align_spans(left, "explanation", right, "thought")
-    assert [left.ids[i] for i, _ in pairs] == [right.ids[j] for _, j in pairs]
-    assert tokenizer.decode([left.ids[i] for i, _ in pairs]) == "\n\nBecause 3 * 4 is 12."
+    pieces = align_spans(left, "explanation", right, "thought")
+    assert [left.ids[i] for i in pieces.left] == [right.ids[j] for j in pieces.right]
+    assert pieces.left_sizes == pieces.right_sizes == [1] * len(pieces.left)
+    assert tokenizer.decode([left.ids[i] for i in pieces.left]) == "\n\nBecause 3 * 4 is 12."
 
 
 def test_a_users_own_format_comes_from_yaml(tmp_path):

@@ -40,7 +40,8 @@ def run_steps(tiny_run, tmp_path_factory, module_environment):
         prepare_output(config)
         (folder / "plan-1.json").write_text(json.dumps(asdict(plan)))
         script = [sys.executable, str(ROOT / "tests/fixed_rank.py"), str(folder), module_environment]
-        code = run_ranks(script, processes, folder / "logs", rank_environment(sharding, processes, on_cpu=True))
+        environment = rank_environment(sharding, processes, on_cpu=True)
+        code = run_ranks(script, processes, folder / "logs", environment, folder)
         assert code == 0, (folder / "logs/rank-0.log").read_text()[-3000:]
         return folder
 

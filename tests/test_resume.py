@@ -82,3 +82,25 @@ def test_with_vllm_three_steps_and_three_more_equal_six(tiny_run, tmp_path):
         for steps in lengths:
             succeed(launch("train.py", *run, *STEPS, f"max_steps={steps}", f"output_dir={tmp_path / folder}"))
     assert_same(tmp_path / "straight", tmp_path / "resumed")
+
+
+def exchange(source, operation: str) -> None:
+    """Twelve sums or products of one place, in the same file."""
+    made = [{"question": f"{n} {operation} 2?", "solution": str(n), "reasoning_trace": "easy"} for n in range(12)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in made))
+
+
+SFT = ["run_cfg=teacher_sft_tiny", "report_to=null", "bf16=false", "dataset_size=4", "train_batch_size=4"]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_a_run_whose_training_rows_were_exchanged_does_not_go_on(kind, tiny_run, tiny_teacher, tmp_path):
+    exchange(tmp_path / "rows.jsonl", "+")
+    sft = [*SFT, "per_device_train_batch_size=4", f"model_name_or_path={tiny_teacher}"]
+    command = [*(tiny_run if kind == "grpo" else sft), "eval_size=0", "eval_steps=null", "save_steps=1"]
+    command += [f"dataset_id_or_path={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path / 'run'}"]
+    succeed(launch("train.py", *command, "max_steps=1"))
+    exchange(tmp_path / "rows.jsonl", "*")
+    refused = launch("train.py", *command, "max_steps=2")
+    assert refused.returncode == 1
+    assert "the training rows are others than when this run began" in refused.stderr.splitlines()[-1]

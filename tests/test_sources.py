@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -420,6 +422,67 @@ def test_a_csv_header_that_is_not_utf_8_is_named_by_its_file(tmp_path):
     for ask in (inspect_source, load_rows):
         with pytest.raises(ValueError, match="r.csv line 1 cannot be read as CSV"):
             ask(str(tmp_path / "r.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.jsonl", "[" * 200_000),
+        ("deep.json", "[" * 200_000),
+        ("deep.jsonl", '{"question": ' + "[" * 200_000 + "]" * 200_000 + "}"),
+        ("deep.jsonl", json.dumps({"conversations": "[" * 200_000})),
+        ("deep.csv", "conversations\n" + "[" * 200_000),
+    ],
+)
+def test_what_is_nested_without_end_is_refused_in_one_line(name, text, tmp_path):
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.* is nested too deeply to be read$"):
+        load_rows(str(file))
+
+
+def in_a_gib_more(call: str) -> subprocess.CompletedProcess:
+    """In a process that may take no more memory than it has once the project is imported, and a GiB."""
+    code = (
+        "import psutil, pyarrow.parquet, resource\n"
+        "from rlt.data.sources import load_rows\n"
+        "most = psutil.Process().memory_info().vms + 2**30\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        f"print(len({call}.rows))\n"
+    )
+    plain = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # others reserve addresses by the GiB
+    environment = {**os.environ, **plain}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("length", [1_000, 4_000_000])
+def test_a_small_file_of_one_text_many_times_is_refused_before_memory_ends(length, tmp_path):
+    count = 4 * 2**30 // length
+    same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), ["x" * length])
+    file = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": same, "solution": same}), file, compression="zstd")
+    assert file.stat().st_size < 2**20
+    done = in_a_gib_more(f"load_rows({str(file)!r})")
+    assert re.search(r"its first \d+ rows take 0.\d GiB, and [01].\d GiB were free: set dataset_size", done.stderr)
+    few = in_a_gib_more(f"load_rows({str(file)!r}, size=3)")
+    assert few.stdout == "3\n", few.stderr
+
+
+def test_a_parquet_file_whose_pages_are_larger_than_memory_is_refused_before_they_are_read(tmp_path):
+    file = tmp_path / "wide.parquet"
+    text = pyarrow.array(["x" * 2**20] * 800)
+    table = pyarrow.table({"question": text, "solution": text})
+    pyarrow.parquet.write_table(table, file, compression="zstd", use_dictionary=False)
+    done = in_a_gib_more(f"load_rows({str(file)!r})")
+    assert re.search(r"a group of its rows takes 1.6 GiB, and [01].\d GiB of memory are free", done.stderr)
 
 
 def test_a_parquet_file_with_broken_pages_is_named(tmp_path):

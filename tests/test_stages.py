@@ -17,14 +17,14 @@ from rlt.data.sources import load_rows
 from rlt.data.splits import questions_of
 from rlt.jobs.collect import questions
 from rlt.jobs.evaluate import check_apart, check_comparable, trained_on
-from rlt.jobs.pipeline import Stage, check, check_evaluations, check_fresh, command_of, configuration_of, stages_of
+from rlt.jobs.pipeline import Stage, check, check_evaluations, command_of, configuration_of, stages_of
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.trl_fields import typed_settings
 from rlt.prompts.rows import load_split_rows
 from rlt.prompts.styles import FORMATS
 from rlt.runs.folder import HELD_OUT, MARKER, check_output, prepare_output
-from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out
+from rlt.runs.learned import check_held_out, learned_questions, lineage, write_held_out, write_training_rows
 from rlt.schema import DataConfig, pick
 from rlt.traces.card import card
 from rlt.traces.pairs import preference_pairs
@@ -387,15 +387,6 @@ def test_a_run_that_goes_on_holds_out_what_it_held_out_before(tmp_path):
         check_held_out(tmp_path, [rows[0], {"question": "1 + 3?"}])
 
 
-def test_a_finished_stage_is_not_kept_when_what_it_read_is_made_again():
-    stages = "stages=[{name:a,run:student_sft_tiny},{name:ab,run:evaluate_tiny,set:{model_name_or_path:'{a}'}}]"
-    first, second = stages_of(config_of("pipeline_tiny", stages, "output_dir=results/p"))
-    check_fresh(second, [])
-    check_fresh(first, [second])  # one name begins with the other
-    with pytest.raises(ValueError, match="stage ab is complete, and a, which it reads, was made again"):
-        check_fresh(second, [first])
-
-
 def test_a_stage_may_ask_what_an_earlier_one_will_have_held_out():
     asked = "dataset_id_or_path:'{a}/held_out.jsonl',model_name_or_path:'{a}'"
     stages = f"stages=[{{name:a,run:grpo_verifier_tiny}},{{name:b,run:evaluate_tiny,set:{{{asked}}}}}]"
@@ -519,6 +510,22 @@ def test_what_a_model_learned_is_its_runs_sources_without_what_they_held_out(tmp
     write_held_out(Path(warmed), rows[1:3])
     assert learned_questions(warmed) == questions_of([rows[0], rows[3]])
     assert questions_of(load_rows(f"{warmed}/{HELD_OUT}").rows) == questions_of(rows[1:3])
+
+
+def test_what_a_run_was_trained_on_is_not_known_once_its_source_has_other_rows(tmp_path, caplog):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n} + 1?", "solution": str(n + 1)} for n in range(4)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = made_by(tmp_path / "model", dataset_id_or_path=str(source), eval_size=0, model_name_or_path="a/model")
+    write_training_rows(Path(model), load_rows(str(source)).rows)
+    assert learned_questions(model) == questions_of(rows)
+    assert not caplog.text
+    source.write_text('{"question": "2 * 3?", "solution": "6"}\n')
+    assert learned_questions(model) == set()
+    assert f"{source} has other rows now than {model} was trained on" in caplog.text
+    evaluation = config_of("evaluate_tiny", f"trained_on={model}")
+    with pytest.raises(ValueError, match="has other rows now"):
+        check_apart(evaluation, [], trained_on(evaluation), must_be_there=True)
 
 
 def test_an_earlier_run_whose_folder_is_gone_is_said(tmp_path, caplog):

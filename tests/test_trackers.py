@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import sqlite3
 import struct
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from conftest import ROOT, config_of, launch
@@ -18,7 +21,8 @@ from rlt.jobs.pipeline import stages_of
 from rlt.planning.plan import make_plan
 from rlt.planning.resolve import with_warmup
 from rlt.reports.curves import PANELS
-from rlt.runs.dashboard import prepare_dashboards, run_question, run_title
+from rlt.runs.dashboard import has_wandb_login, prepare_dashboards, run_question, run_title
+from rlt.runs.reach import why_unreachable
 from rlt.runs.trackers import TRACKERS, as_override, trackers_of
 from trainers.tracking import tracker_name
 
@@ -143,6 +147,66 @@ def test_no_tracker_keeps_a_secret_or_speaks_on_standard_output(tracked):
         assert len(lines) == 2
         assert lines[0].startswith("teacher_rlt_tiny: ")
         assert lines[1].startswith("reward on 2 held-out questions x 2: ")
+
+
+def test_a_login_without_a_network_is_said_before_anything_is_loaded_and_the_run_is_logged_offline(tiny_run, tmp_path):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
+    secrets = {"WANDB_API_KEY": "a" * 40, "HF_TOKEN": "hf_another", "RLT_SERVER_KEY": "a_servers_key_of_someone"}
+    arguments = [word for word in tiny_run if not word.startswith("report_to=")]
+    lives = []
+    for steps in (1, 2):  # what goes on does not wait for W&B either
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments, "report_to=wandb", f"output_dir={tmp_path / 'run'}",
+             f"max_steps={steps}", f"hub_token={TOKEN}"],
+            capture_output=True, text=True, timeout=300, check=False,
+            env={**variables, **secrets, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lives.append(done.stdout + done.stderr)
+        lines = done.stderr.splitlines()
+        (said,) = [number for number, line in enumerate(lines) if "W&B at http://127.0.0.1:9 cannot be reached" in line]
+        assert "this run is logged offline" in lines[said]
+        assert not any("step " in line or "resuming" in line for line in lines[:said])
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".wandb"]) == 2
+    for secret in (*secrets.values(), TOKEN):
+        assert not any(secret in text for text in lives)
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("status", "why"), [(200, None), (401, None), (404, None), (503, "it answers 503")], ids=lambda value: str(value)
+)
+def test_a_server_that_answers_at_all_is_reached_unless_it_is_broken_itself(status, why):
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        assert why_unreachable(f"http://127.0.0.1:{server.server_port}", 10) == why
+
+
+def test_a_server_that_takes_a_connection_and_says_nothing_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        reason = why_unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}", 1)
+    assert reason in ("timed out", "no answer within 1 s")
+
+
+def test_wandbs_own_settings_say_where_it_is(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    prepare_dashboards(config_of("teacher_rlt_tiny", "report_to=wandb", f"output_dir={tmp_path}"))
+    assert os.environ["WANDB_MODE"] == "offline"
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
 
 
 def test_a_jobs_figures_are_in_every_tracker(tmp_path):
@@ -287,3 +351,21 @@ def test_every_tracker_is_one_that_transformers_knows():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(TRACKERS) <= set(INTEGRATION_TO_CALLBACK)
+
+
+@pytest.mark.parametrize(
+    ("machine", "server", "login"),
+    [
+        ("api.wandb.ai", "https://api.wandb.ai", True),
+        ("api.forge.coreweave.com", "https://api.forge.coreweave.com", True),
+        ("wandb.example.org", "https://api.wandb.ai", True),
+        ("example.org", "https://api.wandb.ai", False),
+        (None, "https://api.wandb.ai", False),
+    ],
+)
+def test_a_login_is_found_whatever_the_server_is_called(machine, server, login, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if machine:
+        (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {'k' * 40}\n")
+    assert has_wandb_login(server) == login

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces"),
 ]
 FIXED = "tests/fixed_launch.py"
+KEY = "the-key-of-both-hosts"
 HOSTS = {"rlt-host0": "10.77.0.1", "rlt-host1": "10.77.0.2"}
 
 
@@ -93,13 +94,13 @@ def test_two_machines_train_as_two_processes_of_one(hosts, tiny_run, tmp_path):
 
 def test_servers_on_one_machine_write_for_both(hosts, tiny_run, tmp_path):
     run = [*tiny_run, "max_steps=3", "eval_size=0", "use_vllm=true"]
-    place = {"SERVER_HOST": "10.77.0.1", "SERVER_PORT": "8123", "RLT_SERVER_KEY": "theirs"}
+    place = {"SERVER_HOST": "10.77.0.1", "SERVER_PORT": "8123", "RLT_SERVER_KEY": KEY}
     served = [*run, "use_vllm_server=true", "vllm_server_base_url=[http://10.77.0.1:8123]"]
     before = set(os.listdir("/dev/shm"))
     server = start_one(0, hosts[0], "0", *run, devices="--servers=1", **place)
     try:
         wait_until_reachable(hosts[1], "10.77.0.1", 8123)
-        assert_trained(start_on(hosts, *served, f"output_dir={tmp_path / 'apart'}", RLT_SERVER_KEY="theirs"))
+        assert_trained(start_on(hosts, *served, f"output_dir={tmp_path / 'apart'}", RLT_SERVER_KEY=KEY))
     finally:
         server.send_signal(signal.SIGTERM)
         _, said = server.communicate(timeout=60)

@@ -1,18 +1,14 @@
 """Answers: found in a text, checked by the right check, in time, whatever the text is."""
 
-import inspect
 import json
-import re
 from dataclasses import replace
 
 import pytest
-from reasoning_gym.factory import DATASETS, ProceduralDataset
 
 from rlt.data.sources import load_rows
 from rlt.prompts.styles import FORMATS
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import (
-    CHECKED_OTHERWISE,
     Verifier,
     check_rows,
     final_answer,
@@ -163,17 +159,6 @@ def test_a_puzzle_of_numbers_is_its_numbers_and_its_value(verifier):
     row["metadata"] = json.dumps({"numbers": [4, 3, 2], "target": 10})
     answers = {"3*4 - 2": 1.0, "-2 + (4 * 3)": 1.0, "10": 0.0, "4 + 3 + 2": 0.0, "4*3 - 2 + 0": 0.0, "4**3": 0.0}
     assert {answer: verifier.check(answer, row) for answer in answers} == answers
-
-
-def test_no_check_of_a_generator_runs_what_it_is_given():
-    """Read from the installed checks, so that a new release cannot add one unseen."""
-    found = set()
-    for name, (cls, _) in DATASETS.items():
-        own = inspect.getsource(cls.score_answer) if cls.score_answer is not ProceduralDataset.score_answer else ""
-        if re.search(r"(?<!\.)\b(eval|exec|parse_expr|sympify)\(", own):
-            found.add(name)
-    assert found <= set(CHECKED_OTHERWISE)
-    assert {"countdown", "spiral_matrix"} <= found
 
 
 @pytest.mark.parametrize(

@@ -64,5 +64,5 @@ class HeldOutAnswers:
         sampled, _ = self.engine.generate_seeded(prompt_token_ids(tokenizer, [row["prompt"] for row in asked]), seeds)
         written = tokenizer.batch_decode(sampled, skip_special_tokens=True)
         given = [final_answer(text, self.style) for text in written]
-        right = [self.verifier.check(answer, row) > 0 for answer, row in zip(given, asked, strict=True)]
-        return [(one, answer is not None) for one, answer in zip(right, given, strict=True)]
+        right = self.verifier.check_batch(given, asked)
+        return [(one > 0, answer is not None) for one, answer in zip(right, given, strict=True)]

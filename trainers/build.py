@@ -21,10 +21,17 @@ from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
-from rlt.prompts.styles import ReasoningFormat, check_tags, load_format
+from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
-from rlt.runs.learned import check_held_out, learned_questions, write_held_out
+from rlt.runs.learned import (
+    check_held_out,
+    check_training_rows,
+    learned_questions,
+    write_held_out,
+    write_training_rows,
+)
 from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, TeacherSettings, Training
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
@@ -123,7 +130,7 @@ def build_trainer(plan: Plan):
     settings = plan.settings
     style = load_format(settings.reasoning_format)
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    check_tags(style, tokenizer)
+    check_tokenizer(style, tokenizer)
     trainer: Any
     trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
     policy: Any = trainer.model
@@ -157,7 +164,7 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
-    leave_held_out(trainer, eval_rows)
+    leave_rows(trainer, train_rows, eval_rows)
     return trainer, None
 
 
@@ -165,18 +172,22 @@ def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], 
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
-        Refused: an earlier life of the run held out others.
+        Refused: an earlier life of the run held out, or trained on, others.
     """
     learned = learned_questions(settings.model_name_or_path)
     train_rows, eval_rows, _ = load_split_rows(settings, style, learned)
     check_held_out(Path(settings.output_dir), eval_rows)
+    check_training_rows(Path(settings.output_dir), train_rows)
     return train_rows, eval_rows
 
 
-def leave_held_out(trainer, rows: list[dict]) -> None:
-    """In the output folder, for later evaluations."""
-    if rows and trainer.is_world_process_zero():
-        write_held_out(Path(trainer.args.output_dir), rows)
+def leave_rows(trainer, train_rows: list[dict], eval_rows: list[dict]) -> None:
+    """In the output folder: held-out rows for later evaluations, and what says whether a later life has the same."""
+    if not trainer.is_world_process_zero():
+        return
+    if eval_rows:
+        write_held_out(Path(trainer.args.output_dir), eval_rows)
+    write_training_rows(Path(trainer.args.output_dir), train_rows)
 
 
 def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):
@@ -195,6 +206,7 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     settings: DPOSettings = plan.settings
     pairs = preference_pairs(Path(settings.dataset_id_or_path), settings.min_margin)
     pairs = pairs[: settings.dataset_size]
+    check_training_rows(Path(settings.output_dir), pairs)
     rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
     arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
@@ -207,16 +219,19 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
         peft_config=adapter,
         callbacks=[ReturnFreedMemory()],
     )
+    leave_rows(trainer, pairs, [])
     return trainer, None
 
 
 def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     settings: GRPOSettings = plan.settings
     train_rows, eval_rows = split_rows(settings, style)
+    teaches = isinstance(settings, TeacherSettings)
+    student_tokenizer = its_tokenizer(settings, tokenizer, style) if teaches else None
 
     def prepare(rows: list[dict]) -> list[dict]:
-        if plan.profile.teaches:
-            return teaching_rows(rows, tokenizer, style, settings).rows
+        if teaches:
+            return teaching_rows(rows, tokenizer, style, settings, student_tokenizer).rows
         return question_rows(rows, tokenizer, settings, question_prompt(settings, style))
 
     held_out = with_all_columns(prepare(eval_rows)) if eval_rows else []
@@ -224,7 +239,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     say_renamed(asked)
     evaluation = HeldOutEvaluation(held_out, settings.output_dir)
     completions = CompletionsFile(settings.output_dir, settings.save_completions_probability)
-    teacher = teacher_arguments(settings, tokenizer, style) if isinstance(settings, TeacherSettings) else None
+    teacher = teacher_arguments(settings, student_tokenizer, style) if teaches else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = trl_config(GRPOConfig, plan)
     check_enough_questions(asked, arguments)
@@ -251,13 +266,20 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     else:
         trainer = GRPOTrainer(reward_funcs=functions, **shared)
     completions.trainer = evaluation.trainer = trainer
-    leave_held_out(trainer, eval_rows)
+    leave_rows(trainer, train_rows, eval_rows)
     return trainer, evaluation
 
 
-def teacher_arguments(settings: TeacherSettings, tokenizer, style: ReasoningFormat) -> dict[str, Any]:
+def its_tokenizer(settings: TeacherSettings, tokenizer, style: ReasoningFormat):
+    """What the student reads with; the policy's tokenizer where the reference model is the student."""
+    path = student_path(settings)
+    return tokenizer if path is None else load_student_tokenizer(path, tokenizer, style, settings.trust_remote_code)
+
+
+def teacher_arguments(settings: TeacherSettings, student_tokenizer, style: ReasoningFormat) -> dict[str, Any]:
     """What a teacher's trainer takes beside the others': its student, its tags, its reward."""
-    return {"student": build_student(settings, tokenizer), "style": style, "reward_config": settings}
+    student = {"student": build_student(settings, student_tokenizer), "student_tokenizer": student_tokenizer}
+    return {**student, "style": style, "reward_config": settings}
 
 
 def reward_functions(
@@ -268,7 +290,7 @@ def reward_functions(
     weights = [1.0] * (settings.profile.teaches + len(functions))
     if settings.verified:
         check_rows(settings.verified.verifier, rows)
-        verified, verified_weights = verified_rewards(settings.verified, style)
+        verified, verified_weights = verified_rewards(settings.verified, style, arguments.ddp_timeout)
         functions, weights = functions + verified, weights + verified_weights
     if arguments.reward_weights is None:
         arguments.reward_weights = weights
@@ -295,13 +317,21 @@ def check_embedding(policy: PreTrainedModel, targets: Any) -> None:
         raise Refused(f"lora_target_modules={list(targets)}: {name} is tied to the output head; leave it out")
 
 
-def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:
-    """The frozen student in the dtype of forward passes; None when the reference model is it, and takes its place."""
+def student_path(settings: TeacherSettings) -> str | None:
+    """Where the student is; None when the reference model is it."""
     if settings.student_model is None:
         return None
     path = resolve_model_path(settings.student_model)
     same_weights = not (settings.sync_ref_model or settings.load_in_4bit or settings.load_in_8bit)
     if settings.beta and same_weights and path == resolve_model_path(settings.model_name_or_path):
+        return None
+    return path
+
+
+def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | None:
+    """The frozen student in the dtype of forward passes; None when the reference model takes its place."""
+    path = student_path(settings)
+    if path is None:
         return None
     student = load_student(
         path,

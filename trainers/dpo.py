@@ -2,8 +2,8 @@
 
 import trl
 
-from trainers.checkpoints import AtomicCheckpoints
+from trainers.stopping import GivesUpSteps
 
 
-class DPOTrainer(AtomicCheckpoints, trl.DPOTrainer):
+class DPOTrainer(GivesUpSteps, trl.DPOTrainer):
     """TRL's, with checkpoints that are complete or absent. Rows have `prompt`, `chosen` and `rejected`, as text."""

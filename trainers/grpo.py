@@ -28,13 +28,13 @@ from rlt.models.residence import resident, send_for
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.schema import server_urls
 from rlt.survival.kill_points import kill_point
-from trainers.checkpoints import AtomicCheckpoints
 from trainers.configs import GRPOConfig
 from trainers.mismatch import MismatchAlarm, importance_figures
 from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
 from trainers.recovery import RecoversMemory
 from trainers.sampler import EpochRepeatSampler
+from trainers.stopping import GivesUpSteps
 
 logger = logging.getLogger("rlt")
 
@@ -60,7 +60,7 @@ class Rider(NamedTuple):
     temperature: float
 
 
-class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer, RecoversMemory):
+class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversMemory):
     """Group-relative policy optimisation with one of three ways to generate: vLLM in process, on servers, or
     Hugging Face.
 
@@ -76,6 +76,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer, Reco
     vllm_generation: Any  # one of our engines
     num_generations: Any
     num_generations_eval: Any
+    COUNTED: tuple[str, ...] = (*GivesUpSteps.COUNTED, "_step", "entropy_coef", "_last_world_entropy")
 
     def __init__(self, *args, engine_dtype: str = "auto", **kwargs):
         config: GRPOConfig = kwargs["args"]
@@ -83,6 +84,7 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer, Reco
         with_engine, config.use_vllm = config.use_vllm, False
         self._awaited_passes: deque[Pass] = deque()
         self._mismatch = MismatchAlarm()
+        self.gives_up_steps = not config.overlap_generation  # whose next batch is written already
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.
         self._sharded = is_sharded(self.accelerator)
@@ -164,6 +166,8 @@ class GRPOTrainer(OverlappedGeneration, AtomicCheckpoints, trl.GRPOTrainer, Reco
             self._sync_engine()
             written = self.vllm_generation.generate_seeded(prompt_ids, self._request_seeds(len(prompt_ids)))
         self._log_generation(time.perf_counter() - start, [len(ids) for ids in written[0]])
+        if self.model.training:
+            self.leave_if_asked()
         return written
 
     def _phase(self) -> tuple[str, int]:

@@ -12,11 +12,11 @@ import trl
 from backends.collective import is_sharded
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
-from trainers.checkpoints import AtomicCheckpoints
 from trainers.recovery import RecoversMemory
+from trainers.stopping import GivesUpSteps
 
 
-class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer, RecoversMemory):
+class SFTTrainer(GivesUpSteps, trl.SFTTrainer, RecoversMemory):
     """Trains on rows with `input_ids` and `completion_mask`.
 
     Args:

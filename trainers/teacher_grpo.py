@@ -51,7 +51,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
     """Trains a teacher on the reward of arXiv 2506.08388.
 
     Args:
-        student: a frozen causal model that shares the policy's tokenizer; None takes the reference model.
+        student: a frozen causal model; None takes the reference model.
+        student_tokenizer: of a student that has one of its own.
         style: tags and prompts.
         reward_config: coefficients, reductions, temperatures.
         more_rewards: functions of TRL's signature, added with `reward_weights`.
@@ -59,7 +60,14 @@ class TeacherGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(
-        self, *args, student, style: ReasoningFormat, reward_config: TeacherRewardConfig, more_rewards=(), **kwargs
+        self,
+        *args,
+        student,
+        style: ReasoningFormat,
+        reward_config: TeacherRewardConfig,
+        student_tokenizer=None,
+        more_rewards=(),
+        **kwargs,
     ):
         self.student = student
         self._batch: Batch | None = None
@@ -75,6 +83,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self.temperature,
             teacher_log_probs=self._teacher_log_probs,
             student_log_probs=self._student_log_probs,
+            student_tokenizer=student_tokenizer,
         )
 
     def _generate_and_score_completions(self, inputs):
@@ -107,7 +116,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         log_extra("matched", matched)
         log_metric("reward_parts/format_rate", sum(matched) / len(matched))
         if self.model.training:
-            log_extra("token_scores", token_columns(self.processing_class, readings, scored))
+            log_extra("token_scores", token_columns(self.reward.student_tokenizer, readings, scored))
         return [s.reward if torch.isfinite(torch.tensor(s.reward)) else None for s in scored]
 
     def _log_parts(self, scored: list[Scored], log_extra, log_metric) -> None:

@@ -21,6 +21,7 @@ from rlt.commands.servers import serve, servers_of
 from rlt.errors import Refused, fail
 from rlt.generation.shared_memory import weights_folder
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
+from rlt.jobs.child import secret_overrides
 from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
@@ -194,9 +195,11 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
             (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+        environment["TMPDIR"] = folder  # where libraries leave files when a rank is killed
         command = [sys.executable, *RANK, folder, str(os.getpid())]
         restarts = plan.config["restarts"]
-        return run_ranks(command, devices, output / LOGS, environment, restarts, servers, meeting, watchdog)
+        words = Path(folder)
+        return run_ranks(command, devices, output / LOGS, environment, words, restarts, servers, meeting, watchdog)
 
 
 def main() -> None:
@@ -205,7 +208,7 @@ def main() -> None:
         fail(Refused(f"usage: {USAGE}"), 2)
     try:
         servers, words = read_servers(sys.argv[1:])
-        devices, sharding, rest = read_arguments(words)
+        devices, sharding, rest = read_arguments([*words, *secret_overrides()])
         if servers and not devices:
             sys.exit(serve(servers, rest))
         if not devices:

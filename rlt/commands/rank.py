@@ -7,13 +7,17 @@ that started this one, with which this one ends.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
-from rlt.jobs import run_plan
-from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with
+from rlt.jobs import DEFAULT_LIMIT_S, run_plan
+from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with, last_words
+from rlt.launching.speech import speak_on
 from rlt.planning.plan import Plan
 
 
@@ -34,12 +38,25 @@ def main() -> None:
     end_with(int(sys.argv[2]))
     if os.environ["LOCAL_RANK"] != "0":
         os.dup2(2, 1)  # into its log: the terminal is the first rank's
+    speak_on()
+    folder = Path(sys.argv[1])
+    sys.excepthook = partial(keep_last_words, last_words(folder, os.environ["RANK"]))
     prepare_process()
-    run_rank(lambda: read_plan(Path(sys.argv[1])))
+    run_rank(lambda: read_plan(folder))
+
+
+def keep_last_words(file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Why this rank ends, also where its log cannot be written."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    file.write_text(text)
+    sys.stderr.write(text)
 
 
 def run_rank(plan: Callable[[], Plan]) -> None:
     """Run what `plan` gives as one of several ranks, and leave their group."""
+    from backends.roll_call import are_on_one_machine, open_store_on_loopback
+
+    store = open_store_on_loopback(DEFAULT_LIMIT_S) if are_on_one_machine() else None
     try:
         run_plan(plan())
     except Refused as error:
@@ -48,6 +65,7 @@ def run_rank(plan: Callable[[], Plan]) -> None:
         leave_group(together=ended.code == PREEMPTED)
         raise
     leave_group()
+    del store  # held until here
 
 
 def leave_group(together: bool = False) -> None:

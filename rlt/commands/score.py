@@ -132,12 +132,35 @@ def log_prob_function(model, token_budget: int):
     return partial(lasting_log_probs(token_budget), model)
 
 
-def build_reward(settings: ScoreSettings):
-    """The teacher reward over the two models of the configuration."""
+def load_tokenizers(settings: ScoreSettings) -> tuple[Any, Any]:
+    """The teacher's and the student's, which may be one.
+
+    Raises:
+        Refused: one cannot be loaded, or its template cannot be read by.
+    """
+    from rlt.models.loading import load_tokenizer
+    from rlt.models.paths import resolve_model_path
+    from rlt.prompts.tokenizers import check_template, load_student_tokenizer
+
+    style = load_format(settings.reasoning_format)
+    teacher, student = (resolve_model_path(getattr(settings, key)) for key in MODELS)
+    tokenizer = load_tokenizer(teacher, settings.trust_remote_code)
+    check_template(style, tokenizer)
+    if teacher == student:
+        return tokenizer, tokenizer
+    return tokenizer, load_student_tokenizer(student, tokenizer, style, settings.trust_remote_code)
+
+
+def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
+    """The teacher reward over the two models of the configuration.
+
+    Args:
+        tokenizers: as `load_tokenizers` gives them.
+    """
     import torch
 
     from rlt.models.devices import on
-    from rlt.models.loading import load_frozen, load_student, load_tokenizer
+    from rlt.models.loading import load_frozen, load_student
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
 
@@ -146,15 +169,15 @@ def build_reward(settings: ScoreSettings):
     paths = [resolve_model_path(getattr(settings, key)) for key in MODELS]
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = on(device, load_frozen(paths[0], **options))
-    tokenizer = load_tokenizer(paths[0], settings.trust_remote_code)
-    student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizer, **options))
+    student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizers[1], **options))
     return TeacherReward(
-        tokenizer,
+        tokenizers[0],
         load_format(settings.reasoning_format),
         settings,
         settings.temperature,
         log_prob_function(teacher, settings.logprob_token_budget),
         log_prob_function(student, settings.logprob_token_budget),
+        tokenizers[1],
     )
 
 
@@ -173,19 +196,17 @@ def contexts(settings: ScoreSettings) -> dict[str, int]:
     return found
 
 
-def check_readings(settings: ScoreSettings, rows: list[dict]) -> None:
+def check_readings(settings: ScoreSettings, rows: list[dict], tokenizers: tuple[Any, Any]) -> None:
     """That every row can be read and is short enough, before a model is loaded.
 
     Raises:
         Refused: names the row.
     """
-    from rlt.models.loading import load_tokenizer
-    from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
 
-    tokenizer = load_tokenizer(resolve_model_path(settings.teacher_model), settings.trust_remote_code)
     style, longest = load_format(settings.reasoning_format), contexts(settings)
-    reader = TeacherReward(tokenizer, style, settings, settings.temperature, _not_asked, _not_asked)
+    teacher, student = tokenizers
+    reader = TeacherReward(teacher, style, settings, settings.temperature, _not_asked, _not_asked, student)
     for number, row in enumerate(rows, start=1):
         readings = reader.read([row] * len(_answers(row)), _answers(row))
         check_context(f"input={settings.input} row {number}", readings, longest)
@@ -219,8 +240,9 @@ def score_file(settings: ScoreSettings) -> str:
     rows = list(read_lines(Path(settings.input)))
     if not rows:
         raise Refused(f"input={settings.input} has no line to score")
-    check_readings(settings, rows)
-    reward = build_reward(settings)
+    tokenizers = load_tokenizers(settings)
+    check_readings(settings, rows, tokenizers)
+    reward = build_reward(settings, tokenizers)
     output = Path(settings.output)
     count, ranked = 0, []
     with written_whole(output) as aside, aside.open("w", encoding="utf-8") as file:

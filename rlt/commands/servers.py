@@ -23,6 +23,8 @@ from rlt.planning.machine import check_devices
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
 
+SHORTEST_KEY = 16  # characters: of hexadecimal ones, 64 bits
+
 logger = logging.getLogger("rlt")
 
 
@@ -57,20 +59,27 @@ def servers_of(
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
     where = address_of_servers(dict(os.environ))
-    return Servers(groups, threads, logs, plan_file, **where, watchdog=watchdog)
+    asked_for = {HOST_VARIABLE, PORT_VARIABLE} & os.environ.keys()
+    sockets = plan_file.parent if devices and not asked_for else None  # where only this machine's ranks ask them
+    return Servers(groups, threads, logs, plan_file, **where, sockets=sockets, watchdog=watchdog)
 
 
 def address_of_servers(environment: dict[str, str]) -> dict:
     """Where servers listen: `host` and `first_port`.
 
     Raises:
-        Refused: other machines could reach them, and no key is set.
+        Refused: other machines could reach them, and no key is set; or one that can be guessed.
     """
     host, port = environment.get(HOST_VARIABLE, LOOPBACK), environment.get(PORT_VARIABLE, "0")
     if not port.isdigit() or int(port) >= 2**16:
         raise Refused(f"{PORT_VARIABLE}={port} is no port")
     if not host.startswith("127.") and not environment.get(KEY_VARIABLE):
         raise Refused(f"{HOST_VARIABLE}={host} is open to others: set {KEY_VARIABLE} here and where you train")
+    if 0 < (length := len(environment.get(KEY_VARIABLE, ""))) < SHORTEST_KEY:
+        raise Refused(
+            f"{KEY_VARIABLE} has {length} characters, which can be guessed: take at least {SHORTEST_KEY}, such as "
+            "those of `openssl rand -hex 16`"
+        )
     return {"host": host, "first_port": int(port)}
 
 

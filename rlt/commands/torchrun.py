@@ -15,7 +15,7 @@ from rlt.commands.launch import read_words, sharding_of
 from rlt.commands.rank import run_rank
 from rlt.errors import Refused, fail
 from rlt.jobs import DEFAULT_LIMIT_S
-from rlt.launching.environment import free_port, rank_environment
+from rlt.launching.environment import Machines, free_port, rank_environment
 from rlt.planning.configuration import compose_config
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import Resolved, resolve
@@ -100,7 +100,9 @@ def resolve_here(arguments: list[str]) -> Resolved:
 def run(plan: Plan, store) -> int:
     leave_agent_store(store)
     on_cpu = not plan.gpus
-    os.environ.update(rank_environment(plan.sharding or "ddp", int(os.environ["LOCAL_WORLD_SIZE"]), on_cpu))
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    alone = Machines() if here == plan.devices else None
+    os.environ.update(rank_environment(plan.sharding or "ddp", here, on_cpu, alone))
     os.environ[PEERS_VARIABLE] = "1"
     run_rank(lambda: plan)
     return 0

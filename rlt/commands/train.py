@@ -16,12 +16,12 @@ from rlt.commands import torchrun
 from rlt.commands.begin import begin, prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import run_plan
-from rlt.jobs.child import run_child
+from rlt.jobs.child import run_child, secret_overrides
 from rlt.places import CFGS
 from rlt.planning.configuration import as_dict, quoted, rewrite_arguments, sweeps
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import SECRET
+from rlt.runs.folder import is_secret
 
 
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="train")
@@ -61,8 +61,8 @@ def check_sweep(arguments: list[str]) -> None:
     Raises:
         Refused: Hydra would write a secret into its record of a sweep.
     """
-    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments if "=" in argument]
-    if {"-m", "--multirun"} & set(arguments) and (secret := [key for key in keys if key.endswith(SECRET)]):
+    secret = [argument.lstrip("+").partition("=")[0] for argument in arguments if is_secret(argument)]
+    if {"-m", "--multirun"} & set(arguments) and secret:
         raise Refused(f"{secret[0]} with -m: a sweep's overrides are written to disk; log in to the hub instead")
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         sys.exit(torchrun.main(sys.argv[1:]))
     torchrun.forget_place()
     try:
-        sys.argv[1:] = rewrite_arguments(sys.argv[1:])
+        sys.argv[1:] = rewrite_arguments([*sys.argv[1:], *secret_overrides()])
         check_sweep(sys.argv[1:])
     except Refused as error:
         fail(error)

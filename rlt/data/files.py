@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlt.data.room import BATCH_SHARE, GIB, free_bytes
 from rlt.errors import Refused
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ROWS_AT_ONCE = 1024  # of a Parquet file
 CSV_FIELD_LIMIT = 2**27  # characters; the default of 131,072 is shorter than a long reasoning trace
 
 
@@ -40,14 +42,34 @@ def _parquet(path: Path) -> Iterator:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
+    except pyarrow.ArrowMemoryError as error:
+        raise Refused(f"{path} cannot be read in the memory that is free ({error}): write smaller row groups") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise Refused(f"{path} is not a Parquet file, or a damaged one ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterable[dict]:
     with _parquet(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        for batch in file.iter_batches(batch_size=_rows_at_once(path, file.metadata)):
             yield from batch.to_pylist()
+
+
+def _rows_at_once(path: Path, metadata) -> int:
+    """Rows of a batch that fits, though each of them be as long as all that a group's pages hold: a dictionary's one
+    text may stand in every row.
+
+    Raises:
+        Refused: not even one fits.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    longest = max((group.total_byte_size for group in groups), default=0)  # before its compression
+    free = free_bytes()
+    if longest > free:
+        raise Refused(
+            f"{path}: a group of its rows takes {longest / GIB:.1f} GiB, and {free / GIB:.1f} GiB of memory are free: "
+            "write it in smaller row groups"
+        )
+    return int(min(ROWS_AT_ONCE, max(1, free * BATCH_SHARE // max(1, longest))))
 
 
 def _json_lines(path: Path) -> Iterable[dict]:
@@ -75,6 +97,8 @@ def _json(text: bytes, place: str):
         raise Refused(f"{place} is not JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise Refused(f"{place} is not UTF-8 text") from None
+    except RecursionError:
+        raise Refused(f"{place} is nested too deeply to be read") from None
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from rlt.errors import Refused
 
 GENERATOR = "reasoning_gym/"
 NEEDS_CONFIG = {"composite"}  # tasks of the generator that cannot be made from a name alone
+# Tasks whose rows are made by running programs that a language model wrote (`exec`), in the process that asks for them.
+RUNS_PROGRAMS = {"codeio"}
 # The generator makes row i of seed s as row i + 1 of seed s - 1. Seeds of runs are therefore further apart than any
 # dataset is long.
 SEED_STRIDE = 10_000_000
@@ -41,7 +43,7 @@ def task_and_options(name: str) -> tuple[str, dict]:
     """`gcd/max_value:20` gives ("gcd", {"max_value": 20}).
 
     Raises:
-        Refused: no such task, or an option without a value.
+        Refused: no such task, one that would run programs, or an option without a value.
     """
     task, *settings = name.split("/")
     _check_task(task)
@@ -55,7 +57,11 @@ def task_and_options(name: str) -> tuple[str, dict]:
 
 
 def _check_task(task: str) -> None:
-    tasks = generator_tasks()
+    if task in RUNS_PROGRAMS:
+        raise Refused(
+            f"{GENERATOR}{task} runs programs that a language model wrote to make its rows: name another task"
+        )
+    tasks = sorted(set(generator_tasks()) - RUNS_PROGRAMS)
     if task not in tasks:
         close = difflib.get_close_matches(task, tasks, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(tasks)}"

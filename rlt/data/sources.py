@@ -21,6 +21,7 @@ from rlt.data.benchmarks import PREFIX as BENCHMARK
 from rlt.data.benchmarks import benchmark_rows, check_benchmark
 from rlt.data.files import SUFFIXES, columns_of, read_file, readable
 from rlt.data.generator import GENERATED_ROWS, GENERATOR, generated_rows, task_and_options
+from rlt.data.room import Room
 from rlt.errors import Refused
 from rlt.places import LOCAL_STARTS
 
@@ -87,12 +88,16 @@ def load_rows(source: str, *, split: str = "train", seed: int = 0, size: int | N
 
 
 def _usable(found: Iterable[dict], source: str, size: int | None, tags: Tags) -> Rows:
-    rows, dropped = [], Counter()
+    rows, dropped, room = [], Counter(), Room(source)
     for number, row in enumerate(found, start=1):
-        usable, reason = _clean(row, tags, f"{source} row {number}")
+        try:
+            usable, reason = _clean(row, tags, f"{source} row {number}")
+        except RecursionError:
+            raise Refused(f"{source} row {number} is nested too deeply to be read") from None
         if usable is None:
             dropped[reason] += 1
         else:
+            room.take(usable)
             rows.append(usable)
         if size is not None and len(rows) == size:
             break

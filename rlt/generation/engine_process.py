@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import struct
 import time
 import weakref
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from rlt.launching.environment import free_port
 
 START_LIMIT_S = 600
 ANSWER_LIMIT_S = 3600
+SEND_LIMIT_S = 60  # without a byte taken: whoever asks has heard the last answer, so the other side reads
 END_LIMIT_S = 10
 
 
@@ -41,6 +45,7 @@ class EngineProcess(VLLMEngine):
         self._folder = Path(self._shared.name)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        limit_sends(self._pipe, SEND_LIMIT_S)
         self._process = context.Process(target=serve, args=(theirs, options, threads, self._folder), daemon=True)
         self._process.start()
         theirs.close()
@@ -83,6 +88,8 @@ class EngineProcess(VLLMEngine):
     def _send(self, message: Any) -> None:
         try:
             self._pipe.send(message)
+        except BlockingIOError:
+            raise TimeoutError(f"the engine's process has taken no request for {SEND_LIMIT_S} s") from None
         except OSError as error:
             raise self._gone() from error
 
@@ -104,6 +111,12 @@ class EngineProcess(VLLMEngine):
         self._process.join(END_LIMIT_S)
         code = self._process.exitcode
         return RuntimeError(f"the engine's process has ended with exit code {code}; what it said stands above")
+
+
+def limit_sends(pipe: Connection, limit_s: int) -> None:
+    """Have a `send` end with a BlockingIOError when the other side has read nothing for that long."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as ours:  # a duplex pipe is a pair of sockets
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", limit_s, 0))
 
 
 def _end(process, pipe, folder: Path) -> None:
@@ -132,7 +145,7 @@ def serve(pipe, options: dict[str, Any], threads: int, folder: Path) -> None:
             if weights is not None:
                 load_weights(llm, _read_once(Path(weights)))
             pipe.send((number, generate(llm, prompts, seeds, sampling)))
-    except (EOFError, BrokenPipeError):  # the trainer has ended
+    except (EOFError, ConnectionError):  # the trainer has ended; with a request or an answer on its way, as a reset
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,7 +9,8 @@ from rlt.generation.vllm_engine import Completions, VLLMEngine
 from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.loading import check_vocabulary, load_frozen, load_tokenizer
 from rlt.models.paths import resolve_model_path
-from rlt.prompts.styles import check_tags, load_format
+from rlt.prompts.styles import load_format
+from rlt.prompts.tokenizers import check_tokenizer
 from rlt.schema import Sampling, server_urls
 from rlt.survival.host_memory import keep_freed_memory
 
@@ -53,7 +54,7 @@ class Sampler:
         path = resolve_model_path(settings.model_name_or_path)
         self.accelerator = Accelerator(cpu=device_type() == "cpu", mixed_precision="bf16" if low else "no")
         self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
-        check_tags(load_format(settings.reasoning_format), self.tokenizer)
+        check_tokenizer(load_format(settings.reasoning_format), self.tokenizer)
         self.model = load_frozen(path, dtype=self.dtype, trust_remote_code=settings.trust_remote_code)
         check_vocabulary(self.model, self.tokenizer, settings.model_name_or_path)
         self.model.to(self.accelerator.device)

@@ -1,5 +1,9 @@
-"""A run inside a run: a pipeline's stage, a warm-up, one job of a sweep."""
+"""A run inside a run: a pipeline's stage, a warm-up, one job of a sweep.
 
+Everybody on a machine may read a process's command line, and only its user its environment: a secret goes there.
+"""
+
+import json
 import logging
 import os
 import signal
@@ -9,9 +13,15 @@ import threading
 from functools import partial
 
 from rlt.launching.lifetime import PREEMPTED, end_with, stop_signals
-from rlt.places import ROOT
+from rlt.places import ROOT, SECRETS_VARIABLE
+from rlt.runs.folder import is_secret
 
 logger = logging.getLogger("rlt")
+
+
+def secret_overrides() -> list[str]:
+    """What `run_child` kept out of this process's command line; what this process starts does not inherit it."""
+    return json.loads(os.environ.pop(SECRETS_VARIABLE, "[]"))
 
 
 def run_child(arguments: list[str]) -> None:
@@ -31,7 +41,8 @@ def run_child(arguments: list[str]) -> None:
     try:
         # In a session of its own, so that Ctrl-C reaches it once.
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
+            [sys.executable, str(ROOT / arguments[0]), *(word for word in arguments[1:] if not is_secret(word))],
+            env={**os.environ, SECRETS_VARIABLE: json.dumps([word for word in arguments[1:] if is_secret(word)])},
             start_new_session=True,
             preexec_fn=partial(end_with, os.getpid()),
         )

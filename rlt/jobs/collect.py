@@ -44,14 +44,15 @@ def run(plan: Plan, stop) -> None:
     quiet_libraries()
     style, folder = load_format(settings.reasoning_format), Path(settings.output_dir)
     sampler = Sampler(settings)
-    asked, held_out = questions(settings, sampler.tokenizer, style)
+    student_tokenizer = its_tokenizer(settings, sampler.tokenizer, style)
+    asked, held_out = questions(settings, sampler.tokenizer, style, student_tokenizer)
     check_held_out(folder, held_out)
     parts = Parts(folder, len(asked.rows), settings.questions_at_once)
     parts.keep_to(sampler.accelerator, plan.config, asked.rows, style)
     if held_out and sampler.accelerator.is_main_process:
         write_held_out(folder, held_out)
     if parts.missing(sampler.accelerator):
-        scorer, pace = build_scorer(settings, sampler, style), Pace()
+        scorer, pace = build_scorer(settings, sampler, style, student_tokenizer), Pace()
 
         def make(part: range) -> list[dict]:
             if first := parts.first():  # a teacher without the format is noticed there, not after all of them
@@ -70,12 +71,26 @@ def run(plan: Plan, stop) -> None:
         sys.stdout.write(f"{settings.run_name}: {kept}; in {folder}\n")
 
 
-def questions(settings: CollectSettings, tokenizer, style: ReasoningFormat) -> tuple[Rows, list[dict]]:
+def its_tokenizer(settings: CollectSettings, tokenizer, style: ReasoningFormat):
+    """What the student reads with; the teacher's tokenizer where it is the student."""
+    from rlt.models.paths import resolve_model_path
+    from rlt.prompts.tokenizers import load_student_tokenizer
+
+    assert settings.student_model is not None  # the plan refuses it
+    path = resolve_model_path(settings.student_model)
+    if path == resolve_model_path(settings.model_name_or_path):
+        return tokenizer
+    return load_student_tokenizer(path, tokenizer, style, settings.trust_remote_code)
+
+
+def questions(
+    settings: CollectSettings, tokenizer, style: ReasoningFormat, student_tokenizer=None
+) -> tuple[Rows, list[dict]]:
     """What the teacher is asked, with how many other rows were read, by why they are left out; and what is held out."""
     from rlt.prompts.rows import load_split_rows, teaching_rows
 
     usable, held_out, left_out = load_split_rows(settings, style)
-    asked = teaching_rows(usable, tokenizer, style, settings)
+    asked = teaching_rows(usable, tokenizer, style, settings, student_tokenizer)
     return Rows(asked.rows, {**left_out, **asked.dropped}), held_out
 
 
@@ -94,7 +109,7 @@ class Pace:
         return f"{self.tokens} tokens sampled at {rate:.0f} per second; scoring added {share:.0%}"
 
 
-def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat):
+def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, student_tokenizer):
     from rlt.models.loading import load_student
     from rlt.models.paths import resolve_model_path
     from rlt.survival.readings import lasting_log_probs
@@ -105,7 +120,7 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat):
     student = sampler.model
     if path != resolve_model_path(settings.model_name_or_path):
         options = {"dtype": sampler.dtype, "trust_remote_code": settings.trust_remote_code}
-        student = load_student(path, sampler.tokenizer, **options)
+        student = load_student(path, student_tokenizer, **options)
         student.to(sampler.accelerator.device)
     return TraceScorer(
         sampler.tokenizer,
@@ -116,6 +131,7 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat):
         sampler.next_token_log_probs,
         settings.temperature,
         lasting_log_probs(settings.logprob_token_budget),
+        student_tokenizer,
     )
 
 
@@ -140,7 +156,7 @@ def answer(
     pace.sampling_s += sampled_at - begun
     pace.scoring_s += time.monotonic() - sampled_at
     made = []
-    shown = token_columns(sampler.tokenizer, scorer.readings, scored)
+    shown = token_columns(scorer.reward.student_tokenizer, scorer.readings, scored)
     columns = zip(asked, texts, sampled, scored, scorer.readings, shown, strict=True)
     for number, text, ids, score, reading, tokens in columns:
         known = {key: value for key, value in rows[number].items() if key in KNOWN and key != "reasoning_trace"}

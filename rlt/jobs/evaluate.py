@@ -64,7 +64,7 @@ def run(plan: Plan, stop) -> None:
     check_common_question(settings.compare_with, rows)
     parts = Parts(folder, len(rows), settings.questions_at_once)
     parts.keep_to(sampler.accelerator, config, rows, style)
-    verifier = Verifier(settings.verifier, settings.verifier_limit_s)
+    verifier = Verifier(settings.verifier, settings.verifier_limit_s, settings.ddp_timeout)
     parts.work(sampler.accelerator, stop, lambda part: answer(settings, sampler, verifier, rows, part))
     if verifier.failures:
         logger.warning(
@@ -195,10 +195,10 @@ def answer(settings: EvaluateSettings, sampler, verifier, rows: list[dict], part
     kill_point("evaluating")
     sampled, _ = sampler(prompts, seeds)
     texts = sampler.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    answers = [final_answer(text, style) for text in texts]
+    scores = verifier.check_batch(answers, [rows[number] for number in asked])
     made = []
-    for number, text, ids in zip(asked, texts, sampled, strict=True):
-        given = final_answer(text, style)
-        right = verifier.check(given, rows[number])
+    for number, text, ids, given, right in zip(asked, texts, sampled, answers, scores, strict=True):
         known = {key: rows[number][key] for key in ("question", "solution")}
         made.append({**known, "text": text, "answer": given, "right": right, "tokens": len(ids)})
     return made

@@ -5,6 +5,7 @@ stands for the folder of an earlier stage. A finished stage is skipped, an inter
 of its own; the report of all of them comes last.
 """
 
+import json
 import logging
 import re
 import sys
@@ -18,10 +19,29 @@ from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.configuration import compose_config, quoted
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import REPORT, SECRET, is_complete, mark_complete
+from rlt.runs.durable import digest, read_json, write_whole
+from rlt.runs.folder import (
+    ALL_TRACES,
+    EVALUATION,
+    HELD_OUT,
+    REPORT,
+    STAGES_READ,
+    TRACES,
+    TRACES_AS_LINES,
+    is_complete,
+    is_secret,
+    mark_complete,
+    saved_configuration,
+)
 from rlt.runs.trackers import as_override
 from rlt.schema import profile_of
 from rlt.survival.stop_signals import StopOnSignal
+
+# Of a stage's folder, what another may read: weights and settings of a model, rows, and an evaluation.
+MADE = (
+    *("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json"),
+    *(HELD_OUT, TRACES, TRACES_AS_LINES, ALL_TRACES, EVALUATION),
+)
 
 logger = logging.getLogger("rlt")
 
@@ -61,15 +81,17 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     from rlt.reports.page import write_report
 
     settings, folder = plan.settings, Path(plan.settings.output_dir)
-    checked, made = check(plan), []
-    for stage, stage_config in checked:
+    checked = check(plan)
+    stages = [stage for stage, _ in checked]
+    note_what_is_there(folder, checked)
+    for number, (stage, stage_config) in enumerate(checked):
+        check_fresh(folder, stage, stages[:number])
         if is_complete(stage_config):
-            check_fresh(stage, made)
             logger.info("%s is complete", stage.name)
             continue
-        made.append(stage)
+        note_read(folder, stage, stages[:number])
         command = command_of(stage_config, plan)
-        shown = [argument for argument in stage.arguments if not argument.partition("=")[0].endswith(SECRET)]
+        shown = [argument for argument in stage.arguments if not is_secret(argument)]
         logger.info("%s: %s %s", stage.name, " ".join(command), " ".join(shown))
         run_child([*command, *stage.arguments])
         if stop.asked:
@@ -80,21 +102,48 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     sys.stdout.write(f"{settings.run_name}: {len(names)} stages, report in {folder / REPORT}\n")
 
 
-def check_fresh(stage: Stage, made: list[Stage]) -> None:
-    """That nothing that a finished stage read was made again since.
+def read_by(stage: Stage, earlier: list[Stage]) -> dict[str, dict[str, str]]:
+    """What the earlier stages that a stage names have made, by their names: files and their sums, as they are now."""
+    text = " ".join(stage.arguments)
+    named = [other for other in earlier if re.search(rf"{re.escape(other.folder)}(?=['/\s]|$)", text)]
+    return {other.name: _made_in(Path(other.folder)) for other in named}
 
-    Args:
-        made: stages that ran in this life.
+
+def _made_in(folder: Path) -> dict[str, str]:
+    found = sorted(path for pattern in MADE for path in folder.glob(pattern))
+    return {str(path.relative_to(folder)): digest(path) for path in found}
+
+
+def note_read(folder: Path, stage: Stage, earlier: list[Stage]) -> None:
+    """Before a stage begins, and on the disk: whatever ends the pipeline, its next life knows what the stage read."""
+    before = read_json(folder / STAGES_READ) or {}
+    write_whole(folder / STAGES_READ, json.dumps({**before, stage.name: read_by(stage, earlier)}, indent=1))
+
+
+def note_what_is_there(folder: Path, stages: list[tuple[Stage, dict[str, Any]]]) -> None:
+    """Of stages that are complete and left no note: what they would read now, before any is made again."""
+    noted, earlier = read_json(folder / STAGES_READ) or {}, []
+    for stage, config in stages:
+        if is_complete(config) and stage.name not in noted:
+            note_read(folder, stage, earlier)
+        earlier = [*earlier, stage]
+
+
+def check_fresh(folder: Path, stage: Stage, earlier: list[Stage]) -> None:
+    """That nothing that a stage has read was made again since the stage began, in this life of the pipeline or another.
 
     Raises:
-        Refused: one that it reads.
+        Refused: an earlier stage that it reads has made something else.
     """
-    text = " ".join(stage.arguments)
-    read = [other for other in made if re.search(rf"{re.escape(other.folder)}(?=['/\s]|$)", text)]
-    if read:
+    before = (read_json(folder / STAGES_READ) or {}).get(stage.name)
+    if before is None or saved_configuration(Path(stage.folder)) is None:  # it has yet to begin
+        return
+    now = read_by(stage, earlier)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
         raise Refused(
-            f"stage {stage.name} is complete, and {read[0].name}, which it reads, was made again: delete "
-            f"{stage.folder} and start the pipeline again"
+            f"stage {stage.name} has begun or is complete, and {changed[0]}, which it reads, was made again since: "
+            f"delete {stage.folder} and start the pipeline again"
         )
 
 

@@ -23,7 +23,7 @@ from rlt.survival.kill_points import kill_point
 from rlt.survival.stop_signals import StopOnSignal
 from trainers.build import build_trainer
 from trainers.checkpoints import newest
-from trainers.stopping import StopTogether
+from trainers.stopping import SaveByMinutes, StopTogether
 
 logger = logging.getLogger("rlt")
 
@@ -34,14 +34,17 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     quiet_libraries()
     trainer, evaluation = build_trainer(plan)
     repository = make_repository(plan.config) if trainer.is_world_process_zero() else None
-    together = StopTogether(stop)
-    for callback in (together, *([RollCall()] if is_one_of_several() else [])):
+    together = trainer.together = StopTogether(stop, settings.stop_grace_s)
+    by_minutes = [SaveByMinutes(settings.save_minutes)] if settings.save_minutes else []
+    for callback in (together, *by_minutes, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
     checkpoint = agreed(lambda: starting_point(settings), trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if together.stopped:
         if trainer.is_world_process_zero():
-            logger.warning("stopped after step %d and saved: the same command continues", trainer.state.global_step)
+            step = trainer.state.global_step
+            what = f"stopped after step {step} and saved" if step else "stopped before the first step's end"
+            logger.warning("%s: the same command continues", what)
         sys.exit(PREEMPTED)
     finish(trainer, plan, repository)
     if not trainer.is_world_process_zero():

@@ -22,7 +22,17 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from rlt.launching.lifetime import PREEMPTED, REFUSED, end_followers, end_group, end_of, has_ended, stop_signals
+from rlt.launching.lifetime import (
+    PREEMPTED,
+    REFUSED,
+    end_followers,
+    end_group,
+    end_of,
+    has_ended,
+    is_held,
+    last_words,
+    stop_signals,
+)
 from rlt.launching.meeting import SILENCE_S, Meeting, rendezvous
 from rlt.launching.servers import Servers
 from rlt.launching.watchdog import Watchdog
@@ -30,6 +40,7 @@ from rlt.launching.watchdog import Watchdog
 POLL_S = 0.2
 WAITING_S = 1.5  # the agent is told what the rendezvous saw up to a second ago
 EXIT_LIMIT_S = 600.0  # for the other machines, once the ranks of this one have come to their end
+HELD_S = 30.0  # a rank that is stopped for so long (SIGSTOP) counts as hung: the others wait for it
 COPY_LIMIT_S = 5.0  # for what a rank wrote last
 FAILED, MACHINE = "failed", "machine"  # of a round: why it ended, and which machines are in it
 GONE = f"was not heard of for {SILENCE_S} s, or ended without a word"
@@ -51,10 +62,11 @@ class RankLogs(LogsSpecs):
 
     Args:
         environment: what the ranks get beside their numbers.
+        words: a folder for what a rank says last.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self.environment = folder, environment
+    def __init__(self, folder: Path, environment: dict[str, str], words: Path):
+        self.folder, self.environment, self.words = folder, environment, words
 
     @property
     def root_log_dir(self) -> str:
@@ -68,6 +80,7 @@ class RankLogs(LogsSpecs):
         logs = {}
         for local, environment in envs.items():
             environment |= self.environment
+            last_words(self.words, environment["RANK"]).unlink(missing_ok=True)
             log = self.log(environment["RANK"])
             if log.is_file():  # why an earlier life of the rank ended
                 log.replace(log.with_suffix(".before.log"))
@@ -94,9 +107,10 @@ class Agent(LocalElasticAgent):
         self.logs, self.servers, self.meeting, self.watchdog = logs, servers, meeting, watchdog
         self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
-        self.stops = 0  # signals that asked for it
+        self.stops = self.interrupts = 0  # signals that asked for it, and Ctrl-C among them
         self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
         self.watched: list[int] = []  # groups that the watchdog was told of
+        self.ran: dict[int, float] = {}  # when a rank, by its process, was last seen not to be held
 
     @property
     def running(self) -> list:
@@ -104,11 +118,17 @@ class Agent(LocalElasticAgent):
         return [handler.proc for handler in handlers if handler.proc.returncode is None]
 
     def stop(self, number: int, frame) -> None:
-        """A signal: the ranks are asked to save and stop; the second time, they are ended."""
+        """A signal: the ranks are asked to save and stop; at a second Ctrl-C they are ended.
+
+        SIGTERM may come more than once: from a scheduler to all processes of a job, and from whoever passes it on.
+        """
         self.stops += 1
+        self.interrupts += number == signal.SIGINT
         self._remaining_restarts = 0
-        if self.stops > 1:
+        if self.interrupts > 1:
             self.end_all()
+        elif self.stops > 1:
+            return
         elif not self._ask_to_stop():
             raise SignalException("asked to stop while no rank ran", signal.Signals(number))
 
@@ -181,7 +201,7 @@ class Agent(LocalElasticAgent):
         """The first of this machine's ranks that has failed; whatever ended ranks had started is ended."""
         first = None
         for process in self.running:
-            if not has_ended(process.pid):
+            if not has_ended(process.pid) and not self._end_if_held(process):
                 continue
             end_followers(process)  # while its id is still its own
             code = process.wait()
@@ -191,13 +211,27 @@ class Agent(LocalElasticAgent):
         if first is None:
             return None
         self._shutdown()  # so that none of them writes behind the last words
-        title, failure = _failure_of(*first, self.logs.log(first[0]))
+        if self.stops and first[1] == -signal.SIGTERM:  # it did not listen yet: no step has begun
+            title, failure = f"rank {first[0]} was asked to stop at its start", Failure("", PREEMPTED, final=True)
+        else:
+            title, failure = _failure_of(*first, self.logs.log(first[0]), last_words(self.logs.words, first[0]))
         if self.meeting is None:
             return failure
         if (told := self._told()) is None:
-            self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{'final' if failure.final else ''}")
+            self.round.set(FAILED, f"machine {self.meeting.node}: {title}\n{failure.code if failure.final else ''}")
             return failure
         return replace(failure, words=failure.words + told.words, final=failure.final or told.final)
+
+    def _end_if_held(self, process: subprocess.Popen) -> bool:
+        """End a rank that was held too long; whether it was."""
+        now = time.monotonic()
+        if not is_held(process.pid):
+            self.ran[process.pid] = now
+        if now - self.ran.setdefault(process.pid, now) < HELD_S:
+            return False
+        logger.warning("process %d, a rank, was held (SIGSTOP) for %.0f s, and is ended", process.pid, HELD_S)
+        end_group(process)
+        return True
 
     def _failure_around(self, worker_group: Any) -> Failure | None:
         """Servers that cannot go on, and what other machines say or no longer say."""
@@ -208,8 +242,8 @@ class Agent(LocalElasticAgent):
     def _told(self) -> Failure | None:
         if not self.round.check([FAILED]):
             return None
-        title, _, final = self.round.get(FAILED).decode().partition("\n")
-        return Failure(f"\n{title}\n", final=bool(final))
+        title, _, code = self.round.get(FAILED).decode().partition("\n")
+        return Failure(f"\n{title}\n", PREEMPTED if self.stops and code == str(PREEMPTED) else 1, final=bool(code))
 
     def _silence(self, worker_group: Any) -> Failure | None:
         """Which machines of this round are gone; the agent's `num_nodes_waiting` has brought the rendezvous' state.
@@ -224,15 +258,19 @@ class Agent(LocalElasticAgent):
         return Failure(f"\n{names} {GONE}\n")
 
 
-def _failure_of(rank: int, code: int, log: Path) -> tuple[str, Failure]:
-    """In a few words for the other machines, and in full."""
+def _failure_of(rank: int, code: int, log: Path, words: Path) -> tuple[str, Failure]:
+    """In a few words for the other machines, and in full.
+
+    Args:
+        words: a file with what the rank said last, if it could: its log's disk may be full.
+    """
     refused = code == REFUSED
     code = 1 if refused else code
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     title = f"rank {rank} ended first, with {how}"
-    return title, Failure(
-        f"\n{title} (all of it in {log}):\n{end_of(log)}\n", code if code > 0 else 128 - code, refused
-    )
+    said = end_of(words)
+    end = said if said and said.splitlines()[-1] not in end_of(log) else end_of(log)
+    return title, Failure(f"\n{title} (all of it in {log}):\n{end}\n", code if code > 0 else 128 - code, refused)
 
 
 def run_ranks(
@@ -240,6 +278,7 @@ def run_ranks(
     devices: int,
     logs: Path,
     environment: dict[str, str],
+    words: Path,
     restarts: int = 0,
     servers: Servers | None = None,
     meeting: Meeting | None = None,
@@ -253,6 +292,7 @@ def run_ranks(
     Args:
         devices: ranks of this machine.
         environment: of the ranks, beside what the agent gives them.
+        words: a folder for what a rank says last; its log's disk may be full.
         servers: started before the ranks, and ended after them.
         meeting: with the other machines, each of which may be lost once more than `restarts` says.
         watchdog: ends what ranks have started where this process is killed.
@@ -275,7 +315,7 @@ def run_ranks(
         max_restarts=restarts + may_be_lost,
         monitor_interval=POLL_S,
     )
-    agent = Agent(spec, RankLogs(logs, environment), servers, meeting, watchdog)
+    agent = Agent(spec, RankLogs(logs, environment, words), servers, meeting, watchdog)
     before = {number: signal.signal(number, agent.stop) for number in stop_signals()}
     try:
         return _outcome(agent)

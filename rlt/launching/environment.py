@@ -18,8 +18,8 @@ SHARDINGS = {
     "fsdp": "fsdp2",
 }
 
-
 DEFAULT_PORT = 29500
+LOOPBACK_INTERFACE = "lo"  # linux' name for it
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ def rank_environment(sharding: str, devices: int, on_cpu: bool, machines: Machin
 
     Args:
         devices: ranks of this machine.
+        machines: of the run; None: unknown, as something else has started the ranks.
     """
     variables = {
         "RLT_SHARDING": sharding,
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // devices)),
     }
-    if machines is not None and machines.most > 1 and (name := route_to(machines.master_addr)[1]):
+    if machines is not None and machines.most == 1:
+        variables |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
+    elif machines is not None and (name := route_to(machines.master_addr)[1]):
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", name)
     if on_cpu:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -32,6 +32,11 @@ def end_of(log: Path) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][-LAST_LINES:])
 
 
+def last_words(folder: Path, rank: int | str) -> Path:
+    """Where a rank says why it ends, beside its log: in its launcher's own folder."""
+    return folder / f"rank-{rank}.txt"
+
+
 def end_with(launcher: int) -> None:
     """However the launcher ends, this process does not stay behind; it holds for what the process becomes, too."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -95,6 +100,13 @@ def is_stopped(leader: int) -> bool:
     held = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     with contextlib.suppress(psutil.Error):  # it has just ended
         return any(process.status() in held for process in _members(leader))
+    return False
+
+
+def is_held(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP; one under a debugger is not."""
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False
 
 

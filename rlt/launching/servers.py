@@ -9,12 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import deque
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 
+from rlt.launching.connection import LONGEST_SOCKET, UNIX, open_client
 from rlt.launching.environment import free_port
 from rlt.launching.lifetime import end_followers, end_group, end_of, has_ended, is_stopped
 from rlt.launching.watchdog import Watchdog
@@ -38,6 +37,7 @@ class Servers:
         plan_file: what `rlt.generation.served.vllm_server` reads.
         host: the address at which they listen.
         first_port: of the first, the others' follow; 0: any that is free.
+        sockets: a folder of this user's alone, where they listen instead at socket files.
         key: what they ask for.
         watchdog: ends them where this process is killed.
     """
@@ -48,20 +48,24 @@ class Servers:
     plan_file: Path
     host: str = LOOPBACK
     first_port: int = 0
+    sockets: Path | None = None
     key: str = field(default_factory=lambda: os.environ.get(KEY_VARIABLE) or secrets.token_hex(16))
     watchdog: Watchdog | None = None
 
     def __post_init__(self):
-        self.ports = [free_port(self.first_port and self.first_port + i, self.host) for i in range(len(self.devices))]
+        self.urls = [self._url(number) for number in range(len(self.devices))]
         self.closing, self.given_up = threading.Event(), threading.Event()
         self.processes: dict[int, subprocess.Popen] = {}
         self.watching: list[threading.Thread] = []
         self.lock = threading.Lock()  # no server starts once they are being closed
         self.failed: int | None = None
 
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://{self.host}:{port}" for port in self.ports]
+    def _url(self, number: int) -> str:
+        """A port is free until somebody takes it; a socket file in a folder of one's own is not for others to take."""
+        file = self.sockets and self.sockets / f"server-{number}.sock"
+        if file and len(os.fsencode(file)) <= LONGEST_SOCKET:  # a scheduler's TMPDIR may be longer
+            return f"{UNIX}{file}"
+        return f"http://{self.host}:{free_port(self.first_port and self.first_port + number, self.host)}"
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ class Servers:
         return self.logs / f"server-{number}.log"
 
     def _start_one(self, number: int) -> None:
-        place = [str(self.ports[number]), self.host, str(os.getpid())]
+        place = [self.urls[number], str(os.getpid())]
         with self.lock, self._log(number).open("ab") as log:
             if self.closing.is_set():
                 return
@@ -84,6 +88,7 @@ class Servers:
                 env={
                     **os.environ,
                     KEY_VARIABLE: self.key,
+                    "TMPDIR": str(self.plan_file.parent),  # vLLM leaves files there when it is killed
                     "CUDA_VISIBLE_DEVICES": self.devices[number],
                     "OMP_NUM_THREADS": str(self.threads),
                 },
@@ -151,13 +156,15 @@ class Servers:
             thread.join(max(0.0, give_up - time.monotonic()))
         for process in self.processes.values():
             end_group(process)
+            process.wait(END_LIMIT_S)
 
 
 def answers(url: str) -> bool:
     """Whether a server says that it is well, in time."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    from httpx import HTTPError
+
     try:
-        with direct.open(f"{url}/health", timeout=PROBE_LIMIT_S):
-            return True
-    except (OSError, HTTPException):  # URLError and timeouts are OSErrors
+        with open_client(url, PROBE_LIMIT_S) as client:
+            return client.get("/health").is_success
+    except HTTPError:
         return False

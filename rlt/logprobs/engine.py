@@ -18,7 +18,8 @@ from trl.models.utils import _ForwardRedirection
 
 from rlt.logprobs.head import head_log_probs
 from rlt.logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
-from rlt.models.attention import takes_layout
+from rlt.models.recurrent import let_recurrent_layers_read_rows
+from rlt.models.sharing import Reading, way_of_reading
 
 Value = TypeVar("Value")
 
@@ -41,12 +42,15 @@ def _causal_model(model) -> PreTrainedModel:
 
 
 @cache
-def _say_that_nothing_is_shared(name: str, attention: str) -> None:
-    logger.warning(
-        "%s with %s attention cannot share the prompt of completions: each is read with a prompt of its own",
-        name,
-        attention,
-    )
+def _say_how_it_reads(name: str, reading: Reading) -> None:
+    if reading.way == "rows":
+        logger.warning(
+            "%s (%s) cannot share the prompt of completions: each is read with a prompt of its own",
+            name,
+            reading.reason,
+        )
+    elif reading.reason:
+        logger.info("%s shares the prompt of completions in part: %s", name, reading.reason)
 
 
 def _forwards(causal, sequences, counted, token_budget: int, device) -> Iterator[tuple[dict, list, list]]:
@@ -56,13 +60,16 @@ def _forwards(causal, sequences, counted, token_budget: int, device) -> Iterator
     """
     read = [ids[: max(where, default=0)] for ids, where in zip(sequences, counted, strict=True)]
     asked = [member for member, where in enumerate(counted) if where]
-    if takes_layout(causal):
-        for row in fill_rows(read, asked, token_budget):
+    reading = way_of_reading(causal)
+    _say_how_it_reads(type(causal).__name__, reading)
+    if reading.way == "tree and rows":
+        let_recurrent_layers_read_rows(causal)
+    if reading.way != "rows":
+        for row in fill_rows(read, asked, token_budget, whole=reading.way == "tree and rows"):
             inputs, places = lay_out(row, read, counted, device)
             named = [(member, i) for member in row.members for i in counted[member]]
             yield inputs, row.members, [(0, place, *name) for place, name in zip(places, named, strict=True)]
         return
-    _say_that_nothing_is_shared(type(causal).__name__, causal.config._attn_implementation)
     for batch in batch_sequences(read, asked, token_budget):
         wanted = [(row, i - 1, member, i) for row, member in enumerate(batch) for i in counted[member]]
         yield pad_batch(batch, read, device), batch, wanted
@@ -84,7 +91,7 @@ def token_log_probs(
 
     Args:
         model: a Hugging Face causal model, or a PEFT model around one; unwrapped. Prefixes are shared when it was
-            loaded with `shared_prefix` attention and every layer looks at all tokens before; else rows are padded.
+            loaded with `shared_prefix` attention and its layers can read so (models/sharing.py); else rows are padded.
         sequences: token ids, one list per sequence.
         counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
         temperature: the logits are divided by it; one for all, or one per sequence.

@@ -26,18 +26,27 @@ class Row:
         members: indices into the caller's sequences, which are in lexicographic order.
         shared: for each member, how many leading tokens it has in common with the member before.
         length: tokens of the row.
+        longest: tokens of the longest member, shared ones included.
         reach: how many leading tokens of the sequence at hand the row has already.
     """
 
     members: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
     length: int = 0
+    longest: int = 0
     reach: int = 0
+
+    def length_with(self, tokens: int, whole: bool) -> int:
+        """Tokens of the row with one more member; `whole`: if each member had a padded row of its own."""
+        if whole:
+            return (len(self.members) + 1) * max(self.longest, tokens)
+        return self.length + tokens - self.reach
 
     def add(self, member: int, tokens: int) -> None:
         self.members.append(member)
         self.shared.append(self.reach)
         self.length += tokens - self.reach
+        self.longest = max(self.longest, tokens)
         self.reach = tokens
 
 
@@ -49,10 +58,11 @@ def common_prefix(first: list[int], second: list[int]) -> int:
     return min(len(first), len(second))
 
 
-def fill_rows(sequences: list[list[int]], members: list[int], token_budget: int) -> list[Row]:
+def fill_rows(sequences: list[list[int]], members: list[int], token_budget: int, whole: bool = False) -> list[Row]:
     """Rows of at most `token_budget` tokens; a longer single sequence is a row of its own.
 
     Each sequence goes to the row that has most of its beginning among those with room, else to the first with room.
+    `whole`: the budget holds for padded rows of whole sequences, as recurrent layers read them (models/recurrent.py).
     """
     rows: list[Row] = []
     before: list[int] = []
@@ -61,7 +71,7 @@ def fill_rows(sequences: list[list[int]], members: list[int], token_budget: int)
         common = common_prefix(before, ids)
         for row in rows:
             row.reach = min(row.reach, common)
-        with_room = [row for row in rows if row.length + len(ids) - row.reach <= token_budget]
+        with_room = [row for row in rows if row.length_with(len(ids), whole) <= token_budget]
         if with_room:
             row = max(with_room, key=lambda row: row.reach)
         else:

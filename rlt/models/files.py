@@ -21,7 +21,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")  # of the tensors
         if begin <= size:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 entries = json.loads(file.read(begin - 8))
     if not isinstance(entries, dict):
         raise Refused(f"{path} is cut short, or is no safetensors file: copy or download it again")
@@ -30,6 +30,21 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     if size < whole:
         raise Refused(f"{path} is cut short ({size} of {whole} bytes): copy or download it again")
     return {name: entry["shape"] for name, entry in entries.items()}
+
+
+def model_settings(folder: Path) -> dict:
+    """A model's config.json.
+
+    Raises:
+        Refused: it is no JSON object.
+    """
+    path = folder / "config.json"
+    found = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise Refused(f"{path} is no JSON object: copy or download it again")
+    return found
 
 
 def check_fetched(path: Path) -> None:

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from rlt.errors import Refused
-from rlt.models.attention import NAME, can_share_prefixes
+from rlt.models.attention import NAME
 from rlt.models.devices import supports_bfloat16
 from rlt.models.files import check_files
+from rlt.models.sharing import way_of_layers
 
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
 PAD_CANDIDATES = (
@@ -78,8 +79,8 @@ def load_policy(
     Args:
         name_or_path: a folder or a hub name, as `resolve_model_path` gives it.
         dtype: of the weights; float32 for full fine-tuning (bfloat16 does not move at small learning rates).
-        attn_implementation: `shared_prefix` (sdpa where a model cannot), or one of transformers' own, with which no
-            prompt is shared.
+        attn_implementation: `shared_prefix` (where a model cannot, transformers' default), or one of transformers' own,
+            with which no prompt is shared.
         load_in_4bit: nf4, computing in bfloat16 where the device does; needs an adapter to be trained.
         load_in_8bit: LLM.int8() (arXiv 2208.07339); likewise.
         trust_remote_code: runs the repository's own Python.
@@ -99,15 +100,15 @@ def load_policy(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
         dtype=dtype,
-        # Our attention is made of SDPA, and transformers checks whether a model can do SDPA by that name only.
-        attn_implementation="sdpa" if attn_implementation == NAME else attn_implementation,
+        # None: SDPA, or the plain form for a model that SDPA would read wrongly.
+        attn_implementation=None if attn_implementation == NAME else attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # nothing is unpickled
         **options,
     )
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers would train on with the adapter inside
         raise Refused(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
-    if attn_implementation == NAME and can_share_prefixes(model):
+    if attn_implementation == NAME and way_of_layers(model).way != "rows":
         model.set_attn_implementation(NAME)
     return model
 
@@ -138,19 +139,11 @@ def load_frozen(
 
 
 def load_student(name_or_path: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PreTrainedModel:
-    """A frozen model that reads the ids of a teacher's tokenizer. Options as of `load_frozen`.
+    """A frozen model that reads the ids of a tokenizer. Options as of `load_frozen`.
 
     Raises:
-        Refused: its own tokenizer has other tokens under these ids.
+        Refused: it cannot be loaded, or as in `check_vocabulary`.
     """
-    own = load_tokenizer(name_or_path, options.get("trust_remote_code", False)).get_vocab()
-    tokens = {number: token for token, number in own.items()}
-    for token, number in tokenizer.get_vocab().items():
-        if tokens.get(number, token) != token:
-            raise Refused(
-                f"student {name_or_path} has another tokenizer than the teacher (id {number} is {tokens[number]!r} to "
-                f"it and {token!r} to the teacher): one has to serve both"
-            )
     model = load_frozen(name_or_path, **options)
     check_vocabulary(model, tokenizer, name_or_path)
     return model
@@ -184,6 +177,11 @@ def told(load: Callable, name_or_path: str, **options: Any):
             f"{name_or_path} could not be loaded ({reason}): name a folder with safetensors weights and a tokenizer, "
             "or a hub model that is in the local cache or can be downloaded"
         ) from error
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        asked = options["attn_implementation"]
+        raise Refused(f"{name_or_path} has no attn_implementation={asked}: shared_prefix or eager would do") from error
     except ImportError as error:  # bitsandbytes or flash attention
         raise Refused(f"{name_or_path} needs a package that is missing: {str(error).strip()}") from error
 

@@ -1,31 +1,37 @@
 """Where a model is loaded from: an embedded model from the cache, a folder or a hub name as it is, an adapter's folder
-from the model that adapter and base make together. Nothing heavy is imported before an adapter is merged."""
+from the model that adapter and base make together. The weights in a folder decide which it is, not the settings beside
+them. Nothing heavy is imported before an adapter is merged."""
 
 import json
+import logging
 import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
 
 from rlt.errors import Refused
-from rlt.models.embedded import embedded_model_path, is_embedded, locked
+from rlt.models.embedded import CACHE_REMEDY, cache_folder, embedded_model_path, is_embedded, locked
 from rlt.places import LOCAL_STARTS
 
 MERGED = "merged"
+WHOLE = "whole"  # in the cache: folders of links
 MADE_FROM = "made_from.json"  # in it: the adapter's files and their sums
+
+logger = logging.getLogger("rlt")
 
 
 def resolve_model_path(name: str) -> str:
     """Where to load a model from; for an adapter's folder, `merged_model_path`.
 
     Raises:
-        Refused: a path that does not exist, an unknown embedded model, or for the reasons of `merged_model_path`.
+        Refused: a path that does not exist, an unknown embedded model, or for the reasons of `merged_model_path` and
+            `whole_model_path`.
     """
     if is_embedded(name):
         return str(embedded_model_path(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(merged_model_path(path) if is_adapter(path) else path)
+        return str(merged_model_path(path) if is_adapter(path) else whole_model_path(path))
     if name.startswith(LOCAL_STARTS):
         raise Refused(f"model path {name} does not exist")
     return name
@@ -39,6 +45,34 @@ def is_adapter(folder: Path) -> bool:
     return not whole and not (folder / "pytorch_model.bin").is_file()
 
 
+def whole_model_path(folder: Path) -> Path:
+    """A whole model's folder as it is; where an adapter's files are left in it, links to the others, in the cache:
+    transformers would put that adapter on weights which have it already, or look for one that is gone.
+
+    Raises:
+        Refused: the cache cannot be written to.
+        TimeoutError: another process has held the lock for 10 minutes.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return folder
+    if any(folder.glob("adapter_model.*")):
+        logger.warning("%s has the weights of a whole model and of an adapter: the adapter is left out", folder)
+    own = {path.name: path.absolute() for path in folder.iterdir() if not path.name.startswith("adapter_")}
+    linked = cache_folder() / WHOLE / sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    try:
+        linked.mkdir(parents=True, exist_ok=True)
+        with locked(linked.with_suffix(".lock")):
+            for path in linked.iterdir():
+                if path.name not in own:
+                    path.unlink()
+            for name, path in own.items():
+                if not (linked / name).is_symlink():
+                    (linked / name).symlink_to(path)
+    except OSError as error:
+        raise Refused(f"{linked} cannot be made, for {folder} without its adapter ({error}): {CACHE_REMEDY}") from error
+    return linked
+
+
 def adapter_base(folder: Path) -> str:
     """The name of the model that a folder's adapter belongs to.
 
@@ -47,7 +81,7 @@ def adapter_base(folder: Path) -> str:
     """
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         base = None
     if not base or not isinstance(base, str):
         raise Refused(f"{folder}/adapter_config.json names no base model (base_model_name_or_path)")

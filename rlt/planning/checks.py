@@ -5,11 +5,11 @@ plan.py calls these before it looks at the machine. Each raises a `ValueError` o
 
 import difflib
 import importlib.util
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rlt.errors import Refused
+from rlt.models.files import model_settings
 from rlt.planning.engine_checks import check_engine
 from rlt.planning.memory import model_folder
 from rlt.planning.ranges import check_ranges
@@ -165,6 +165,10 @@ def check_common(settings: Training) -> None:
         raise Refused(f"eval_steps={settings.eval_steps} must be a whole number of steps, or null")
     if settings.save_steps <= 0:
         raise Refused(f"save_steps={settings.save_steps} must be positive")
+    if settings.save_minutes is not None and settings.save_minutes <= 0:
+        raise Refused(f"save_minutes={settings.save_minutes} must be positive, or null to save by steps alone")
+    if settings.stop_grace_s <= 0:
+        raise Refused(f"stop_grace_s={settings.stop_grace_s} must be positive")
 
 
 def check_best(settings: Training) -> None:
@@ -217,7 +221,7 @@ def check_groups(settings: GRPOSettings, devices: int, generation_steps: int) ->
 
 def _context_of(name: str | None) -> int | None:
     folder = model_folder({"model_name_or_path": name}) if name else None
-    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    found = model_settings(folder) if folder else {}
     return found.get("text_config", found).get("max_position_embeddings")
 
 

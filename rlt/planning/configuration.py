@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
+from rlt.runs.folder import is_secret
 
 # Keys whose values may be paths.
 PATHS = frozenset(
@@ -49,6 +50,8 @@ def read_overrides(arguments: list[str], known: set[str]) -> list[tuple[str, str
             OverridesParser.create().parse_override(argument)
         except HydraException:
             key, _, value = argument.partition("=")
+            if value and is_secret(argument):
+                argument, value = f"{key}=<hidden>", "<hidden>"
             remedy = f"\"{key}='{value}'\" (the shell takes the outer quotes)" if value else "key=value"
             raise Refused(f"{argument!r} cannot be read: write {remedy}") from None
         key, _, value = argument.partition("=")
@@ -103,6 +106,7 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
     overrides = rewrite_arguments(arguments)
     for several in filter(sweeps, overrides):
         key, _, value = several.lstrip("+").partition("=")
+        value = "<hidden>" if is_secret(several) else value
         raise Refused(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
     GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
     with initialize_config_dir(str(CFGS), version_base="1.3"):

@@ -4,14 +4,13 @@ All of it is estimated before anything is loaded. `benchmarks/memory.py` compare
 """
 
 import contextlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlt.models.embedded import cache_folder, is_embedded
-from rlt.models.files import tensor_shapes
+from rlt.models.files import model_settings, tensor_shapes
 from rlt.models.paths import MERGED, adapter_base, is_adapter
 from rlt.schema import profile_of
 
@@ -25,6 +24,8 @@ READING_BYTES = 40  # per hidden unit and token of a packed pass without gradien
 ACTIVATION_BYTES = 50  # per hidden unit, layer and token of a step, kept for the way back under autocast
 CHECKPOINT_BYTES = 4  # the same with gradient checkpointing: a layer's input
 HEAD_BYTES = 2**26 * 6  # logits held at once (logprobs/head.py), in bfloat16 and float32
+# Of a config.json with layers that read each prompt once per completion: state space, delta rule.
+RECURRENT_KEYS = ("mamba_", "ssm_", "linear_num_")
 ADAPTER_SHARE = 0.02  # of the policy's parameters, for rank 16 on all linear layers
 WEIGHTS_SHARDED = ("zero3", "offload", "fsdp")
 GRADIENTS_SHARDED = ("zero2", *WEIGHTS_SHARDED)
@@ -35,11 +36,12 @@ logger = logging.getLogger("rlt")
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimate asks of a model: parameters, hidden size, layers."""
+    """What the estimate asks of a model: parameters, hidden size, layers, and whether some of these are recurrent."""
 
     parameters: float
     hidden: float
     layers: float
+    recurrent: bool = False
 
 
 def model_folder(config: dict[str, Any]) -> Path | None:
@@ -86,12 +88,13 @@ def _product(shape: list[int]) -> int:
 def shape_of(config: dict[str, Any]) -> Shape:
     """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
     size, folder = parameters(config), model_folder(config)
-    found = json.loads((folder / "config.json").read_text()) if folder else {}
+    found = model_settings(folder) if folder else {}
     found = found.get("text_config", found)
     if not {"hidden_size", "num_hidden_layers"} <= found.keys():  # not here, or named otherwise
         layers = (size / 12 / 100**2) ** (1 / 3)
         return Shape(size, 100 * layers, layers)
-    return Shape(size, found["hidden_size"], found["num_hidden_layers"])
+    recurrent = any(key.startswith(RECURRENT_KEYS) for key in found)
+    return Shape(size, found["hidden_size"], found["num_hidden_layers"], recurrent)
 
 
 def estimate_memory(
@@ -205,13 +208,13 @@ def _held_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: st
 
 
 def _activation_bytes(config: dict[str, Any], shape: Shape) -> float:
-    """Activations of one micro-batch, whose prompts are read once per group."""
+    """Activations of one micro-batch, whose prompts are read once per group, by recurrent layers once per row."""
     rows = config["per_device_train_batch_size"]
     profile = profile_of(config)
     if not profile.generates:
         tokens = rows * config["max_length"] * (2 if profile.learns_from == "pairs" else 1)
     else:
-        prompts = -(-rows // max(config["num_generations"], 1))
+        prompts = rows if shape.recurrent else -(-rows // max(config["num_generations"], 1))
         tokens = prompts * config["max_prompt_length"] + rows * config["max_completion_length"]
     per_layer = CHECKPOINT_BYTES if config["gradient_checkpointing"] else ACTIVATION_BYTES
     one_layer_again = ACTIVATION_BYTES if config["gradient_checkpointing"] else 0

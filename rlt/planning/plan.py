@@ -21,6 +21,7 @@ from rlt.planning.checks import (
     check_reward,
     check_sharding,
 )
+from rlt.planning.grace import warn_of_short_grace
 from rlt.planning.job_checks import check_job
 from rlt.planning.machine import (
     check_data,
@@ -153,6 +154,7 @@ def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding:
             "is hardly seen; adapters take 1e-5 and more",
             settings.learning_rate,
         )
+    warn_of_short_grace(settings, accumulation)
     memory = estimate_memory(config, gpu_memory_gib(), devices, kind)
     return Plan(config, devices, gpus, accumulation, generation, memory)
 

@@ -1,13 +1,12 @@
 """The exact texts that a teacher and a student read, and where the scored parts of them stand.
 
-One tokenizer serves both models. Positions are character offsets into the rendered text, so that a span is found
-without searching for it (`rlt/prompts/spans.py` turns offsets into tokens).
+Each model is shown the text of its own chat template. Positions are character offsets into the rendered text, so that a
+span is found without searching for it (`rlt/prompts/spans.py` turns offsets into tokens).
 """
 
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
-
+from rlt.prompts.chat import render_chat, render_with_system, without_begun_thought
 from rlt.prompts.styles import ReasoningFormat
 
 PROBE = "A"  # a word that could follow a prompt
@@ -23,21 +22,6 @@ class Rendered:
     spans: dict[str, tuple[int, int]]
 
 
-def _chat(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """Render a conversation; a template without a system role gets that text in front of the question."""
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError:
-        text = ""
-    system = messages[0]["content"]
-    if system.strip() not in text:  # some templates trim
-        merged = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
-        text = tokenizer.apply_chat_template(
-            [merged, *messages[2:]], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    return text
-
-
 def render_teacher_prompt(
     tokenizer, style: ReasoningFormat, question: str, solution: str, system_prompt: str | None = None
 ) -> str:
@@ -48,7 +32,7 @@ def render_teacher_prompt(
     ]
     start, end = style.solution_tags
     begun = f"{start}{solution}{end}{style.delimiter}{style.explanation_tags[0]}\n\n"
-    return _chat(tokenizer, messages, add_generation_prompt=True) + begun
+    return without_begun_thought(render_with_system(tokenizer, messages, add_generation_prompt=True)) + begun
 
 
 def prompt_token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
@@ -109,9 +93,9 @@ def render_student_reading(
     ]
     # What a student is asked and learns to answer. Some templates begin a turn that is written otherwise, with an empty
     # thought for one.
-    head = _chat(tokenizer, asked, add_generation_prompt=True)
+    head = without_begun_thought(render_with_system(tokenizer, asked, add_generation_prompt=True))
     # Rendered around a mark: a template that strips or edits its content must not touch the scored text.
-    _, _, tail = _chat(tokenizer, [*asked, {"role": "assistant", "content": MARK}]).rpartition(MARK)
+    _, _, tail = render_with_system(tokenizer, [*asked, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     thought_at = len(head) + len(before)
     solution_at = thought_at + len(explanation) + len(between)
     text = head + before + explanation + between + solution + after + tail
@@ -126,8 +110,9 @@ def render_conversation(tokenizer, question: str, system_prompt: str | None) -> 
     """A question, behind a system prompt if there is one; the answer's turn comes next."""
     asked = {"role": "user", "content": question}
     if not system_prompt:
-        return tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
-    return _chat(tokenizer, [{"role": "system", "content": system_prompt}, asked], add_generation_prompt=True)
+        return render_chat(tokenizer, [asked], add_generation_prompt=True)
+    messages = [{"role": "system", "content": system_prompt}, asked]
+    return render_with_system(tokenizer, messages, add_generation_prompt=True)
 
 
 def render_question(
@@ -138,8 +123,9 @@ def render_question(
     Args:
         answer_line: ask for a last line `Answer: …` instead of the format's sections.
     """
-    asked = question + ANSWER_LINE if answer_line else question
-    return render_conversation(tokenizer, asked, system_prompt or (None if answer_line else style.student_system))
+    if answer_line:
+        return render_conversation(tokenizer, question + ANSWER_LINE, system_prompt)
+    return without_begun_thought(render_conversation(tokenizer, question, system_prompt or style.student_system))
 
 
 def student_answer(style: ReasoningFormat, trace: str, solution: str) -> str:

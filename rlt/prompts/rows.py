@@ -59,8 +59,15 @@ def load_split_rows(
     return rows, held_out, dict(left_out)
 
 
-def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig) -> Rows:
-    """Rows with the teacher's `prompt`; those with a too long prompt or an unscorable solution are left out."""
+def teaching_rows(
+    rows: list[dict], tokenizer, style: ReasoningFormat, data: DataConfig, student_tokenizer=None
+) -> Rows:
+    """Rows with the teacher's `prompt`; those with a too long prompt or an unscorable solution are left out.
+
+    Args:
+        student_tokenizer: of a student that has one of its own.
+    """
+    own = student_tokenizer or tokenizer
     kept, dropped = [], Counter()
     for row in rows:
         row = dict(row)
@@ -72,9 +79,14 @@ def teaching_rows(rows: list[dict], tokenizer, style: ReasoningFormat, data: Dat
         if len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) > data.max_prompt_length:
             dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
             continue
-        reading = render_student_reading(tokenizer, style, row["question"], row["solution"], "\n\n")
-        if not tokenize_with_spans(tokenizer, [reading])[0].spans["solution"]:
+        reading = render_student_reading(own, style, row["question"], row["solution"], "\n\n")
+        (read,) = tokenize_with_spans(own, [reading])
+        solution = read.spans["solution"]
+        if not solution:
             dropped["solution without a token that lies wholly inside its tags"] += 1
+            continue
+        if own.unk_token_id in [read.ids[index] for index in solution] and own.unk_token not in row["solution"]:
+            dropped["solution that the student's tokenizer has no tokens for"] += 1
             continue
         kept.append(row)
     say_dropped(dropped, data.dataset_id_or_path)

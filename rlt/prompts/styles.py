@@ -1,7 +1,7 @@
 """The tags and system prompts of one reasoning style: what a teacher and a student are shown.
 
 `stratos` are the tags of Bespoke-Stratos-17k, `r1` those of DeepSeek-R1; a user's own style is a YAML file with
-the fields of `ReasoningFormat`. Rendering is in `prompts.py`.
+the fields of `ReasoningFormat`. Rendering is in `rendering.py`.
 """
 
 from dataclasses import dataclass, fields

@@ -8,6 +8,14 @@ The reward of Reinforcement-Learned Teachers (arXiv 2506.08388, eq. 2 to 5):
 
 `match` is 0, or the penalty when the explanation's end tag is missing or nothing stands before it.
 
+Each model reads its own template's text in its own tokens. r_SS needs no more: it is reduced over the student's tokens
+of the solution. r_KL compares the two over t, the shortest pieces of the explanation that both tokenizers cut out
+(`align_spans`): of one tokenizer each token, of two as many tokens on either side as it takes until both have a
+boundary at the same character. The log-probs of a piece are added up on each side, so that log p(t) is what the model
+gives to these characters, in its own tokens, behind what comes before; other ways to cut the same characters are not
+added. The reductions run over pieces: a mean is divided by their number, not by that of either side's tokens, and
+clips, normalisers and Schulman's estimator see a piece as they see a token.
+
 Three steps that can be read alone: text to spans (`rlt/prompts/spans.py`), spans to log-probs (`rlt/logprobs/`),
 log-probs to reward (`reductions.py`). This module does not know which models are asked: they come in as functions.
 """
@@ -24,7 +32,7 @@ from rlt.prompts.rendering import (
     render_teacher_reading,
     split_completion,
 )
-from rlt.prompts.spans import TokenizedText, align_spans, tokenize_with_spans
+from rlt.prompts.spans import Aligned, TokenizedText, align_spans, tokenize_with_spans
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.reductions import NORMALIZERS, kl_estimate, weighted_reductions
 from rlt.schema import TeacherRewardConfig
@@ -38,7 +46,7 @@ class Scored:
     """A reward and its parts.
 
     `parts` holds the reductions by name. `log_probs` holds the log-probs that they were made of: the student's of the
-    explanation and the solution, and the teacher's of the explanation.
+    explanation's pieces and the solution's tokens, and the teacher's of the explanation's pieces.
     """
 
     reward: float
@@ -56,22 +64,22 @@ class Scored:
 
 @dataclass(frozen=True)
 class Reading:
-    """Both texts of one completion, and the explanation's tokens as (teacher index, student index)."""
+    """Both texts of one completion, and the pieces of the explanation that they share, the teacher's on the left."""
 
     teacher: TokenizedText
     student: TokenizedText
-    pairs: list[tuple[int, int]]
+    explanation: Aligned
     matched: bool
 
     @property
     def teacher_counted(self) -> list[int]:
         """Indices of the teacher's tokens whose log-probs the reward asks for."""
-        return [teacher for teacher, _ in self.pairs]
+        return self.explanation.left
 
     @property
     def student_counted(self) -> list[int]:
         """Indices of the student's tokens whose log-probs the reward asks for: the explanation, then the solution."""
-        return [student for _, student in self.pairs] + self.student.spans["solution"]
+        return self.explanation.right + self.student.spans["solution"]
 
     def places_among(self, sampled: list[int], counted: list[int]) -> list[int] | None:
         """Places of the teacher's log-probs among the log-probs of the sampled tokens that count.
@@ -97,9 +105,10 @@ def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple
 
 
 def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[float, dict[str, float]]:
-    """Minus the weighted sum of the reductions of the explanation tokens' penalties (T,), and the reductions by name.
+    """Minus the weighted sum of the reductions of the penalties of an explanation's pieces (T,), and the reductions by
+    name.
 
-    Zeros without tokens.
+    Zeros without a piece.
     """
     names = config.reduction_kl_fn
     if not values_T.numel():
@@ -114,7 +123,7 @@ def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[fl
 def kl_part(
     teacher_T: torch.Tensor, student_T: torch.Tensor, config: TeacherRewardConfig
 ) -> tuple[float, float, dict[str, float]]:
-    """The part of the reward that an explanation's tokens (T,) give, and the KL that is reported of them.
+    """The part of the reward that an explanation's pieces (T,) give by their log-probs, and the KL that is reported.
 
     Returns:
         the term of the reward; -r_KL; the reductions of the KL by name. The first two differ only with
@@ -126,8 +135,20 @@ def kl_part(
     return term, kl, {f"reasoning_kl_{name}": value for name, value in parts.items()}
 
 
+def piece_log_probs(values_N: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """(T,) of pieces, from those of their tokens (N,): the sum of each piece."""
+    if len(sizes) == len(values_N):
+        return values_N
+    return torch.segment_reduce(values_N, "sum", lengths=torch.tensor(sizes, device=values_N.device))
+
+
 class TeacherReward:
-    """Scores completions of a teacher; holds no model."""
+    """Scores completions of a teacher; holds no model.
+
+    Args:
+        tokenizer: the teacher's.
+        student_tokenizer: the student's, with its own chat template; None: the teacher's serves both.
+    """
 
     def __init__(
         self,
@@ -137,8 +158,10 @@ class TeacherReward:
         teacher_temperature: float,
         teacher_log_probs: LogProbFunction,
         student_log_probs: LogProbFunction,
+        student_tokenizer=None,
     ):
         self.tokenizer = tokenizer
+        self.student_tokenizer = student_tokenizer or tokenizer
         self.style = style
         self.config = config
         self.teacher_temperature = teacher_temperature if config.unbias_teacher_log_probs else 1.0
@@ -183,7 +206,7 @@ class TeacherReward:
             teacher_texts.append(render_teacher_reading(self.style, prompt, completion))
             student_texts.append(
                 render_student_reading(
-                    self.tokenizer,
+                    self.student_tokenizer,
                     self.style,
                     row["question"],
                     row["solution"],
@@ -193,23 +216,35 @@ class TeacherReward:
             )
             matched.append(closed and bool(explanation.strip()))
         teachers = tokenize_with_spans(self.tokenizer, teacher_texts)
-        students = tokenize_with_spans(self.tokenizer, student_texts)
+        students = tokenize_with_spans(self.student_tokenizer, student_texts)
         readings = []
         for row, teacher, student, fine in zip(rows, teachers, students, matched, strict=True):
             if not student.spans["solution"]:
                 raise Refused(f"solution {row['solution']!r} has no token wholly inside its tags")
-            pairs = align_spans(teacher, "explanation", student, "thought") if fine or self._has_text(teacher) else []
-            readings.append(Reading(teacher, student, pairs, fine and bool(pairs)))
+            pieces = Aligned([], [], [], [])
+            if fine or self._has_text(teacher):
+                pieces = align_spans(teacher, "explanation", student, "thought", self._same_token)
+            readings.append(Reading(teacher, student, pieces, fine and len(pieces) > 0))
         return readings
+
+    def _same_token(self, teacher: int, student: int) -> bool:
+        """Whether ids of both tokenizers stand for the same text, or for the same bytes of a character."""
+        if self.student_tokenizer is self.tokenizer:
+            return teacher == student
+        token = self.tokenizer.convert_ids_to_tokens(teacher)
+        return token == self.student_tokenizer.convert_ids_to_tokens(student)
 
     def _has_text(self, reading: TokenizedText) -> bool:
         """Whether the explanation has more than white space: only then is it compared token by token."""
         return bool(self.tokenizer.decode([reading.ids[i] for i in reading.spans["explanation"]]).strip())
 
-    def _combine(self, reading: Reading, teacher_T: torch.Tensor, student: torch.Tensor) -> Scored:
-        thought_T, solution_T = student.split([len(reading.pairs), len(student) - len(reading.pairs)])
+    def _combine(self, reading: Reading, teacher: torch.Tensor, student: torch.Tensor) -> Scored:
+        pieces = reading.explanation
+        thought, solution_T = student.split([len(pieces.right), len(student) - len(pieces.right)])
+        thought_T, teacher_T = piece_log_probs(thought, pieces.right_sizes), piece_log_probs(teacher, pieces.left_sizes)
         solution, solution_names = solution_part(solution_T, self.config)
         term, kl, kl_names = kl_part(teacher_T.to(thought_T.device), thought_T, self.config)
         match = 0.0 if reading.matched else self.config.not_matched_penalty
         parts = {**solution_names, **kl_names}
-        return Scored(solution + term + match, solution, kl, match, parts, (student.cpu(), teacher_T.cpu()))
+        log_probs = (torch.cat([thought_T, solution_T]).cpu(), teacher_T.cpu())
+        return Scored(solution + term + match, solution, kl, match, parts, log_probs)

@@ -15,14 +15,21 @@ def token_columns(tokenizer, readings: list[Reading], scored: list[Scored]) -> l
 
 
 def token_scores(tokenizer, reading: Reading, scored: Scored) -> dict[str, list[list]]:
-    """`explanation`: [text, log p_student, log p_teacher - log p_student] of each token; `solution`: the first two.
+    """`explanation`: [text, log p_student, log p_teacher - log p_student] of each piece; `solution`: the first two, of
+    each token.
 
     Log-probs in nats, at the temperatures of the reward; tokens that straddle a tag are in neither.
+
+    Args:
+        tokenizer: the student's.
     """
     student, teacher = ([round(value, 4) for value in values.tolist()] for values in scored.log_probs)
-    ids = reading.student.ids
-    texts = tokenizer.batch_decode([[ids[index]] for index in reading.student_counted])
-    split = len(reading.pairs)
+    counted, begin, pieces = reading.student_counted, 0, []
+    sizes = reading.explanation.right_sizes + [1] * len(reading.student.spans["solution"])
+    for size in sizes:
+        pieces.append([reading.student.ids[index] for index in counted[begin : begin + size]])
+        begin += size
+    texts, split = tokenizer.batch_decode(pieces), len(reading.explanation)
     explained = zip(texts[:split], student[:split], teacher, strict=True)
     return {
         "explanation": [[text, ours, round(theirs - ours, 4)] for text, ours, theirs in explained],

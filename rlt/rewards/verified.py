@@ -6,22 +6,28 @@ Each is a reward function of TRL's signature; `reward_weights` mixes them, with 
 from collections.abc import Callable
 
 from rlt.prompts.styles import ReasoningFormat
-from rlt.rewards.verifiers import Verifier, final_answer
+from rlt.rewards.verifiers import DDP_TIMEOUT_S, Verifier, final_answer
 from rlt.schema import VerifiedRewardConfig
 
 RewardFunction = Callable[..., list[float]]
 
 
-def verified_rewards(config: VerifiedRewardConfig, style: ReasoningFormat) -> tuple[list[RewardFunction], list[float]]:
-    """Functions and their weights; those of weight 0 are left out."""
-    verifier = Verifier(config.verifier, config.verifier_limit_s)
+def verified_rewards(
+    config: VerifiedRewardConfig, style: ReasoningFormat, ddp_timeout: float = DDP_TIMEOUT_S
+) -> tuple[list[RewardFunction], list[float]]:
+    """Functions and their weights; those of weight 0 are left out.
+
+    Args:
+        ddp_timeout: seconds that other ranks wait for this one.
+    """
+    verifier = Verifier(config.verifier, config.verifier_limit_s, ddp_timeout)
 
     def answer_reward(completions: list[str], log_metric, **columns) -> list[float]:
         """1 for a right answer."""
         keys = [key for key in ("question", "solution", "task", "metadata") if key in columns]
         rows = [dict(zip(keys, values, strict=True)) for values in zip(*(columns[k] for k in keys), strict=True)]
         before = verifier.failures
-        found = [verifier.check(final_answer(t, style), row) for t, row in zip(completions, rows, strict=True)]
+        found = verifier.check_batch([final_answer(text, style) for text in completions], rows)
         log_metric("verifier/failures", float(verifier.failures - before))
         return found
 

@@ -5,19 +5,21 @@ An answer that could not be checked in time, or broke its checker, is wrong, and
 """
 
 import json
-import multiprocessing
-import os
+import logging
 import re
-import resource
-import weakref
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
 from rlt.data.generator import generator_tasks
 from rlt.errors import Refused
 from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards.checker import Broken, Checker, Unchecked
 from rlt.rewards.expressions import work_out
+
+logger = logging.getLogger("rlt")
 
 # However a model sets it: `**Answer**: 42`, `ANSWER : 42`, with a wide colon, or on the line below.
 ANSWER_LINE = re.compile(r"(?<![^\W_])answer[*_]*[ \t]*[:：][*_]*\s*(\S.*)$", re.MULTILINE | re.IGNORECASE)
@@ -47,20 +49,9 @@ CHECKED_OTHERWISE = {
     "game_of_life_halting": "exact",
     "gsm_symbolic": "math",
 }
-START_LIMIT_S = 120.0  # for a checker's imports
-# Exceptions that libraries raise on a model's text. Any other ends the checker's process, which is then started again.
-BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-HARMLESS = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-LIMITS = {resource.RLIMIT_AS: 8 * 2**30, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}  # of a checker's process
+LIMIT_S = 1.5  # of one check: ordinary ones take up to a fifth of a second
+DDP_TIMEOUT_S = 1800.0  # PyTorch's own
+BATCH_LIMIT_S = 300.0
 LONGEST = 20_000  # characters of an answer that are read
 
 
@@ -189,16 +180,15 @@ class Verifier:
     Args:
         kind: one of `CHECKS`, or "auto": by row.
         limit_s: of one check.
+        ddp_timeout: seconds that other ranks wait for this one; a batch may take a sixth of it.
     """
 
-    def __init__(self, kind: str = "auto", limit_s: float = 5.0):
+    def __init__(self, kind: str = "auto", limit_s: float = LIMIT_S, ddp_timeout: float = DDP_TIMEOUT_S):
         if kind != "auto" and kind not in CHECKS:
             raise Refused(f"verifier={kind}: use auto or one of {', '.join(CHECKS)}")
-        self.kind, self.limit_s = kind, limit_s
-        self.failures = 0  # checks that hung or broke
-        self._process: Any = None  # with its pipe and what ends both, once the first answer is checked
-        self._pipe: Any = None
-        self._end: Any = None
+        self.kind, self.limit_s, self.batch_limit_s = kind, limit_s, min(BATCH_LIMIT_S, ddp_timeout / 6)
+        self.failures = 0  # checks that hung, broke, or were not begun in time
+        self._checker = Checker()
 
     def check(self, answer: str | None, row: dict) -> float:
         """1 where an answer is right, else 0.
@@ -207,74 +197,39 @@ class Verifier:
             answer: None where there is none.
             row: `solution`, and for the generator's check `question`, `task` and `metadata`.
         """
+        return self.check_batch([answer], [row])[0]
+
+    def check_batch(self, answers: Sequence[str | None], rows: Sequence[dict]) -> list[float]:
+        """The same of many, in `batch_limit_s` seconds at most; what is left by then is wrong unchecked."""
+        found = [self._score_or_request(answer, row) for answer, row in zip(answers, rows, strict=True)]
+        if any(isinstance(one, bytes) for one in found):
+            self._checker.start()  # outside the batch's time
+        give_up = time.monotonic() + self.batch_limit_s
+        unchecked: Counter[str] = Counter()
+        scores = [one if isinstance(one, float) else self._ask(one, give_up, unchecked) for one in found]
+        if unchecked:
+            said = ", ".join(f"{count} {reason}" for reason, count in unchecked.items())
+            logger.warning("of a batch of %d answers these count as wrong unchecked: %s", len(answers), said)
+        return scores
+
+    def _score_or_request(self, answer: str | None, row: dict) -> float | bytes:
+        """The score where it takes no parser, else what the checker is asked."""
         if answer is None:
             return 0.0
         kind = kind_of(row) if self.kind == "auto" else self.kind
         if kind == "exact" or is_exact(answer, row):
             return is_exact(answer, row)
-        self._start()
         known = {key: row[key] for key in ("question", "solution", "task", "metadata") if key in row}
+        return json.dumps((kind, answer[:LONGEST], known), default=str).encode()
+
+    def _ask(self, request: bytes, give_up: float, unchecked: Counter[str]) -> float:
+        left = give_up - time.monotonic()
         try:
-            self._pipe.send((kind, answer[:LONGEST], known))
-            late = not self._pipe.poll(self.limit_s)
-            found = None if late else self._pipe.recv()
-        except (EOFError, OSError):  # it broke so thoroughly that its process ended
-            late, found = True, None
-        if late:
-            self._stop()
-        self.failures += found is None
-        return found or 0.0
-
-    def _start(self) -> None:
-        if self._process is not None:
-            return
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._end = weakref.finalize(self, _end, self._process, self._pipe)
-        if not self._pipe.poll(START_LIMIT_S):
-            raise TimeoutError(f"the verifier's process was not ready within {START_LIMIT_S:.0f} s")
-        try:
-            self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("the verifier's process ended while it started; what it said stands above") from None
-
-    def _stop(self) -> None:
-        self._end()
-        self._process = None
-
-
-def _end(process, pipe) -> None:
-    pipe.close()
-    process.kill()
-    process.join(START_LIMIT_S)
-
-
-def _serve(pipe) -> None:
-    import logging
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's, whose end ends this process too
-    for name in [name for name in os.environ if name not in HARMLESS]:
-        del os.environ[name]  # keys and tokens, which no answer has to do with
-    for limit, most in LIMITS.items():
-        hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that it has no time limit of its own is known
-    import math_verify  # noqa: F401 (seconds, which no check's limit should pay)
-    import reasoning_gym  # noqa: F401
-
-    pipe.send("ready")
-    while True:
-        try:
-            kind, answer, row = pipe.recv()
-        except EOFError:
-            return
-        try:
-            found = CHECKS[kind](answer, row)
-        except BROKEN:
-            found = None
-        pipe.send(found)
+            if left <= 0:
+                raise Unchecked(f"came after the batch's {self.batch_limit_s:.0f} s")
+            return self._checker.ask(request, min(self.limit_s, left))
+        except Unchecked as reason:
+            self.failures += 1
+            if not isinstance(reason, Broken):  # an answer that is none, such as half a formula: ordinary
+                unchecked[str(reason)] += 1
+        return 0.0

@@ -8,18 +8,25 @@ server.
 import contextlib
 import importlib
 import json
+import logging
+import netrc
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.runs.durable import write_whole
-from rlt.runs.folder import MLFLOW, MLFLOW_RUN, SECRET, TENSORBOARD, TRACKIO, WANDB_RUN, hide_secrets
+from rlt.runs.folder import MLFLOW, MLFLOW_RUN, TENSORBOARD, TRACKIO, WANDB, WANDB_RUN, hide_secrets, is_secret
+from rlt.runs.reach import why_unreachable
 from rlt.runs.trackers import trackers_of
 from rlt.schema import profile_of
 
 PROJECT = "rlt"
+
+logger = logging.getLogger("rlt")
 
 
 def run_title(config: dict[str, Any]) -> str:
@@ -72,16 +79,15 @@ def prepare_dashboards(config: dict[str, Any]) -> None:
 
 
 def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
-    """Offline unless logged in."""
+    """Offline unless logged in and W&B answers: its own library tries for minutes, and then ends the run."""
     id_file = folder / WANDB_RUN
     if not id_file.is_file():
         write_whole(id_file, os.urandom(4).hex())
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    logged_in = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
-    os.environ.setdefault("WANDB_MODE", "online" if logged_in else "offline")
+    if "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = _wandb_mode(folder)
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
     os.environ.setdefault("WANDB_NOTES", run_question(config))
-    if any(argument.lstrip("+").partition("=")[0].endswith(SECRET) for argument in sys.argv):
+    if any(is_secret(argument) for argument in sys.argv):
         os.environ["WANDB__DISABLE_META"] = "true"  # the machine's description, which has the command line in it
     os.environ |= {
         "WANDB_DIR": str(folder),
@@ -89,6 +95,50 @@ def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
         "WANDB_RESUME": "allow",
         "WANDB_SILENT": "true",
     }
+
+
+def has_wandb_login(server: str) -> bool:
+    """Whether there is a key, or an entry in ~/.netrc for W&B's server or one that is called after it."""
+    try:
+        machines = netrc.netrc(_netrc_file()).hosts
+    except (OSError, netrc.NetrcParseError):  # there is none, or none that W&B could read
+        machines = {}
+    named = urlsplit(server).netloc in machines or any("wandb" in machine for machine in machines)
+    return named or bool(os.environ.get("WANDB_API_KEY"))
+
+
+def _netrc_file() -> Path:
+    return Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+
+
+def _wandb_mode(folder: Path) -> str:
+    if not os.environ.get("WANDB_API_KEY") and not _netrc_file().is_file():
+        return "offline"  # without W&B's import, which takes seconds
+    server = _wandb_server()
+    if not has_wandb_login(server):
+        return "offline"
+    reason = why_unreachable(server)
+    if reason is None:
+        return "online"
+    logger.warning(
+        "W&B at %s cannot be reached (%s): this run is logged offline, in %s; `wandb sync` sends it later",
+        server,
+        reason,
+        folder / WANDB,
+    )
+    return "offline"
+
+
+def _wandb_server() -> str:
+    """By W&B's own settings files and variables; `wandb.setup` would keep what it reads, before the rest is set."""
+    wandb = importlib.import_module("wandb")
+    settings = wandb.Settings()
+    try:
+        settings.update_from_system_settings()
+        settings.update_from_env_vars(dict(os.environ))
+    except ValueError as error:
+        raise Refused(f"report_to=wandb: W&B's settings cannot be read ({' '.join(str(error).split())})") from error
+    return settings.base_url
 
 
 def _prepare_trackio(config: dict[str, Any], folder: Path) -> None:

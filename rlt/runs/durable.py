@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any | None:
     """What a JSON file holds; None where it is not there, or was cut short."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (FileNotFoundError, ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError are ValueErrors
         return None
 
 
@@ -79,7 +79,7 @@ def read_json_lines(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return found
         if not isinstance(row, dict):
             return found

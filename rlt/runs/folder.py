@@ -5,8 +5,10 @@ Imports nothing heavy: the plan looks at folders before a run.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from rlt.errors import Refused
 from rlt.runs.durable import read_json, write_whole
 from rlt.schema import profile_of, renamed
 
+logger = logging.getLogger("rlt")
+
 CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
 MARKER = "COMPLETE"  # written last, with what was done
 LOGS = "logs"  # of ranks and servers
@@ -26,6 +30,7 @@ CURVES = "curves.png"
 COMPLETIONS = "completions"  # step-00001.parquet and so on
 EVALUATIONS = "evaluations.jsonl"  # held-out questions, one object per evaluation
 HELD_OUT = "held_out.jsonl"  # the questions that a run holds out, as a dataset
+LEARNED = "training_rows.json"  # how many rows a run trains on, and their sum
 CHECKPOINTS = "checkpoint-*"
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 PARTS = "parts"  # of a job: rows as they were made, and what they were made from
@@ -37,6 +42,7 @@ ANSWERS = "answers.parquet"  # of an evaluation
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
+STAGES_READ = "stages_read.json"  # what each of its stages read of earlier ones: names of files and their sums
 MODEL_CARD = "README.md"  # of a model that is pushed to a hub
 # What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
 WANDB, TRACKIO, TENSORBOARD, MLFLOW = "wandb", "trackio", "tensorboard", "mlflow.db"
@@ -48,7 +54,7 @@ CONTINUABLE = frozenset(
         "deterministic",
         *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),
-        *("save_steps", "save_total_limit", "save_merged_model"),
+        *("save_steps", "save_minutes", "stop_grace_s", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
     }
@@ -67,7 +73,8 @@ INPUTS = (
     *("resume_from", "compare_with"),
 )
 SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
-BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS)  # a rank on another machine may be ahead
+LOCK = ".lock"  # who holds the folder
+BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS, LOCK)  # a rank on another machine may be ahead
 
 
 def saved_configuration(folder: Path) -> dict | None:
@@ -116,6 +123,11 @@ def check_comparison(config: dict[str, Any]) -> None:
     other = config.get("compare_with")
     if other is not None and read_json(Path(other) / EVALUATION) is None:
         raise Refused(f"compare_with={other} holds no {EVALUATION}: name the output folder of an evaluation")
+
+
+def is_secret(argument: str) -> bool:
+    """Whether an override, `key=value`, gives a key whose value is not shown."""
+    return argument.lstrip("+").partition("=")[0].endswith(SECRET)
 
 
 def hide_secrets(value: Any, key: str = "") -> Any:
@@ -183,21 +195,34 @@ def prepare_output(config: dict) -> None:
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
 
+    It is a file that is locked: on a network file system a folder's lock is one machine's alone.
+
     Raises:
         Refused: another run holds it, it cannot be made or written to, or it is a file.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        if not os.access(folder, os.W_OK, effective_ids=True):
+            raise Refused(f"output_dir={folder} cannot be written to: choose another")
+        handle = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise Refused(f"output_dir={folder} cannot be made or opened ({error}): choose another") from error
     try:
-        if not os.access(folder, os.W_OK, effective_ids=True):
-            raise Refused(f"output_dir={folder} cannot be written to: choose another")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"output_dir={folder} is in use by another run: wait for it, or choose another") from None
+        _lock(handle, folder)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: str | Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "one that has just begun"
+        raise Refused(
+            f"output_dir={folder} is in use by another run ({holder}): wait for it, or choose another"
+        ) from None
+    except OSError as error:  # a file system may have no locks
+        logger.warning("output_dir=%s cannot be locked (%s): no second run is kept out of it", folder, error.strerror)

@@ -1,7 +1,9 @@
 """Which questions a model was trained on, as the folders of the runs that it came from tell."""
 
+import json
 import logging
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from rlt.data.sources import Rows, load_rows
@@ -9,8 +11,8 @@ from rlt.data.splits import hold_out, questions_of
 from rlt.errors import Refused
 from rlt.places import LOCAL_STARTS
 from rlt.prompts.styles import load_format
-from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
-from rlt.runs.folder import ALL_TRACES, HELD_OUT, saved_configuration
+from rlt.runs.durable import as_json_lines, read_json, read_json_lines, write_whole
+from rlt.runs.folder import ALL_TRACES, HELD_OUT, LEARNED, saved_configuration
 from rlt.schema import profile_of
 
 logger = logging.getLogger("rlt")
@@ -64,11 +66,22 @@ def rows_of(config: dict) -> Rows:
 
 
 def learned_rows(config: dict) -> list[dict]:
-    """What a training run learns from: its source, without what it holds out."""
-    rows, file = rows_of(config).rows, Path(config["output_dir"]) / HELD_OUT
-    if file.is_file():
+    """What a training run learns from: its source, without what it holds out.
+
+    Raises:
+        Refused: the source is gone, or has other rows than those that the run was trained on.
+    """
+    rows, folder = rows_of(config).rows, Path(config["output_dir"])
+    if (file := folder / HELD_OUT).is_file():
         held_out = questions_of(read_json_lines(file))
-        return [row for row in rows if not questions_of([row]) & held_out]
+        rows = [row for row in rows if not questions_of([row]) & held_out]
+    written = read_json(folder / LEARNED)
+    if written is not None:  # it has begun
+        if profile_of(config).learns_from != "pairs" and written != identity_of(rows):
+            raise Refused(f"{config['dataset_id_or_path']} has other rows now than {folder} was trained on")
+        return rows
+    if file.is_file():
+        return rows
     if config["eval_size"] and config["eval_dataset_id_or_path"] is None:  # it has yet to begin
         return hold_out(rows, config["eval_size"], config["dataset_seed"])[0]
     return rows
@@ -105,3 +118,30 @@ def check_held_out(folder: Path, rows: list[dict]) -> None:
 def write_held_out(folder: Path, rows: list[dict]) -> None:
     """Leave the questions that a run holds out, as a dataset that its model may be evaluated on."""
     write_whole(folder / HELD_OUT, as_json_lines(rows))
+
+
+def identity_of(rows: list[dict]) -> dict[str, int | str]:
+    """How many rows there are, and a sum over all that they hold, in their order."""
+    total = sha256()
+    for row in rows:
+        total.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return {"rows": len(rows), "sha256": total.hexdigest()}
+
+
+def check_training_rows(folder: Path, rows: list[dict]) -> None:
+    """That a run which goes on trains on what it began with.
+
+    Raises:
+        Refused: its source has changed.
+    """
+    before, now = read_json(folder / LEARNED), identity_of(rows)
+    if before is not None and before != now:
+        raise Refused(
+            f"output_dir={folder}: the training rows are others than when this run began ({before['rows']} there, "
+            f"{now['rows']} now), because the data changed: name another output_dir, or overwrite_output_dir=true"
+        )
+
+
+def write_training_rows(folder: Path, rows: list[dict]) -> None:
+    """Leave what `check_training_rows` compares a later life's rows with."""
+    write_whole(folder / LEARNED, json.dumps(identity_of(rows)))

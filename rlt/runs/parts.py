@@ -23,7 +23,7 @@ SUM = "sha256 of the rows above"  # the last line of a part
 MODELS = ("model_name_or_path", "student_model")
 WEIGHTS = ("*.safetensors", "adapter_model.*")
 END_BYTES = 2**20
-# Not the rendered prompts: some chat templates write today's date into them.
+# Not the rendered prompts, which follow from these, the format and the model's template.
 ASKED = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
 WHAT = {"dataset_id_or_path": "the questions", "reasoning_format": "the tags or prompts"}  # else the weights
 MOST_AT_ONCE, DEVICES = 32, 8

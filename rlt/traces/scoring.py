@@ -18,10 +18,11 @@ class TraceScorer:
     """The reward of training over a teacher's own samples.
 
     Args:
-        teacher, student: frozen causal models of one tokenizer.
+        teacher, student: frozen causal models.
         next_token_log_probs: of tokens behind prompts under the teacher, as its engine gives them.
         temperature: at which the teacher samples.
         log_probs: of counted tokens, from a model, sequences, the counted and a temperature.
+        student_tokenizer: of a student that has one of its own.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TraceScorer:
         next_token_log_probs: Callable[[list[list[int]], list[int]], list[float]],
         temperature: float,
         log_probs: Callable[[Any, list[list[int]], list[list[int]], float], list[torch.Tensor]],
+        student_tokenizer=None,
     ):
         self.teacher, self.student, self.temperature, self.read = teacher, student, temperature, log_probs
         self.next_token_log_probs, self.tokenizer = next_token_log_probs, tokenizer
@@ -44,6 +46,7 @@ class TraceScorer:
             temperature,
             teacher_log_probs=lambda *_: self._of_teacher(),
             student_log_probs=lambda ids, counted, at: self._pass(self.student, ids, counted, at),
+            student_tokenizer=student_tokenizer,
         )
 
     def score(

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-import requests
+import httpx
 
+from rlt.launching.connection import UNIX, open_client
 from rlt.places import KEY_VARIABLE
 
 Completions = tuple[list[list[int]], list[list[float]]]  # token ids, and the log-prob of each
@@ -52,7 +53,7 @@ class Server:
     @property
     def is_here(self) -> bool:
         """Whether it shares this machine's memory."""
-        return own_address(self.url).startswith("127.")
+        return self.url.startswith(UNIX) or own_address(self.url).startswith("127.")
 
     def ask(self, method: str, path: str, body: dict | None = None, limit_s: float | None = None) -> dict:
         """What the server answers, as JSON.
@@ -62,12 +63,11 @@ class Server:
         """
         limit = limit_s or self.limit_s
         try:
-            with requests.Session() as session:
-                session.trust_env = False  # no proxy between this machine and itself, no other key from ~/.netrc
-                answer = session.request(method, self.url + path, json=body, headers=self.headers, timeout=limit)
-        except requests.RequestException as error:
+            with open_client(self.url, limit) as client:
+                answer = client.request(method, path, json=body, headers=self.headers)
+        except httpx.HTTPError as error:
             raise ServerError(f"{self.url}{path}: {error}") from error
-        if not answer.ok:
+        if not answer.is_success:
             raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
         try:
             return answer.json() if answer.content else {}

@@ -1,4 +1,4 @@
-"""A vLLM server for one run: `python -m rlt.generation.served.vllm_server PLAN PORT HOST LAUNCHER`.
+"""A vLLM server for one run: `python -m rlt.generation.served.vllm_server PLAN URL LAUNCHER`.
 
 The launcher starts it. It becomes vLLM's own server, with what the run's configuration says of model, lengths and
 precision.
@@ -9,14 +9,14 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from rlt.generation.cpu import settings as cpu_settings
+from rlt.launching.connection import LONGEST_SOCKET, UNIX
 from rlt.launching.lifetime import end_with
 from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.paths import resolve_model_path
-
-LONGEST_SOCKET = 107  # bytes of its path (unix(7))
 
 
 def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
@@ -53,8 +53,18 @@ def socket_folder(own: Path) -> str:
     return str(own) if len(os.fsencode(own)) <= LONGEST_SOCKET - len(f"/{uuid4()}") else "/tmp"
 
 
+def listens_at(url: str) -> list[str]:
+    """The arguments of vLLM's server that say where it listens; a socket file that another life left is removed."""
+    if url.startswith(UNIX):
+        file = url.removeprefix(UNIX)
+        Path(file).unlink(missing_ok=True)
+        return ["--uds", file]
+    place = urlsplit(url)
+    return ["--port", str(place.port), "--host", str(place.hostname)]
+
+
 def main() -> None:
-    end_with(int(sys.argv[4]))
+    end_with(int(sys.argv[3]))
     config = json.loads(Path(sys.argv[1]).read_text())["config"]
     on_cpu = device_type() == "cpu"
     dtype = "auto" if not on_cpu else "bfloat16" if uses_bfloat16(config["bf16"]) else "float32"
@@ -65,8 +75,8 @@ def main() -> None:
         for name, value in cpu_settings.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(Path(sys.argv[1]).parent))
-    place = ["--port", sys.argv[2], "--host", sys.argv[3]]
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place])
+    command = ["-m", "vllm.entrypoints.openai.api_server", *arguments, *listens_at(sys.argv[2])]
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from here. Every path asks for the servers' key.
 import os
 import queue
 import secrets
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from rlt.generation.served.weight_files import ChunkFiles, ChunkUpdate
 from rlt.places import KEY_VARIABLE
 
 LOOPBACK = "127.0.0.1"
+REQUEST_LIMIT_S = 10.0
 
 
 class WeightService:
@@ -39,7 +41,10 @@ class WeightService:
         self.servers, self.folder, self.start_limit_s = servers, folder, start_limit_s
         self.chunks, self.updates, self.version = ChunkFiles(folder), [], ""
         self.locks = [threading.Lock() for _ in servers]
-        self.http = ThreadingHTTPServer(("" if address else LOOPBACK, 0), partial(Handler, self))
+        place = address or LOOPBACK
+        if address and socket.gethostbyname(address).startswith("127."):  # a host's own name for itself, on Debian
+            place = ""
+        self.http = ThreadingHTTPServer((place, 0), partial(Handler, self))
         self.url = f"http://{address or LOOPBACK}:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -94,6 +99,8 @@ class WeightService:
 
 class Handler(BaseHTTPRequestHandler):
     """`GET /NAME`: a chunk. `POST /N`: bring server N up to date."""
+
+    timeout = REQUEST_LIMIT_S  # for each piece of a request or an answer: a silent stranger holds a thread no longer
 
     def __init__(self, service: WeightService, *args):
         self.service = service

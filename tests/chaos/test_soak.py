@@ -1,0 +1,86 @@
+"""An hour of accidents, one every half minute: the weights are those of a run without any.
+
+`SOAK_S=3600 ./run_tests.sh -m slow tests/chaos/test_soak.py`: an hour, then the same steps once more without accidents.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from figures import record
+from test_damage import turn_a_bit
+from test_faults import assert_ends_as
+from test_launch import ranks_of, start
+
+from rlt.runs.manifest import last_checkpoint
+
+SOAK_S = float(os.environ.get("SOAK_S", "3600"))
+PAUSE_S = (10.0, 60.0)  # between accidents
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * SOAK_S + 1200)]
+
+
+def kill_a_rank(launcher: subprocess.Popen, folder: Path) -> None:
+    for pid in random.sample(ranks_of(launcher.pid), min(1, len(ranks_of(launcher.pid)))):
+        os.kill(pid, signal.SIGKILL)
+
+
+def hold_a_rank(launcher: subprocess.Popen, folder: Path) -> None:
+    for pid in random.sample(ranks_of(launcher.pid), min(1, len(ranks_of(launcher.pid)))):
+        os.kill(pid, signal.SIGSTOP)
+
+
+def kill_the_launcher(launcher: subprocess.Popen, folder: Path) -> None:
+    launcher.kill()
+
+
+def stop(launcher: subprocess.Popen, folder: Path) -> None:
+    launcher.send_signal(signal.SIGTERM)
+
+
+def damage_a_checkpoint(launcher: subprocess.Popen, folder: Path) -> None:
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is not None and (newest / "training_state.pt").is_file():
+        turn_a_bit(newest / "training_state.pt")
+    launcher.kill()
+
+
+SURVIVED = [kill_a_rank, hold_a_rank]  # by the launcher itself
+ACCIDENTS = [*SURVIVED, kill_the_launcher, stop, damage_a_checkpoint]
+
+
+def test_the_weights_are_those_of_a_run_without_accidents(tiny_run, tmp_path):
+    random.seed(0)
+    run = ["2", *tiny_run, "save_steps=2", "eval_size=0", "use_vllm=false", "restarts=100"]
+    folder, happened = tmp_path / "run", dict.fromkeys((accident.__name__ for accident in ACCIDENTS), 0)
+    endless = [*run, "max_steps=1000000", f"output_dir={folder}"]
+    end = time.monotonic() + SOAK_S
+    launcher = start(*endless, stderr=tmp_path / "log")
+    while time.monotonic() < end:
+        time.sleep(random.uniform(*PAUSE_S))
+        accident = random.choice(ACCIDENTS)
+        accident(launcher, folder)
+        happened[accident.__name__] += 1
+        if accident not in SURVIVED:
+            launcher.wait(120)
+            launcher = start(*endless, stderr=tmp_path / "log")
+        assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(120)
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint is not None, (tmp_path / "log").read_text()[-3000:]
+    steps = f"max_steps={int(checkpoint.name.rpartition('-')[2]) + 1}"
+    for place in (folder, tmp_path / "straight"):
+        begun = time.monotonic()
+        last = start(*run, steps, f"output_dir={place}", stderr=tmp_path / "last.log")
+        assert last.wait(6 * SOAK_S) == 0, (tmp_path / "last.log").read_text()[-3000:]
+    record(
+        f"12. {SOAK_S / 60:.0f} minutes of accidents, on two processes",
+        **happened,
+        steps=steps.partition("=")[2],
+        goodput=f"{(time.monotonic() - begun) / SOAK_S:.0%}",
+    )
+    assert_ends_as(folder, tmp_path / "straight")

@@ -1,0 +1,144 @@
+"""A run that is asked to stop: where it leaves a step, what it has then, and that it goes on as if it had not been."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, build, launch
+
+from rlt.launching.lifetime import PREEMPTED
+from rlt.planning.grace import warn_of_short_grace
+from rlt.runs.manifest import last_checkpoint
+from trainers.stopping import SaveByMinutes, StopTogether
+
+STEPS = 3
+# Two micro-batches a step, so that a step asks five times: before each, behind its generation, and at its end. With an
+# aggregation of four, every second step trains on completions that it has not made.
+RUN = [
+    "eval_size=0",
+    "max_completion_length=8",
+    "save_steps=100",
+    "train_batch_size=8",
+    "per_device_train_batch_size=4",
+    "learning_rate=1e-3",
+]
+
+
+class AskedAt:
+    """In the place of a signal: some rank was asked before the `place`-th question of all."""
+
+    def __init__(self, place: int | None):
+        self.place, self.times = place, 0
+
+    def asked_anywhere(self) -> bool:
+        self.times += 1
+        return self.place is not None and self.times >= self.place
+
+
+def life(run, folder, asked_at: int | None = None, steps: int = STEPS):
+    trainer, _ = build(run, folder, *RUN, f"max_steps={steps}")
+    trainer.together = StopTogether(AskedAt(asked_at), grace_s=600.0)
+    trainer.add_callback(trainer.together)
+    checkpoint = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+@pytest.mark.parametrize("aggregation", [2, 4])
+def test_a_step_that_is_given_up_is_made_again_bit_for_bit(aggregation, tiny_run, tmp_path, in_root):
+    run = [*tiny_run, f"generation_aggregation_steps={aggregation}"]
+    straight = life(run, tmp_path / "straight")
+    places = straight.together.stop.times
+    assert straight.state.global_step == STEPS
+    for place in range(2, places, 3):
+        folder = tmp_path / str(place)
+        stopped = life(run, folder, place)
+        assert stopped.together.stopped
+        assert stopped.state.global_step < STEPS
+        saved = last_checkpoint(folder)
+        assert (saved.name if saved else "checkpoint-0") == f"checkpoint-{stopped.state.global_step}"
+        resumed = life(run, folder)
+        assert resumed.state.num_input_tokens_seen == straight.state.num_input_tokens_seen
+        for name, parameter in straight.model.named_parameters():
+            assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), (place, name)
+
+
+def test_a_batch_that_was_written_ahead_is_not_given_up(tiny_run, tmp_path, in_root):
+    trainer, _ = build(tiny_run, tmp_path, *RUN, "max_steps=1")
+    trainer.together = StopTogether(AskedAt(1), grace_s=600.0)
+    trainer.gives_up_steps = False  # as with overlap_generation
+    trainer.leave_if_asked()
+    assert trainer.together.stop.times == 0
+
+
+def test_checkpoints_by_minutes(tiny_run, tmp_path, in_root):
+    trainer, _ = build(tiny_run, tmp_path, *RUN, "max_steps=3", "save_total_limit=null")
+    trainer.add_callback(SaveByMinutes(1e-9))
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def test_a_step_longer_than_the_grace_is_said(tiny_run, tmp_path, in_root, caplog):
+    trainer, settings = build(tiny_run, tmp_path, *RUN, "max_steps=2")
+    trainer.together = StopTogether(AskedAt(None), grace_s=1e-6)
+    trainer.add_callback(trainer.together)
+    with caplog.at_level(logging.WARNING, logger="rlt"):
+        trainer.train()
+    assert "stop_grace_s is 0: let the signal come earlier (Slurm: --signal=TERM@" in caplog.text
+
+
+@pytest.mark.parametrize(("update_s", "lines"), [(1300.0, 1), (1100.0, 0)])
+def test_the_plan_knows_a_long_step_of_an_earlier_life(update_s, lines, tmp_path, caplog):
+    """Two micro-batches of 650 s are more than 600, two of 550 s are not."""
+
+    class Settings:
+        output_dir, stop_grace_s = str(tmp_path), 600.0
+
+    row = {"step": 1, "generation/seconds": 500.0, "scoring/seconds": 20.0, "update/seconds": update_s}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    warn_of_short_grace(Settings, accumulation_steps=2)
+    assert len(caplog.records) == lines
+    if lines:
+        assert (
+            "may take 650 s, by its last step, and stop_grace_s=600: let the signal come earlier (Slurm" in caplog.text
+        )
+
+
+@pytest.mark.parametrize("door", [["train.py"], ["launch.py", "2"]])
+def test_a_signal_while_a_command_still_imports_ends_it_with_75(door, tmp_path):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            str(ROOT / door[0]),
+            *door[1:],
+            "teacher_rlt_tiny",
+            f"output_dir={tmp_path / 'run'}",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if "rlt.survival.early" in line:  # it listens from here on
+                break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+        assert process.wait(30) == PREEMPTED
+        assert not (tmp_path / "run").exists()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("arguments", [["save_minutes=0"], ["stop_grace_s=0"]])
+def test_what_cannot_be_is_refused(arguments, tmp_path):
+    done = launch("train.py", "teacher_rlt_tiny", *arguments, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert f"error: {arguments[0]}" in done.stderr and "must be positive" in done.stderr
