@@ -10,13 +10,12 @@ from accelerate.utils import DistributedType, gather
 from trl.models.utils import _ForwardRedirection
 
 
-def inside_forward(model, inner, compute: Callable[[], Any]) -> Any:
+def inside_forward(model, inner, sharded: bool, compute: Callable[[], Any]) -> Any:
     """Run `compute` as part of the forward pass of what is wrapped around `inner`.
 
-    ZeRO and FSDP gather weights and reduce gradients only for what runs inside a forward pass that they know. DDP's
-    gradients are made those of all ranks in backends/updates.py.
+    DDP, ZeRO and FSDP gather weights and reduce gradients only for what runs inside a forward pass that they know.
     """
-    return _ForwardRedirection()(model, inner, compute)
+    return _ForwardRedirection()(model, inner, compute) if sharded or inner is not model else compute()
 
 
 def agree_on_forwards(accelerator) -> Callable[[int], int] | None:

@@ -112,22 +112,22 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
             reached("between")
         return value
 
-    def going_back(self, value, last):
+    def going_back(self, value):
         if self._update_budget.lowered:
             reached("between")
-        go_back(self, value, last)
+        go_back(self, value)
         reached("after")
 
     def reading(*args, **kwargs):
         reached("head")
         return head(*args, **kwargs)
 
-    def sharing(accelerator, model):
+    def sharing(model):
         trainer = current["trainer"]
         current["updating"] = False
         is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
         if is_ddp:
-            share(accelerator, model)
+            share(model)
         noted = trainer._metrics["train"].items()
         figures = {f"{name} {i}": value for name, values in noted for i, value in enumerate(values)}
         found.append(
@@ -141,7 +141,7 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
             }
         )
         if not is_ddp:
-            share(accelerator, model)
+            share(model)
 
     patch.setattr(GRPOTrainer, "_generate_single_turn", generate)
     patch.setattr(GRPOTrainer, "train", starting)

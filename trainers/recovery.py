@@ -7,35 +7,41 @@ caching, arXiv 2101.06983). So the loss stays the trainer's own, of the whole mi
 are; the sum over passes of the chain rule is its gradient. One pass's activations are held at a time.
 
 Gradients of earlier micro-batches are mixed with those of a backward pass that broke off: the optimizer step begins
-anew, with its first micro-batch. A micro-batch's dropout is seeded by its place in the run, so that no random stream
-goes on differently afterwards; without dropout the repeated gradients are the undisturbed ones, with it they are those
-of other masks.
+anew, with its first micro-batch. Random generators are set back to where they were before the micro-batch at hand, and
+dropout in smaller passes is seeded by its place in the run; without dropout the repeated gradients are the undisturbed
+ones, with it they are those of other masks.
 
-Under ZeRO-3 and FSDP2 a pass is collective from the first layer to the last, and so is going back from it. Out of
-memory before, between and after, ranks stay in step; out of memory within, the run ends with one line.
+Under FSDP2 a pass is collective from the first layer to the last, and so is going back from it. Out of memory before,
+between and after, ranks stay in step; out of memory within, the run ends with one line.
+
+Left out: DeepSpeed, whose engine compares between ranks what each pass records, and takes the optimizer's step with the
+last backward pass. Its steps are those of transformers; out of memory in one, the run ends with one line. So it is
+with optimizers whose backward pass is their step (LOMO).
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from accelerate.utils import gather
+from accelerate.utils import DistributedType, gather
 from accelerate.utils.memory import clear_device_cache
 
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
-from backends.updates import add_gradients, give_up_gradients, held_back, share_gradients
+from backends.updates import give_up_gradients, held_back, share_gradients
 from rlt.generation.seeds import request_seed
 from rlt.logprobs import pass_members, token_log_probs
-from rlt.survival.oom import Shortage, TokenBudget, Watch, repeat_smaller
+from rlt.survival.oom import NoMemoryLeft, Shortage, TokenBudget, Watch, is_out_of_memory, peak_gib, repeat_smaller
+from rlt.survival.random_state import random_state, set_random_state
 
 UPDATE_REMEDY = (
     "lower max_prompt_length, max_completion_length or max_length, or set gradient_checkpointing=true, use_peft=true, "
     "or share the model between several GPUs (zero3, fsdp)"
 )
+FIXED_REMEDY = f"lower logprob_token_budget or per_device_train_batch_size, {UPDATE_REMEDY}"
 SCORING_REMEDY = "lower max_prompt_length or max_completion_length, or set offload_untrained_models=true"
 
 ENTROPY_CONTROL = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # of TRL's adaptive bonus
@@ -59,6 +65,7 @@ class Said(NamedTuple):
 class MicroBatch(NamedTuple):
     inputs: Any
     num_items: Any
+    random: tuple[Any, ...]  # states of random generators before it
 
 
 @dataclass
@@ -108,29 +115,45 @@ class RecoversMemory(transformers.Trainer):
     # A micro-batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # Overridden because transformers goes forward, back and (under DeepSpeed) on to the optimizer in one.
-        if self.accelerator.has_lomo_optimizer:  # whose backward pass is its step, which nothing undoes
-            return super().training_step(model, inputs, num_items_in_batch)
+        # Overridden because transformers goes forward and back in one.
+        if self._is_one_with_its_step():
+            return self._fixed_training_step(model, inputs, num_items_in_batch)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        self._step_batches.append(MicroBatch(self._prepare_inputs(inputs), num_items_in_batch))
+        self._step_batches.append(MicroBatch(self._prepare_inputs(inputs), num_items_in_batch, random_state()))
         said = self._said_so_far()
 
         def start_again():
             give_up_gradients(model)
             self._with_gradients = 0
             self._unsay(said)
+            set_random_state(self._step_batches[-1].random)
 
         attempt = partial(self._add_missing_gradients, model)
         loss = repeat_smaller(self._update_budget, attempt, start_again, self._agree())
         self._with_gradients = len(self._step_batches)
         if self.accelerator.sync_gradients:
-            share_gradients(self.accelerator, model)
+            share_gradients(model)
             self._step_batches, self._with_gradients = [], 0
             self._update_budget.step_done()
             self._scoring_budget.step_done()
         return loss
+
+    def _is_one_with_its_step(self) -> bool:
+        """Whether a backward pass is, or may be, the optimizer's step too, which nothing undoes."""
+        accelerator = self.accelerator
+        return accelerator.has_lomo_optimizer or accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _fixed_training_step(self, model, inputs, num_items) -> torch.Tensor:
+        try:
+            return super().training_step(model, inputs, num_items)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NoMemoryLeft(
+                f"out of memory in a step that cannot be repeated ({peak_gib():.2f} GiB held at most): {FIXED_REMEDY}"
+            ) from error
 
     def _add_missing_gradients(self, model, watch: Watch) -> torch.Tensor:
         """The loss of the micro-batch at hand; after a new beginning, earlier ones of the step come first."""
@@ -140,18 +163,19 @@ class RecoversMemory(transformers.Trainer):
             said = self._said_so_far()
             state._set_sync_gradients(False)
             try:
-                self._add_gradients(model, number, False, watch)
+                self._add_gradients(model, number, watch)
             finally:
                 state._set_sync_gradients(ends_step)
             self._unsay(said)  # it was said when the micro-batch was at hand
-        return self._add_gradients(model, last, ends_step, watch)
+        return self._add_gradients(model, last, watch)
 
-    def _add_gradients(self, model, number: int, ends_step: bool, watch: Watch) -> torch.Tensor:
+    def _add_gradients(self, model, number: int, watch: Watch) -> torch.Tensor:
         batch = self._step_batches[number]
         self._watch, self._by_pass, self._place = watch, None, (self.state.global_step, number)
         try:
             with held_back(model):
-                with self._dropout(), self.compute_loss_context_manager():
+                dropout = self._dropout() if self._update_budget.lowered else nullcontext()
+                with dropout, self.compute_loss_context_manager():
                     loss: Any = self.compute_loss(model, batch.inputs, num_items_in_batch=batch.num_items)
                 if (not self.model_accepts_loss_kwargs or batch.num_items is None) and self.compute_loss_func is None:
                     loss = loss / self.current_gradient_accumulation_steps
@@ -160,28 +184,28 @@ class RecoversMemory(transformers.Trainer):
                 if every is not None and self.state.global_step % every == 0:
                     clear_device_cache()
                 if self._by_pass is None:
-                    self._go_back(loss, ends_step)
+                    self._go_back(loss)
                 else:
                     loss.backward()  # as far as the log-probs
-                    self._go_back_by_pass(self._by_pass, ends_step)
+                    self._go_back_by_pass(self._by_pass)
         finally:
             self._watch = self._by_pass = None
         return loss.detach()
 
-    def _go_back(self, loss: torch.Tensor, last: bool) -> None:
+    def _go_back(self, loss: torch.Tensor) -> None:
         watch: Any = self._watch
         if is_sharded(self.accelerator):
             watch.enter()
-        add_gradients(self.accelerator, loss, last)
+        self.accelerator.backward(loss)
         watch.leave()
 
-    def _go_back_by_pass(self, passes: PassByPass, ends_step: bool) -> None:
+    def _go_back_by_pass(self, passes: PassByPass) -> None:
         watch: Any = self._watch
         for number in range(len(passes.groups)):
             values = passes.read(number)
             if is_sharded(self.accelerator):
                 watch.meet()
-            self._go_back(passes.pull(number, values), ends_step and number == len(passes.groups) - 1)
+            self._go_back(passes.pull(number, values))
             del values
             if is_sharded(self.accelerator):
                 watch.meet()
@@ -196,6 +220,10 @@ class RecoversMemory(transformers.Trainer):
             inner: what is wrapped.
             how: temperature, entropy, and `sharded`: whether the model's passes are collective.
         """
+        if self._is_one_with_its_step():
+            budget = self.args.logprob_token_budget
+            compute = partial(self._compute, inner, sequences, counted, budget, None, **how)
+            return inside_forward(model, inner, how["sharded"], compute)
         if self._watch is None or not torch.is_grad_enabled():
             return self._read_for_scores(model, inner, sequences, counted, **how)
         if self._update_budget.lowered:
@@ -205,22 +233,17 @@ class RecoversMemory(transformers.Trainer):
         return values
 
     def _read_at_once(self, model, inner, sequences, counted, budget: TokenBudget, watch: Watch, *, sharded, **how):
-        compute = partial(self._compute, inner, sequences, counted, budget, watch, sharded=sharded, **how)
+        compute = partial(self._compute, inner, sequences, counted, budget.tokens, watch, sharded=sharded, **how)
         if not sharded:
             return compute()
-        # One tensor that has gradients: ZeRO-3 compares between ranks how many a forward pass returns.
-        flat = inside_forward(model, inner, lambda: torch.cat([value for kind in compute() for value in kind]))
-        if watch.shortage is not None:
-            return [], []
-        parts = flat.split([len(where) for where in counted] * 2)
-        return list(parts[: len(counted)]), list(parts[len(counted) :])
+        return inside_forward(model, inner, True, compute)
 
-    def _compute(self, inner, sequences, counted, budget: TokenBudget, watch: Watch, *, sharded: bool, **how):
+    def _compute(self, inner, sequences, counted, tokens: int | None, watch: Watch | None, *, sharded: bool, **how):
         return token_log_probs(
             inner,
             sequences,
             counted,
-            token_budget=budget.tokens,
+            token_budget=tokens,
             autocast=self.accelerator.autocast(),
             agree_on_forwards=agree_on_forwards(self.accelerator) if sharded else None,
             guard=watch,
@@ -231,11 +254,12 @@ class RecoversMemory(transformers.Trainer):
         """Without gradients the passes themselves are repeated, inside the forward pass that sharding knows of."""
 
         def attempt(watch: Watch) -> LogProbs:
-            return self._compute(inner, sequences, counted, self._scoring_budget, watch, sharded=sharded, **how)
+            tokens = self._scoring_budget.tokens
+            return self._compute(inner, sequences, counted, tokens, watch, sharded=sharded, **how)
 
         agree = self._agree() if sharded else None
         compute = partial(repeat_smaller, self._scoring_budget, attempt, agree=agree)
-        return inside_forward(model, inner, compute) if sharded else compute()
+        return inside_forward(model, inner, True, compute) if sharded else compute()
 
     def _read_by_pass(self, model, inner, sequences, counted, *, sharded, **how) -> LogProbs:
         """Log-probs that end the loss's graph; each pass is read again when it is gone back from."""

@@ -103,7 +103,7 @@ def token_log_probs(
             passes are collective. Passes that are lacking are made on one token and count for nothing.
         guard: is told of the passes. Of a sharded model it also keeps this rank in step with the others: where a pass
             runs out of memory before or after its collective part, that and all later ones are made for nothing, and
-            so are the values returned.
+            so are the values returned. Not for ZeRO-3, which gathers the head in a call of its own.
 
     Returns:
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
@@ -129,7 +129,7 @@ def token_log_probs(
             if guard is not None:
                 guard.begin(number)
             read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
-            flat = _one_pass(causal, inputs, read, keep_up, entropy)
+            flat = _one_pass(causal, inputs, read, keep_up)
             if flat is None:
                 count += len(forwards) - number - 1  # each of which is made for nothing
                 log_probs, entropies = ([values.new_zeros(0) for values in log_probs] for _ in range(2))
@@ -139,21 +139,20 @@ def token_log_probs(
                 for member, part in zip(members, values.split(sizes), strict=True):
                     store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
         for _ in range(count - len(forwards)):
-            nothing = _pass_for_nothing(causal, device, entropy)
+            nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
 
 
-def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None, entropy) -> list[torch.Tensor] | None:
+def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None) -> list[torch.Tensor] | None:
     """What `read` makes of a pass's hidden states; None where it ran out of memory, and has kept up with the others."""
     if guard is None:
         return _with_whole_head(causal, read, causal.base_model(**inputs, use_cache=False).last_hidden_state)
     hidden_BTH = guard(partial(_collective_trunk, causal, inputs, guard))
     if hidden_BTH is None:
-        _pass_for_nothing(causal, inputs["input_ids"].device, entropy)
+        _pass_for_nothing(causal, inputs["input_ids"].device)
         return None
-    # Caught inside the head's call, whose end gives back what ZeRO-3 has gathered for it.
-    return _with_whole_head(causal, lambda hidden: guard(partial(read, hidden)), hidden_BTH)
+    return guard(partial(read, hidden_BTH))
 
 
 def _collective_trunk(causal, inputs: dict, guard: Guard) -> torch.Tensor:
@@ -173,7 +172,7 @@ def pass_members(model, sequences: list[list[int]], counted: list[list[int]], to
     return [members for _, members, _ in _forwards(causal, sequences, counted, token_budget, torch.device("cpu"))]
 
 
-def _with_whole_head(causal, read: Callable[[torch.Tensor], Value], hidden_BTH) -> Value:
+def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:
     """`read` of the hidden states, with a head that is whole.
 
     ZeRO-3 gathers the head at each call of it, together with all ranks: every rank calls it once a pass, however many
@@ -210,10 +209,7 @@ def _chosen(values: torch.Tensor, places: list[int]) -> torch.Tensor:
     return values.index_select(0, torch.tensor(places, device=values.device, dtype=torch.long))
 
 
-def _pass_for_nothing(causal, device, entropy) -> torch.Tensor:
-    """Zero, by way of a whole pass over one token: of the same modules as any other, on the way back too, which ZeRO-3
-    compares between ranks."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    hidden_1TH = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    read = partial(_counted_log_probs, causal, [(0, 0, 0, 1)], [[0, 0]], [1.0], entropy)
-    return torch.stack([values.sum() for values in _with_whole_head(causal, read, hidden_1TH)]).sum() * 0.0
+def _pass_for_nothing(causal, device) -> torch.Tensor:
+    """Zero, by way of a whole forward pass over one token."""
+    hidden_1TH = causal.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    return causal.get_output_embeddings()(hidden_1TH.last_hidden_state).float().sum() * 0.0
