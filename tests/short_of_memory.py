@@ -53,14 +53,9 @@ class Shortages:
 
 def gradients_of(trainer) -> dict[str, torch.Tensor]:
     """Whole, in double precision; collective."""
-    from backends import deepspeed, fsdp2
+    from backends import fsdp2
 
     inner = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    if deepspeed.is_zero(trainer.model_wrapped):
-        from deepspeed.utils import safe_get_full_grad
-
-        deepspeed.link_states(trainer.model_wrapped.optimizer)
-        return {name: safe_get_full_grad(p).double().clone() for name, p in inner.named_parameters()}
     return {name: fsdp2.whole(p.grad).double().clone() for name, p in inner.named_parameters()}
 
 

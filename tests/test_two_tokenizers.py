@@ -25,6 +25,7 @@ from rlt.rewards import TeacherReward
 from rlt.rewards.teacher import Reading, piece_log_probs
 from rlt.rewards.tokens import token_scores
 from rlt.runs.folder import prepare_output
+from rlt.survival.readings import lasting_log_probs
 from rlt.traces.scoring import TraceScorer
 
 STYLE = load_format("stratos")
