@@ -17,11 +17,8 @@ def loss_and_gradients(trainer, inputs):
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_losses_and_gradients_are_stock_trls(tiny_run, tmp_path, in_root, loss_type):
-    trainer, _ = build(
-        tiny_run, tmp_path, f"loss_type={loss_type}", "eval_size=0", "per_device_train_batch_size=8", "beta=0.1"
-    )
+def assert_is_stock_trls(trainer) -> dict:
+    """Loss and gradients of a batch are those that TRL computes; the batch."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -35,3 +32,12 @@ def test_losses_and_gradients_are_stock_trls(tiny_run, tmp_path, in_root, loss_t
     stock_loss, stock_gradients = loss_and_gradients(trainer, inputs)
     assert loss == pytest.approx(stock_loss, rel=1e-5)
     assert (gradients - stock_gradients).norm() < 1e-5 * stock_gradients.norm()
+    return inputs
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_losses_and_gradients_are_stock_trls(tiny_run, tmp_path, in_root, loss_type):
+    trainer, _ = build(
+        tiny_run, tmp_path, f"loss_type={loss_type}", "eval_size=0", "per_device_train_batch_size=8", "beta=0.1"
+    )
+    assert_is_stock_trls(trainer)

@@ -1,28 +1,20 @@
 """The process that checks answers, with a library in it that runs what a model wrote: it gives away nothing, and costs
 its trainer one answer."""
 
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
-import conftest
 import psutil
 import pytest
-import torch.distributed as dist
-from conftest import ROOT, spawn_ranks
+from conftest import ROOT
 
-from rlt.prompts.styles import FORMATS
 from rlt.rewards.checker import PASSED_ON, START_LIMIT_S
-from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import Verifier
-from rlt.schema import VerifiedRewardConfig
 
 # In the place of math-verify.
 LIBRARY_WITH_A_HOLE = """
@@ -43,14 +35,6 @@ fds = [int(fd) for fd in os.listdir("/proc/self/fd")]
 line = max(fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}") and stat.S_ISSOCK(os.fstat(fd).st_mode))
 """
 SOLUTION = {"solution": "2+0"}
-HOSTILE = (
-    *("9**9**9**9", "$9^{9^{9^{9^9}}}$", "10^{10^{10}}", "(10^9)!", "100000!!", "1e999999999", "9" * 4_000_000),
-    *("\\frac{" * 3000, "\\sqrt{" * 500 + "2" + "}" * 500, "2^{" * 200 + "}" * 200, "(" * 10_000, "[" * 5000),
-    *("\x00\ud800", "{}", "\udfff" * 1000, "x^{9999999}+1=0", "\\binom{10000000}{5000000}"),
-    *("\\sum_{n=1}^{10000000} \\frac{1}{n^2}", "\\begin{pmatrix}" + "1&" * 3000 + "\\end{pmatrix}"),
-    *("\\int_0^1 x^{10000}dx", "\\frac{1}{" * 50 + "2" + "}" * 50, "\\prod_{n=1}^{10^9} n^n"),
-)
-HOSTILE_ANSWERS, RANKS, DDP_TIMEOUT_S = 500, 2, 600
 GONE_LIMIT_S = 30.0
 
 
@@ -176,66 +160,3 @@ def test_what_a_batch_had_no_time_for_is_wrong_unchecked_and_said_once(verifier,
     (said,) = [record.getMessage() for record in caplog.records]
     assert "of a batch of 16 answers" in said and "took too long" in said and "came after the batch's 1 s" in said
     assert verifier.check("1+1", SOLUTION) == 1.0
-
-
-class Watch(threading.Thread):
-    """The most memory that a rank's checker and its parent had at once, in GiB."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.most, self.done = 0.0, threading.Event()
-
-    def run(self) -> None:
-        me = psutil.Process()
-        while not self.done.wait(0.02):
-            held = 0
-            for process in me.children(recursive=True):
-                try:
-                    held += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.most = max(self.most, held / 2**30)
-
-
-def score_hostile(rank: int, folder: Path) -> None:
-    """Each hostile text alone, then a batch of as many as this rank has, then a meeting with the other rank."""
-    limit = timedelta(seconds=DDP_TIMEOUT_S)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
-    watch, alone = Watch(), []
-    watch.start()
-    verifier = Verifier()
-    right = verifier.check("15838/2", {"solution": "7919"})
-    for text in HOSTILE:
-        began = time.monotonic()
-        right += verifier.check(text, {"solution": "7919"})
-        alone.append(time.monotonic() - began)
-    right += verifier.check("15838/2", {"solution": "7919"})  # the child that hung has been replaced by then
-    secrets = sum(b"canary" in Path(f"/proc/{process.pid}/environ").read_bytes() for process in processes())
-    del verifier
-    config = VerifiedRewardConfig(1.0, 0.0, 0.0, length_free=1, verifier="auto", verifier_limit_s=1.5)
-    (answer_reward,), _ = verified_rewards(config, FORMATS["stratos"], DDP_TIMEOUT_S)
-    texts = [f"Answer: {HOSTILE[number % len(HOSTILE)]}" for number in range(HOSTILE_ANSWERS // RANKS)]
-    logged: dict[str, float] = {}
-    began = time.monotonic()
-    found = answer_reward(completions=texts, solution=["7919"] * len(texts), log_metric=logged.__setitem__)
-    batch_s = time.monotonic() - began
-    dist.barrier()
-    watch.done.set()
-    figures = {"right": right, "max_s": max(alone), "mean_s": sum(alone) / len(alone), "secrets": secrets}
-    figures |= {"batch_s": batch_s, "rewarded": sum(found), "peak_gib": watch.most, **logged}
-    (folder / f"{rank}.json").write_text(json.dumps(figures))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_step_of_hostile_answers_on_two_ranks_ends_and_rewards_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "canary")
-    monkeypatch.setattr(conftest, "RANKS_TIMEOUT_S", DDP_TIMEOUT_S)
-    spawn_ranks(score_hostile, (tmp_path,), RANKS)
-    for rank in range(RANKS):
-        figures = json.loads((tmp_path / f"{rank}.json").read_text())
-        sys.stdout.write(f"rank {rank}: {figures}\n")
-        assert figures["right"] == 2.0  # the sums that came first and last
-        assert figures["rewarded"] == figures["secrets"] == 0
-        assert figures["peak_gib"] < 1.0

@@ -62,6 +62,7 @@ def test_a_checkpoint_from_before_the_sums_is_whole_by_its_sizes(tmp_path):
     assert damage_of(folder) == "weights has 5 of 100000 bytes"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_does_not_crowd_out_those_that_follow(tiny_run, tmp_path):
     """One checkpoint is kept. The newest is damaged, and the next life is killed after it has saved an earlier step."""
     run = [*tiny_run, "max_steps=4", "save_steps=1", "save_total_limit=1", "eval_size=0", f"output_dir={tmp_path}"]

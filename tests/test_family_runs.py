@@ -1,13 +1,10 @@
 """A policy with sliding windows and a student with windows, sinks and experts in the runs of this project: each path
 that reads log-probs against transformers' own code."""
 
-from types import MethodType
-
 import pytest
 import torch
-import trl
 from conftest import TINY_RUN, build
-from test_against_trl import loss_and_gradients
+from test_against_trl import assert_is_stock_trls
 from test_reductions import PAPER
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig
 
@@ -85,23 +82,13 @@ def test_rewards_of_a_teacher_are_those_of_stock_models(policy, student, tokeniz
 
 def test_a_policys_loss_and_gradients_and_its_references_log_probs_are_stock_trls(run, tmp_path, in_root):
     trainer, _ = build(run, tmp_path, "eval_size=0", "per_device_train_batch_size=8", "beta=0.1")
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    inputs["advantages"] += 1
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 1e-3)
-    loss, gradients = loss_and_gradients(trainer, inputs)
-    stock = trl.GRPOTrainer._get_per_token_logps_and_entropies
-    trainer._get_per_token_logps_and_entropies = MethodType(stock, trainer)
-    stock_loss, stock_gradients = loss_and_gradients(trainer, inputs)
-    assert loss == pytest.approx(stock_loss, rel=1e-5)
-    assert (gradients - stock_gradients).norm() < 1e-5 * stock_gradients.norm()
+    inputs = assert_is_stock_trls(trainer)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     with torch.no_grad():
-        reference, _, _ = stock(trainer, trainer.ref_model, ids, mask, inputs["completion_ids"].shape[1])
+        reference, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.ref_model, ids, mask, inputs["completion_ids"].shape[1]
+        )
     counts = inputs["completion_mask"].bool()
     gaps = (inputs["ref_per_token_logps"] - reference)[counts].abs()
     assert gaps.max() < 1e-4 and gaps.mean() < 1e-5

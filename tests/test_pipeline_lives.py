@@ -110,6 +110,7 @@ def test_stages_get_their_secrets_and_no_command_line_file_or_log_has_them(two_s
         assert yaml.safe_load((tmp_path / "run" / stage / "config.yaml").read_text())["hub_token"] == "<hidden>"
 
 
+@pytest.mark.slow
 def test_a_pipeline_stopped_behind_a_stage_that_was_made_again_does_not_keep_the_later_ones(two_stages, tmp_path):
     folder = tmp_path / "run"
     assert launch("train.py", *two_stages("1e-3")).returncode == 0

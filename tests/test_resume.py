@@ -93,7 +93,7 @@ def exchange(source, operation: str) -> None:
 SFT = ["run_cfg=teacher_sft_tiny", "report_to=null", "bf16=false", "dataset_size=4", "train_batch_size=4"]
 
 
-@pytest.mark.parametrize("kind", ["grpo", "sft"])
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_run_whose_training_rows_were_exchanged_does_not_go_on(kind, tiny_run, tiny_teacher, tmp_path):
     exchange(tmp_path / "rows.jsonl", "+")
     sft = [*SFT, "per_device_train_batch_size=4", f"model_name_or_path={tiny_teacher}"]

@@ -142,3 +142,18 @@ def test_what_cannot_be_is_refused(arguments, tmp_path):
     done = launch("train.py", "teacher_rlt_tiny", *arguments, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 1
     assert f"error: {arguments[0]}" in done.stderr and "must be positive" in done.stderr
+
+
+def test_a_second_signal_does_not_change_the_code_of_a_command_that_is_ending():
+    """It comes when the interpreter has given up its own handlers: the kernel would end the process by it."""
+    script = (
+        "import os, signal, sys\n"
+        "from rlt.survival.early import end_when_asked\n"
+        "end_when_asked()\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGTERM): kill(me, number)\n"
+        "sys.last_of_all = Last()\n"
+        "sys.exit(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == PREEMPTED

@@ -50,7 +50,10 @@ def test_torchrun_trains_as_the_launcher_does(tiny_run, tmp_path):
         (("teacher_rlt_tiny", "use_vllm_server=true"), "use_vllm_server=true with torchrun: start servers with"),
         (("teacher_rlt_tiny", "restarts=1"), "restarts=1 is for ./launch.sh: torchrun has --max-restarts"),
         (("teacher_rlt_tiny", "zero3", "ddp"), "zero3 and ddp: name one sharding"),
-        (("teacher_rlt_tiny", "warmup_run=teacher_sft_tiny"), "starts from teacher_sft_tiny, which has yet to run"),
+        (
+            ("teacher_rlt_tiny", "warmup_run=teacher_sft_tiny", "save_total_limit=1"),  # a disk with little room will do
+            "starts from teacher_sft_tiny, which has yet to run",
+        ),
     ],
 )
 def test_what_takes_more_than_ranks_is_refused_in_one_line(arguments, said, tmp_path):

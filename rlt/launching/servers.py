@@ -144,7 +144,7 @@ class Servers:
         log = self._log(self.failed)
         return f"\nserver {self.failed} ended {RESTARTS + 1} times in an hour (all of it in {log}):\n{end_of(log)}\n"
 
-    def close(self, well: bool = True) -> None:
+    def close(self) -> None:
         with self.lock:
             self.closing.set()
         for process in self.processes.values():
