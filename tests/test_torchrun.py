@@ -51,7 +51,7 @@ def test_torchrun_trains_as_the_launcher_does(tiny_run, tmp_path):
         (("teacher_rlt_tiny", "restarts=1"), "restarts=1 is for ./launch.sh: torchrun has --max-restarts"),
         (("teacher_rlt_tiny", "zero3", "ddp"), "zero3 and ddp: name one sharding"),
         (
-            ("teacher_rlt_tiny", "warmup_run=teacher_sft_tiny", "save_total_limit=1"),  # a disk with little room will do
+            ("teacher_rlt_tiny", "warmup_run=teacher_sft_tiny", "save_total_limit=1"),  # so that a small disk will do
             "starts from teacher_sft_tiny, which has yet to run",
         ),
     ],
