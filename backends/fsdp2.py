@@ -1,6 +1,7 @@
 """FSDP2: parameters are DTensors, each rank with its shard."""
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -14,3 +15,14 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor) and value.dim():
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
+
+
+def give_up_gradients(model: torch.nn.Module) -> None:
+    """What passes have added up without sharing it (accelerate's `no_sync`) is kept by FSDP2, out of sight."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for kept in group.fsdp_params:
+                    kept.unsharded_accumulated_grad = None
+                    if hasattr(kept, "_unsharded_param"):
+                        kept._unsharded_param.grad = None

@@ -9,6 +9,7 @@ from test_reductions import PAPER
 from rlt.models.loading import load_frozen
 from rlt.prompts.rendering import prompt_token_ids, render_teacher_prompt
 from rlt.prompts.styles import load_format
+from rlt.survival.readings import lasting_log_probs
 from rlt.traces.scoring import TraceScorer
 
 TEXTS = ["Three fours are 12.<|end_of_explanation|>", "It is 12."]
@@ -32,7 +33,7 @@ def test_without_a_teacher_its_engines_numbers_are_enough(sampled, tokenizer, ti
         return [-0.25] * len(tokens)
 
     student = load_frozen(tiny_student, torch.float32)
-    scorer = TraceScorer(tokenizer, load_format("stratos"), PAPER, None, student, behind, 0.7, 512)
+    scorer = TraceScorer(tokenizer, load_format("stratos"), PAPER, None, student, behind, 0.7, lasting_log_probs(512))
     texts, scored = scorer.score(*sampled)
     assert texts == TEXTS
     prompt = sampled[1][0]
@@ -51,6 +52,6 @@ def test_at_another_temperature_the_teacher_is_read_and_its_engine_not_asked(sam
 
     model = load_frozen(tiny_student, torch.float32)
     config = replace(PAPER, unbias_teacher_log_probs=False)
-    scorer = TraceScorer(tokenizer, load_format("stratos"), config, model, model, behind, 0.7, 512)
+    scorer = TraceScorer(tokenizer, load_format("stratos"), config, model, model, behind, 0.7, lasting_log_probs(512))
     _, scored = scorer.score(*sampled)
     assert all((one.log_probs[1] != -0.5).all() for one in scored)

@@ -25,6 +25,7 @@ from rlt.rewards import TeacherReward
 from rlt.rewards.teacher import Reading, piece_log_probs
 from rlt.rewards.tokens import token_scores
 from rlt.runs.folder import prepare_output
+from rlt.survival.readings import lasting_log_probs
 from rlt.traces.scoring import TraceScorer
 
 STYLE = load_format("stratos")
@@ -245,7 +246,9 @@ def test_a_collections_traces_are_ranked_by_a_student_with_another_tokenizer(bot
     def behind(asked, tokens):
         return [slow_log_probs(teacher_model, [*ids, token], 0.9)[-1] for ids, token in zip(asked, tokens, strict=True)]
 
-    scorer = TraceScorer(writes, STYLE, PAPER, None, student_model, behind, 0.9, 4096, reads)  # no pass of a teacher
+    scorer = TraceScorer(
+        writes, STYLE, PAPER, None, student_model, behind, 0.9, lasting_log_probs(4096), reads
+    )  # no pass of a teacher
     found, scored = scorer.score([ROW] * 3, prompts, sampled, log_probs)
     assert found == texts
     expected = [slow_reward(*both, ROW, thought)["reward"] for thought in THOUGHTS]

@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,12 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl.trainer.utils import split_tensor_dict
 
-from backends.collective import agree_on_forwards, inside_forward, is_sharded
+from backends.collective import is_sharded
 from backends.roll_call import slowest
 from backends.state import full_weights, load_full_weights
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
-from rlt.logprobs import token_log_probs
 from rlt.logprobs.packing import pad_rows
 from rlt.models.residence import resident, send_for
 from rlt.prompts.rendering import prompt_token_ids
@@ -34,6 +32,7 @@ from trainers.configs import GRPOConfig
 from trainers.mismatch import MismatchAlarm, importance_figures
 from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
+from trainers.recovery import RecoversMemory
 from trainers.sampler import EpochRepeatSampler
 from trainers.stopping import GivesUpSteps
 
@@ -61,7 +60,7 @@ class Rider(NamedTuple):
     temperature: float
 
 
-class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer):
+class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversMemory):
     """Group-relative policy optimisation with one of three ways to generate: vLLM in process, on servers, or
     Hugging Face.
 
@@ -222,24 +221,25 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer):
         entropy = "none" if not compute_entropy else "with_grad" if self._entropy_bonus_enabled else "value"
         offload = self._reference_waits and model is self.ref_model
         inner = self.accelerator.unwrap_model(model)
-        compute = partial(
-            token_log_probs,
-            inner,
-            sequences + [rider.ids for rider in riders],
-            counted + [rider.counted for rider in riders],
-            temperature=[self.temperature] * len(sequences) + [rider.temperature for rider in riders],
-            token_budget=self.args.logprob_token_budget,
-            autocast=self.accelerator.autocast(),
-            entropy=entropy,
-            agree_on_forwards=agree_on_forwards(self.accelerator),
-        )
         with resident(model, self.accelerator.device, offload) if offload else nullcontext():
-            log_probs, entropies = inside_forward(model, inner, self._sharded, compute)
+            log_probs, entropies = self._read(
+                model,
+                inner,
+                sequences + [rider.ids for rider in riders],
+                counted + [rider.counted for rider in riders],
+                temperature=[self.temperature] * len(sequences) + [rider.temperature for rider in riders]
+                if riders
+                else self.temperature,
+                entropy=entropy,
+                sharded=self._sharded,
+            )
         rows = len(sequences)
         if which:
             self._take(which, log_probs[:rows], log_probs[rows:])
         widths = attention_mask[:, -logits_to_keep:].sum(1).tolist()
         padded = [pad_rows(values[:rows], widths, logits_to_keep) for values in (log_probs, entropies)]
+        if self._watch is not None and self.accelerator.num_processes > 1:
+            self._watch.enter()  # TRL gathers figures of the loss
         return padded[0], padded[1] if compute_entropy else None, None
 
     def _frozen_after(self, which: str) -> torch.nn.Module | None:
@@ -336,6 +336,8 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer):
             masked = {key: inputs[key] for key in PER_TOKEN if inputs.get(key) is not None}
             inputs = inputs | {key: value.masked_fill(left_out[:, None], 0) for key, value in masked.items()}
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._watch is not None:
+            self._watch.leave()
         if not scored.any():
             return loss * 0.0
         if self.loss_type in MEAN_OF_ROWS:

@@ -4,20 +4,19 @@ Loss only on what comes after the explanation's start tag (teacher) or on the an
 too. Rows of a micro-batch share forward passes without seeing each other (logprobs/packing.py).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 import trl
 
-from backends.collective import agree_on_forwards, inside_forward, is_sharded
-from rlt.logprobs import token_log_probs
+from backends.collective import is_sharded
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
+from trainers.recovery import RecoversMemory
 from trainers.stopping import GivesUpSteps
 
 
-class SFTTrainer(GivesUpSteps, trl.SFTTrainer):
+class SFTTrainer(GivesUpSteps, trl.SFTTrainer, RecoversMemory):
     """Trains on rows with `input_ids` and `completion_mask`.
 
     Args:
@@ -47,16 +46,7 @@ class SFTTrainer(GivesUpSteps, trl.SFTTrainer):
         sequences = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
         counted = [(row[m] != -100).nonzero().flatten().tolist() for row, m in zip(labels, mask, strict=True)]
         inner = self.accelerator.unwrap_model(model)
-        compute = partial(
-            token_log_probs,
-            inner,
-            sequences,
-            counted,
-            token_budget=self.args.logprob_token_budget,
-            autocast=self.accelerator.autocast(),
-            agree_on_forwards=agree_on_forwards(self.accelerator),
-        )
-        log_probs, _ = inside_forward(model, inner, is_sharded(self.accelerator), compute)
+        log_probs, _ = self._read(model, inner, sequences, counted, sharded=is_sharded(self.accelerator))
         loss = -torch.cat(log_probs).sum()
         if num_items_in_batch is None:
             loss = loss / sum(map(len, counted))

@@ -6,15 +6,12 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from trl.trainer.utils import use_adapter
 
-from backends.collective import agree_on_forwards, inside_forward
 from rlt.errors import Refused
-from rlt.logprobs import token_log_probs
 from rlt.models.residence import resident
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
@@ -195,14 +192,4 @@ class TeacherGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _frozen_log_probs(self, model, sequences, counted, temperature) -> list[torch.Tensor]:
         sharded = self._sharded and model is not self.student
-        compute = partial(
-            token_log_probs,
-            model,
-            sequences,
-            counted,
-            temperature=temperature,
-            token_budget=self.args.logprob_token_budget,
-            autocast=self.accelerator.autocast(),
-            agree_on_forwards=agree_on_forwards(self.accelerator) if sharded else None,
-        )
-        return inside_forward(model, model, sharded, compute)[0]
+        return self._read(model, model, sequences, counted, temperature=temperature, sharded=sharded)[0]

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +127,9 @@ def _columns(row: dict) -> str:
 
 def log_prob_function(model, token_budget: int):
     """Ask a loaded model for log-probs."""
-    import torch
+    from rlt.survival.readings import lasting_log_probs
 
-    from rlt.logprobs import token_log_probs
-
-    def ask(sequences, counted, temperature):
-        with torch.no_grad():
-            return token_log_probs(model, sequences, counted, temperature=temperature, token_budget=token_budget)[0]
-
-    return ask
+    return partial(lasting_log_probs(token_budget), model)
 
 
 def load_tokenizers(settings: ScoreSettings) -> tuple[Any, Any]:

@@ -112,6 +112,7 @@ class Pace:
 def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, student_tokenizer):
     from rlt.models.loading import load_student
     from rlt.models.paths import resolve_model_path
+    from rlt.survival.readings import lasting_log_probs
     from rlt.traces.scoring import TraceScorer
 
     assert settings.student_model is not None  # the plan refuses it
@@ -129,7 +130,7 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, stu
         student,
         sampler.next_token_log_probs,
         settings.temperature,
-        settings.logprob_token_budget,
+        lasting_log_probs(settings.logprob_token_budget),
         student_tokenizer,
     )
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +21,19 @@ from rlt.logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
 from rlt.models.recurrent import let_recurrent_layers_read_rows
 from rlt.models.sharing import Reading, way_of_reading
 
+Value = TypeVar("Value")
+
 logger = logging.getLogger("rlt")
+
+
+class Guard(Protocol):
+    """What looks after passes that may run out of memory (rlt/survival/oom.py)."""
+
+    def plan(self, passes: list[tuple[int, int]]) -> None: ...
+    def begin(self, number: int) -> None: ...
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+    def __call__(self, part: Callable[[], Value]) -> Value | None: ...
 
 
 def _causal_model(model) -> PreTrainedModel:
@@ -73,6 +85,7 @@ def token_log_probs(
     autocast: AbstractContextManager | None = None,
     entropy: Literal["none", "value", "with_grad"] = "none",
     agree_on_forwards: Callable[[int], int] | None = None,
+    guard: Guard | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probs of the counted tokens of each sequence; what several begin with is computed once.
 
@@ -88,6 +101,9 @@ def token_log_probs(
         entropy: whether to compute entropies, and whether gradients flow through them.
         agree_on_forwards: from this rank's number of forward passes to the number of all; for sharded models, whose
             passes are collective. Passes that are lacking are made on one token and count for nothing.
+        guard: is told of the passes. Of a sharded model it also keeps this rank in step with the others: where a pass
+            runs out of memory before or after its collective part, that and all later ones are made for nothing, and
+            so are the values returned. Not for ZeRO-3, which gathers the head in a call of its own.
 
     Returns:
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
@@ -103,21 +119,57 @@ def token_log_probs(
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
     token_budget = token_budget or max(map(len, sequences), default=1)
     forwards = list(_forwards(causal, sequences, counted, token_budget, device))
+    if guard is not None:
+        guard.plan([(inputs["input_ids"].numel(), len(members)) for inputs, members, _ in forwards])
     count = max(len(forwards), 1)  # where nothing counts, gradients still reach every parameter
-    lacking = (agree_on_forwards(count) if agree_on_forwards else count) - len(forwards)
+    count = agree_on_forwards(count) if agree_on_forwards else count
+    keep_up = guard if agree_on_forwards else None
     with autocast or nullcontext():
-        for inputs, members, wanted in forwards:
-            hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
+        for number, (inputs, members, wanted) in enumerate(forwards):
+            if guard is not None:
+                guard.begin(number)
             read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
-            flat = _with_whole_head(causal, read, hidden_BTH)
+            flat = _one_pass(causal, inputs, read, keep_up)
+            if flat is None:
+                count += len(forwards) - number - 1  # each of which is made for nothing
+                log_probs, entropies = ([values.new_zeros(0) for values in log_probs] for _ in range(2))
+                break
             sizes = [len(counted[member]) for member in members]
             for store, values in zip((log_probs, entropies), flat, strict=True):
                 for member, part in zip(members, values.split(sizes), strict=True):
                     store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
-        for _ in range(lacking):
+        for _ in range(count - len(forwards)):
             nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
+
+
+def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None) -> list[torch.Tensor] | None:
+    """What `read` makes of a pass's hidden states; None where it ran out of memory, and has kept up with the others."""
+    if guard is None:
+        return _with_whole_head(causal, read, causal.base_model(**inputs, use_cache=False).last_hidden_state)
+    hidden_BTH = guard(partial(_collective_trunk, causal, inputs, guard))
+    if hidden_BTH is None:
+        _pass_for_nothing(causal, inputs["input_ids"].device)
+        return None
+    return guard(partial(read, hidden_BTH))
+
+
+def _collective_trunk(causal, inputs: dict, guard: Guard) -> torch.Tensor:
+    """Hidden states; from the first layer to the last, other ranks wait for this one."""
+    entered = causal.get_input_embeddings().register_forward_pre_hook(lambda *_: guard.enter(), prepend=True)
+    try:
+        hidden_BTH = causal.base_model(**inputs, use_cache=False).last_hidden_state
+    finally:
+        entered.remove()
+    guard.leave()
+    return hidden_BTH
+
+
+def pass_members(model, sequences: list[list[int]], counted: list[list[int]], token_budget: int) -> list[list[int]]:
+    """Which sequences each pass of `token_log_probs` reads; every pass alone reads them at once, too."""
+    causal = _causal_model(model)
+    return [members for _, members, _ in _forwards(causal, sequences, counted, token_budget, torch.device("cpu"))]
 
 
 def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:

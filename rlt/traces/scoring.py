@@ -5,10 +5,10 @@ prompt; the engine is asked for their log-probs separately.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from rlt.logprobs import token_log_probs
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
 from rlt.schema import TeacherRewardConfig
@@ -21,7 +21,7 @@ class TraceScorer:
         teacher, student: frozen causal models.
         next_token_log_probs: of tokens behind prompts under the teacher, as its engine gives them.
         temperature: at which the teacher samples.
-        token_budget: of one forward pass.
+        log_probs: of counted tokens, from a model, sequences, the counted and a temperature.
         student_tokenizer: of a student that has one of its own.
     """
 
@@ -34,10 +34,10 @@ class TraceScorer:
         student,
         next_token_log_probs: Callable[[list[list[int]], list[int]], list[float]],
         temperature: float,
-        token_budget: int,
+        log_probs: Callable[[Any, list[list[int]], list[list[int]], float], list[torch.Tensor]],
         student_tokenizer=None,
     ):
-        self.teacher, self.student, self.temperature, self.budget = teacher, student, temperature, token_budget
+        self.teacher, self.student, self.temperature, self.read = teacher, student, temperature, log_probs
         self.next_token_log_probs, self.tokenizer = next_token_log_probs, tokenizer
         self.reward = TeacherReward(
             tokenizer,
@@ -99,10 +99,8 @@ class TraceScorer:
         sizes = [len(prompt) - first for prompt, first in firsts.items()]
         return dict(zip(firsts, read.split(sizes), strict=True))
 
-    @torch.no_grad()
     def _pass(self, model, sequences, counted, temperature: float) -> list[torch.Tensor]:
         """Log-probs of the counted tokens."""
         if not sequences:
             return []
-        read, _ = token_log_probs(model, sequences, counted, temperature=temperature, token_budget=self.budget)
-        return [values.cpu() for values in read]
+        return [values.cpu() for values in self.read(model, sequences, counted, temperature)]
