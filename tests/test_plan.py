@@ -24,7 +24,8 @@ from rlt.planning.trl_fields import TABLE, read_table
 from rlt.prompts.styles import load_format
 from rlt.rewards import reductions, verifiers
 from rlt.rewards.verified import verified_rewards
-from rlt.runs.folder import hide_secrets, prepare_output
+from rlt.runs.folder import prepare_output
+from rlt.runs.hidden import hide_secrets
 from rlt.schema import PROFILES, VerifiedRewardConfig
 from trainers.field_table import build_table
 

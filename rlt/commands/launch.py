@@ -30,7 +30,8 @@ from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import LOGS, hide_secrets
+from rlt.runs.folder import LOGS
+from rlt.runs.hidden import hide_secrets
 from rlt.schema import PROFILES
 
 RANK = ("-m", "rlt.commands.rank")

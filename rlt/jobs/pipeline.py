@@ -29,10 +29,10 @@ from rlt.runs.folder import (
     TRACES,
     TRACES_AS_LINES,
     is_complete,
-    is_secret,
     mark_complete,
     saved_configuration,
 )
+from rlt.runs.hidden import is_secret
 from rlt.runs.trackers import as_override
 from rlt.schema import profile_of
 from rlt.survival.stop_signals import StopOnSignal

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
-from rlt.runs.folder import is_secret
+from rlt.runs.hidden import is_secret
 
 # Keys whose values may be paths.
 PATHS = frozenset(

@@ -16,7 +16,8 @@ from rlt.places import LOCAL_STARTS
 from rlt.planning.configuration import compose_config, options, quoted
 from rlt.runs.dashboard import run_question
 from rlt.runs.durable import read_json_lines, write_whole
-from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, SECRET, run_in
+from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, run_in
+from rlt.runs.hidden import holds_secret
 from rlt.runs.learned import lineage
 from rlt.schema import profile_of
 
@@ -102,7 +103,7 @@ def made_by(config: dict[str, Any]) -> str:
     name = config["run_name"]
     own = name in options("run_cfg")
     default, _ = compose_config([name] if own else [])
-    shown = {key: value for key, value in config.items() if key not in PLACES and not key.endswith(SECRET)}
+    shown = {key: value for key, value in config.items() if key not in PLACES and not holds_secret(key)}
     changed = {key: value for key, value in shown.items() if default.get(key) != value}
     keys = "".join(f" \\\n  {key}={_as_value(value)}" for key, value in sorted(changed.items()))
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
