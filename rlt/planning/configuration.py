@@ -141,6 +141,17 @@ def named_keys(given: list[str]) -> set[str]:
     return {override.lstrip("+").partition("=")[0] for override in given}
 
 
+def as_value(value: Any) -> str:
+    """A value of a configuration as Hydra reads it behind `key=`."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(as_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
 def quoted(path: str) -> str:
     """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
     return "'" + path.replace("'", "\\'") + "'"
