@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from conftest import spawn_ranks
 from test_logprobs import group_of_three, llama, one_row_at_a_time
-from trl.models.utils import _ForwardRedirection
 
+from backends.collective import inside_forward
 from rlt.logprobs import head, token_log_probs
 
 RANKS = 2
@@ -37,7 +37,7 @@ def agree(count: int) -> int:
 def packed_loss(wrapped, inner, rank: int) -> torch.Tensor:
     sequences, counted = batch_of(rank)
     compute = partial(token_log_probs, inner, sequences, counted, token_budget=14, agree_on_forwards=agree)
-    log_probs, _ = _ForwardRedirection()(wrapped, inner, compute)
+    log_probs, _ = inside_forward(wrapped, inner, True, compute)
     return loss_of(log_probs)
 
 
