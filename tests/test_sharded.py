@@ -14,7 +14,7 @@ from backends.collective import inside_forward
 from rlt.logprobs import head, token_log_probs
 
 RANKS = 2
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.01
 STEPS = 3  # in a step DeepSpeed compares with other ranks what modules the last one went through
 
 
