@@ -2,20 +2,33 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather
 from trl.models.utils import _ForwardRedirection
 
+from rlt.logprobs import LogProbs
 
-def inside_forward(model, inner, sharded: bool, compute: Callable[[], Any]) -> Any:
+
+def inside_forward(model, inner, sharded: bool, compute: Callable[[], LogProbs]) -> LogProbs:
     """Run `compute` as part of the forward pass of what is wrapped around `inner`.
 
-    DDP, ZeRO and FSDP gather weights and reduce gradients only for what runs inside a forward pass that they know.
+    DDP, ZeRO and FSDP gather weights and reduce gradients only for what runs inside a forward pass that they know. This
+    forward pass returns one tensor: ZeRO-3 wants the same number of tensors with a way back on every rank, and ranks
+    differ in how many of their sequences count.
     """
-    return _ForwardRedirection()(model, inner, compute) if sharded or inner is not model else compute()
+    if not sharded and inner is model:
+        return compute()
+    sizes: list[list[int]] = []
+
+    def flat() -> torch.Tensor:
+        kinds = compute()
+        sizes.extend(list(map(len, values)) for values in kinds)
+        return torch.cat([value for values in kinds for value in values] or [torch.zeros(0)])
+
+    log_probs, entropies = _ForwardRedirection()(model, inner, flat).split([sum(kind) for kind in sizes])
+    return list(log_probs.split(sizes[0])), list(entropies.split(sizes[1]))
 
 
 def agree_on_forwards(accelerator) -> Callable[[int], int] | None:

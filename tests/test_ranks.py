@@ -89,12 +89,13 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
 
 
-def test_a_rank_with_fewer_rewards_trains_along(run_steps, tiny_teacher):
+@pytest.mark.parametrize("sharding", shardings("ddp"))
+def test_a_rank_with_fewer_rewards_trains_along(sharding, run_steps, tiny_teacher):
     """One completion of a step has none, on one of the ranks: it is left out on both, and on a single one."""
     rewards = "reward_functions=[fixed_rank.reward_of_most]"
     plain = ["run_cfg=grpo_exact", f"model_name_or_path={tiny_teacher}", *TINY_RUN[1:], "use_vllm=false", rewards]
     many = "dataset_size=12"  # of few it learns so fast that last digits grow into visible ones
-    together, alone = run_steps(2, "ddp", many, base=plain), run_steps(1, "ddp", many, base=plain)
+    together, alone = run_steps(2, sharding, many, base=plain), run_steps(1, "ddp", many, base=plain)
     records = map(json.loads, (together / "metrics.jsonl").read_text().splitlines())
     assert [r["completions/unscored"] for r in records if "loss" in r] == [2, 1, 1, 1, 1]
     assert_same(together, alone)

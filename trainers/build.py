@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
+from backends.compilation import compile_one_at_a_time
 from rlt.errors import Refused
 from rlt.models.devices import device_type, on, uses_bfloat16
 from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
@@ -129,6 +130,7 @@ def build_policy(model: Training, tokenizer) -> tuple[PreTrainedModel, LoraConfi
 
 def build_trainer(plan: Plan):
     """The trainer of a plan, and its held-out evaluation (None for sft)."""
+    compile_one_at_a_time()
     settings = plan.settings
     style = load_format(settings.reasoning_format)
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)

@@ -33,7 +33,7 @@ from accelerate.utils.memory import clear_device_cache
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
 from backends.updates import give_up_gradients, held_back, share_gradients
 from rlt.generation.seeds import request_seed
-from rlt.logprobs import pass_members, token_log_probs
+from rlt.logprobs import LogProbs, pass_members, token_log_probs
 from rlt.survival.oom import NoMemoryLeft, Shortage, TokenBudget, Watch, is_out_of_memory, peak_gib, repeat_smaller
 from rlt.survival.random_state import random_state, set_random_state
 
@@ -45,7 +45,6 @@ FIXED_REMEDY = f"lower logprob_token_budget or per_device_train_batch_size, {UPD
 SCORING_REMEDY = "lower max_prompt_length or max_completion_length, or set offload_untrained_models=true"
 
 ENTROPY_CONTROL = ("_entropy_window_stats", "entropy_coef", "_last_world_entropy")  # of TRL's adaptive bonus
-LogProbs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from rlt.models.recurrent import let_recurrent_layers_read_rows
 from rlt.models.sharing import Reading, way_of_reading
 
 Value = TypeVar("Value")
+LogProbs = tuple[list[torch.Tensor], list[torch.Tensor]]  # and entropies, one tensor a sequence
 
 logger = logging.getLogger("rlt")
 
@@ -86,7 +87,7 @@ def token_log_probs(
     entropy: Literal["none", "value", "with_grad"] = "none",
     agree_on_forwards: Callable[[int], int] | None = None,
     guard: Guard | None = None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+) -> LogProbs:
     """Log-probs of the counted tokens of each sequence; what several begin with is computed once.
 
     Args:
@@ -176,11 +177,11 @@ def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]],
     """`read` of the hidden states, with a head that is whole.
 
     ZeRO-3 gathers the head at each call of it, together with all ranks: every rank calls it once a pass, however many
-    tokens count on this rank.
+    tokens count on this rank. The call returns one tensor, as the head's own does in a pass for nothing.
     """
     head = causal.get_output_embeddings()
     if type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id"):
-        return _ForwardRedirection()(head, head, read, hidden_BTH)
+        return list(_ForwardRedirection()(head, head, lambda hidden: torch.stack(read(hidden)), hidden_BTH))
     return read(hidden_BTH)
 
 
