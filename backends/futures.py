@@ -1,8 +1,8 @@
 """Operations that are asked for now and done in order: what comes back at once, and who works on them.
 
-    future = worker.submit(work, batch)
-    future.result(timeout=60)                 # the value, or what the work raised
-    await future                              # the same in a coroutine; so is `await future.result()`
+future = worker.submit(work, batch)
+future.result(timeout=60)                 # the value, or what the work raised
+await future                              # the same in a coroutine; so is `await future.result()`
 """
 
 import asyncio

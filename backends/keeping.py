@@ -10,20 +10,19 @@ from typing import Any
 import torch
 
 from backends import saved
-from backends.futures import TrainFuture, Worker
+from backends.futures import TrainFuture
+from backends.reading import ReadsBatches
 from backends.state import full_weights, load_full_weights, load_training_state, training_state
 from rlt.errors import Refused
 
 
-class KeepsState:
+class KeepsState(ReadsBatches):
     """Mixed into backends of a whole model, or of an adapter whose parameters alone are trained while it is active."""
 
-    model: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
     checkpoint_dir: Path
     weight_version: int
-    _worker: Worker
 
     def get_weights(self) -> TrainFuture[dict[str, torch.Tensor]]:
         return self._worker.submit(self._get_weights)
@@ -38,9 +37,6 @@ class KeepsState:
 
     def load_state(self, path: str | Path, with_optimizer: bool = True) -> TrainFuture[int]:
         return self._worker.submit(self._load_state, path, with_optimizer)
-
-    def _activate(self) -> None:
-        """Before every operation; for backends that share a model."""
 
     def _drop_gradients(self) -> None:
         raise NotImplementedError

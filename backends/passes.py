@@ -161,7 +161,9 @@ class PlainWork:
     def run(self, way: Way) -> ForwardOutput:
         found = Found()
         for rows, part in self._parts(way):
-            inputs = {name: value.to(way.device) if isinstance(value, Tensor) else value for name, value in part.items()}
+            inputs = {
+                name: value.to(way.device) if isinstance(value, Tensor) else value for name, value in part.items()
+            }
             labels = inputs.pop("labels")
             way.watch.plan([(labels.numel(), rows)])
             way.watch.begin(0)

@@ -21,7 +21,9 @@ def plain_loss(loss_fn: Loss) -> Callable:
         return loss_fn
     kind = loss_fn or OUTPUT_LOSSES[0]
     if kind not in OUTPUT_LOSSES:
-        raise Refused(f"loss_fn={kind!r} is not one of a plain batch: {', '.join(OUTPUT_LOSSES)} or a function would do")
+        raise Refused(
+            f"loss_fn={kind!r} is not one of a plain batch: {', '.join(OUTPUT_LOSSES)} or a function would do"
+        )
     return additive(partial(compute_loss_from_outputs, kind=kind))
 
 
@@ -42,5 +44,5 @@ def check_plain(model: Any, batch: Mapping[str, Any]) -> None:
     ids = batch.get("input_ids")
     read = [] if ids is None else [("input_ids", ids)]
     for name, tokens in [*read, ("labels", labels[labels != IGNORED])]:
-        if tokens.numel() and not (0 <= tokens.min() and tokens.max() < vocabulary):
+        if tokens.numel() and not (tokens.min() >= 0 and tokens.max() < vocabulary):
             raise Refused(f"{name} of a plain batch must be from 0 to {vocabulary - 1}")

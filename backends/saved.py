@@ -1,11 +1,11 @@
 """A backend's state in a folder: whole or absent, on the disk before it has its name, and found out where damaged.
 
-    runs/a/step_0100/
-        weights.safetensors      trained weights by name, and buffers that a model keeps
-        optimizer.safetensors    KIND/NAME: what the optimizer remembers of each weight; absent where it was left out
-        scheduler.pt             of a schedule, if there is one
-        state.json               weight version, numbers of the optimizer, what the weights are of
-        manifest.json            sizes and sums of the others (rlt/runs/manifest.py)
+runs/a/step_0100/
+    weights.safetensors      trained weights by name, and buffers that a model keeps
+    optimizer.safetensors    KIND/NAME: what the optimizer remembers of each weight; absent where it was left out
+    scheduler.pt             of a schedule, if there is one
+    state.json               weight version, numbers of the optimizer, what the weights are of
+    manifest.json            sizes and sums of the others (rlt/runs/manifest.py)
 """
 
 import json
@@ -26,7 +26,7 @@ from rlt.runs.manifest import damage_of, seal
 from rlt.survival.kill_points import kill_point
 
 WEIGHTS, OPTIMIZER, SCHEDULER, STATE = "weights.safetensors", "optimizer.safetensors", "scheduler.pt", "state.json"
-NAMES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+NAMES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]{0,127}")
 
 
 @dataclass
@@ -48,8 +48,12 @@ class Saved:
 
 
 def check_name(name: str) -> None:
+    """
+    Raises:
+        Refused: it could not be a folder's name anywhere, or would leave the folder that it is to be in.
+    """
     if not NAMES.fullmatch(name):
-        raise Refused(f"{name!r} cannot name a saved state: 1 to 128 letters, digits, '_', '-' and '.' would do")
+        raise Refused(f"{name!r} cannot be a name here: 1 to 128 letters, digits and any of _-.: would do")
 
 
 def place_of(root: Path, path: str | Path) -> Path:

@@ -269,7 +269,9 @@ def run_out(monkeypatch, model, times: list[int]) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         found = trunk(self, *args, **kwargs)
         if -number in times and found.last_hidden_state.requires_grad:
-            found.last_hidden_state.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of")))
+            found.last_hidden_state.register_hook(
+                lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of"))
+            )
         return found
 
     monkeypatch.setattr(type(model.model), "forward", forward)
