@@ -23,7 +23,7 @@ _PLACES = {
     "backends.pytorch": ("PyTorchTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}
-__all__ = sorted(_HOMES)  # pyrefly: ignore[invalid-dunder-all]
+__all__ = sorted(_HOMES)  # pyrefly: ignore[unresolvable-dunder-all]
 
 
 def __getattr__(name: str) -> Any:

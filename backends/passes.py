@@ -53,8 +53,12 @@ class Found:
     loss: float = 0.0
 
     def output(self, tokens: int) -> ForwardOutput:
-        rows = [[values[member] for member in sorted(values)] for values in (self.log_probs, self.elementwise)]
-        return ForwardOutput(*rows, {**self.metrics, "loss:sum": self.loss, "tokens:sum": float(tokens)})
+        log_probs, elementwise = (
+            [values[member] for member in sorted(values)] for values in (self.log_probs, self.elementwise)
+        )
+        return ForwardOutput(
+            log_probs, elementwise, {**self.metrics, "loss:sum": self.loss, "tokens:sum": float(tokens)}
+        )
 
 
 @dataclass(frozen=True)
