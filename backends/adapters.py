@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
+from backends import saved
 from backends.adapter_files import export_adapter
 from backends.adapter_targets import layers_by_part, wanted_layers
 from backends.create import create_adamw_optimizer
@@ -25,7 +26,6 @@ from backends.futures import TrainFuture, Worker
 from backends.protocol import Batch, ForwardOutput, Loss
 from backends.pytorch import PyTorchTrainingBackend
 from backends.reading import DEFAULT_LOSS, TOKEN_BUDGET, ReadsBatches
-from backends.saved import check_name
 from rlt.errors import Refused
 
 ALPHA = 32
@@ -85,6 +85,12 @@ class SharedBase(ReadsBatches):
         """
         return self._worker.submit(self._create, name, spec)
 
+    def create_from_state(
+        self, name: str, folder: str | Path, with_optimizer: bool = True
+    ) -> TrainFuture["AdapterBackend"]:
+        """A new model that goes on from what another one has saved; rank and layers are those of the state."""
+        return self._worker.submit(self._create_from_state, name, Path(folder), with_optimizer)
+
     def remove(self, name: str) -> TrainFuture[None]:
         """Forget a model; what it has saved stays. It refuses everything from then on."""
         return self._worker.submit(self._remove, name)
@@ -94,7 +100,7 @@ class SharedBase(ReadsBatches):
         self._worker.close()
 
     def _create(self, name: str, spec: AdapterSpec) -> "AdapterBackend":
-        check_name(name)
+        saved.check_name(name)
         if name in self.adapters:
             raise Refused(f"there is a model {name!r} on this base already")
         if isinstance(spec.rank, bool) or not isinstance(spec.rank, int) or spec.rank < 1:
@@ -113,6 +119,18 @@ class SharedBase(ReadsBatches):
         self.model.set_adapter(inner)
         self.adapters[name] = AdapterBackend(self, name, inner, spec)
         return self.adapters[name]
+
+    def _create_from_state(self, name: str, folder: Path, with_optimizer: bool) -> "AdapterBackend":
+        spec = dict(saved.about(saved.place_of(self.checkpoint_dir, folder)))
+        if spec.pop("base", None) is None:
+            raise Refused(f"{folder} is of a whole model, not of an adapter")
+        backend = self._create(name, AdapterSpec(**spec))
+        try:
+            backend._load_state(folder, with_optimizer)
+        except BaseException:
+            self._remove(name)
+            raise
+        return backend
 
     def _put_on(self, inner: str, config: LoraConfig) -> None:
         if isinstance(self.model, PeftModel):

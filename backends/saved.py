@@ -73,6 +73,11 @@ def place_of(root: Path, path: str | Path) -> Path:
     return folder
 
 
+def about(folder: Path) -> dict[str, Any]:
+    """What the weights in a folder that `place_of` found whole are of."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["about"]
+
+
 def write(root: Path, name: str, saved: Saved, overwrite: bool) -> Path:
     """Returns the folder.
 

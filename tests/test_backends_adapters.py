@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from peft import PeftModel
-from test_backends_pytorch import LIMIT_S, PARAMS, all_equal, data, tiny
+from test_backends_pytorch import LIMIT_S, PARAMS, all_equal, backend_of, data, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backends import AdapterSpec, SharedBase, TrainingBackend
@@ -151,6 +151,26 @@ def test_a_state_fits_an_adapter_of_another_name_and_no_other_shape(tmp_path):
     elsewhere = SharedBase(tiny(), tmp_path, "cpu", name="another")
     with pytest.raises(Refused, match="'base': 'tiny'.* trains {'base': 'another'"):
         make(elsewhere, "one", rank=4).load_state(folder).result(LIMIT_S)
+
+
+def test_a_model_goes_on_from_a_state_as_another_one(tmp_path):
+    base = base_of(tmp_path)
+    one = make(base, "one", rank=4, seed=0, train_mlp=False)
+    step(one, 0)
+    folder = one.save_state("full").result(LIMIT_S)
+    bare = one.save_state("bare", with_optimizer=False).result(LIMIT_S)
+    other = base.create_from_state("other", folder).result(LIMIT_S)
+    assert (other.spec.rank, other.spec.train_mlp, other.weight_version) == (4, False, 1)
+    for backend in (one, other):
+        step(backend, 1)
+    assert all_equal(weights(one).values(), weights(other).values())
+    with pytest.raises(Refused, match="bare has no optimizer state"):
+        base.create_from_state("third", bare).result(LIMIT_S)
+    assert base.create_from_state("third", bare, with_optimizer=False).result(LIMIT_S).weight_version == 1
+    whole = backend_of(tmp_path).save_state("whole").result(LIMIT_S)
+    with pytest.raises(Refused, match="whole is of a whole model"):
+        base.create_from_state("fourth", whole).result(LIMIT_S)
+    assert list(base.adapters) == ["one", "other", "third"]
 
 
 @pytest.mark.parametrize("options", [{}, TIED], ids=["untied", "tied"])

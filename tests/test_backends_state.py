@@ -99,7 +99,7 @@ def test_states_of_something_else_are_refused_and_change_nothing(tmp_path):
     tied = backend_of(tmp_path, tiny(tie_word_embeddings=True))
     before = weights(wider)
     for other, said in (
-        (wider, r"mlp.gate_proj.weight is \(48, 32\), here \(64, 32\)"),
+        (wider, r"mlp.down_proj.weight is \(32, 48\), here \(32, 64\)"),
         (tied, "has lm_head.weight, which this model does not train"),
         (sgd_backend(tmp_path), "has the state of AdamW, and this backend's optimizer is SGD"),
     ):
