@@ -141,7 +141,12 @@ class SharedBase(ReadsBatches):
     def _remove(self, name: str) -> None:
         if name not in self.adapters:
             raise Refused(f"there is no model {name!r} on this base")
-        self.model.delete_adapter(self.adapters.pop(name).inner)
+        removed = self.adapters.pop(name)
+        if not self.adapters:
+            self.model = self.model.unload()  # PEFT goes on naming the last adapter that it has deleted
+            return
+        self.model.set_adapter(next(iter(self.adapters.values())).inner)
+        self.model.delete_adapter(removed.inner)
 
     def _forward(self, batch: Batch, loss_fn: Loss, config) -> ForwardOutput:
         with self.model.disable_adapter() if self.adapters else nullcontext():

@@ -93,22 +93,26 @@ def grpo(
     epsilon_high: float = 0.2,
     beta: float = 0.0,
 ) -> Tensor:
-    """-min(r A, clip(r) A) + beta (exp(d) - d - 1), d = reference - policy (arXiv 2402.03300, eq. 3 and 4).
+    """-min(r A, clip(r) A) + beta r (exp(d) - d - 1), d = reference - policy (arXiv 2402.03300, eq. 3 and 4).
+
+    The r of the last term, whose gradient is there even where its value is 1, makes it that of the reverse KL (arXiv
+    2512.02556).
 
     Args:
         logprobs: none: the policy's own, for the one update of fresh samples.
-        weights: of each token: 0 on prompts, and elsewhere 1 over what the sum is to be divided by.
+        weights: of each token: 0 on prompts, and elsewhere 1 over what the sum is to be divided by. Without a beta they
+            may be left out, as a prompt's advantages are 0.
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
     """
     counted = torch.ones_like(log_probs) if weights is None else weights
     old = log_probs.detach() if logprobs is None else logprobs
-    ratio = _ratio(log_probs, old, advantages * counted)
+    ratio = _ratio(log_probs, old, counted if beta else advantages * counted)
     loss = -_pessimistic(ratio, advantages, 1 - epsilon, 1 + epsilon_high)
     if beta:
         if ref_logprobs is None:
             raise Refused(f"loss_fn=grpo with beta={beta} needs ref_logprobs among the loss inputs")
         away = torch.where(counted != 0, ref_logprobs - log_probs, 0.0)
-        loss = loss + beta * (torch.exp(away) - away - 1)
+        loss = loss + beta * ratio * (torch.exp(away) - away - 1)
     return counted * loss
 
 

@@ -84,7 +84,7 @@ class DataWork:
         return found.output(sum(map(_counted_tokens, self.data)))
 
     def _passes(self, way: Way) -> list[list[int]]:
-        """Which data each pass reads; those with as many targets at a place go together."""
+        """Which data each pass reads, in their order; those with as many targets at a place go together."""
         kinds = defaultdict(list)
         for member, datum in enumerate(self.data):
             kinds[datum.loss_inputs[TARGETS].shape[1:]].append(member)
@@ -93,7 +93,7 @@ class DataWork:
             sequences = [self.data[member].tokens for member in members]
             most = way.tokens or max(map(len, sequences))
             found = pass_members(way.model, sequences, [[*range(1, len(ids) + 1)] for ids in sequences], most)
-            passes += [[members[number] for number in some] for some in found]
+            passes += [sorted(members[number] for number in some) for some in found]
         return passes
 
     def _read(self, way: Way, members: list[int]) -> list[Tensor]:
