@@ -111,8 +111,8 @@ class SharedBase(ReadsBatches):
         inner = f"rlt{self._made}"  # PEFT's names are parts of module names; ours may have any characters
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices) if spec.seed is not None else nullcontext(), warnings.catch_warnings():
-            # Of a tied head: it is never merged into the embedding here.
-            warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`")
+            # Of a tied head, which is never merged into the embedding here; of layers whose weight is transposed.
+            warnings.filterwarnings("ignore", message=r"Model (with|has) `tie_word_embeddings=True`|fan_in_fan_out is")
             if spec.seed is not None:
                 torch.manual_seed(spec.seed)
             self._put_on(inner, config)

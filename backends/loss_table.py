@@ -115,18 +115,27 @@ def check_data(loss: LossFunction, data: Sequence[Datum], vocabulary: int, conte
         raise Refused(f"loss_fn={loss.name} takes pairs, the chosen one first; {len(data)} data are no pairs")
     for number, datum in enumerate(data):
         where = f"datum {number}"
-        if not datum.tokens:
-            raise Refused(f"{where} has no tokens")
-        if context is not None and len(datum.tokens) > context:
-            raise Refused(f"{where} has {len(datum.tokens)} tokens, and the model reads {context} at most")
-        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in datum.tokens):
-            raise Refused(f"{where}: its tokens must be whole numbers from 0 to {vocabulary - 1}")
+        _check_tokens(datum, vocabulary, context, where)
         _check_targets(loss, datum, vocabulary, where)
         for name, needed in loss.inputs.items():
             if name in datum.loss_inputs:
                 _check_input(name, datum, where)
             elif needed:
                 raise Refused(f"{where} has no {name}, which loss_fn={loss.name} needs among the loss inputs")
+
+
+def _check_tokens(datum: Datum, vocabulary: int, context: int | None, where: str) -> None:
+    if not isinstance(datum, Datum):
+        raise Refused(f"{where} is a {type(datum).__name__}, not a Datum; a plain batch is one mapping of tensors")
+    for name, values in datum.loss_inputs.items():
+        if not isinstance(values, torch.Tensor):
+            raise Refused(f"{where}: {name} is a {type(values).__name__}, not a tensor")
+    if not datum.tokens:
+        raise Refused(f"{where} has no tokens")
+    if context is not None and len(datum.tokens) > context:
+        raise Refused(f"{where} has {len(datum.tokens)} tokens, and the model reads {context} at most")
+    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in datum.tokens):
+        raise Refused(f"{where}: its tokens must be whole numbers from 0 to {vocabulary - 1}")
 
 
 def _check_targets(loss: LossFunction, datum: Datum, vocabulary: int, where: str) -> None:

@@ -158,6 +158,8 @@ def datum(tokens=(1, 2, 3), **changed) -> Datum:
 
 
 BAD = {
+    "datum 1 is a dict, not a Datum": {"tokens": [1]},
+    "datum 1: logprobs is a list, not a tensor": datum(logprobs=[0.0, 0.0, 0.0]),
     "datum 1 has no tokens": datum(tokens=()),
     "datum 1 has 5 tokens, and the model reads 4 at most": datum(tokens=(1,) * 5),
     "datum 1: its tokens must be whole numbers from 0 to 9": datum(tokens=(1, 10, 2)),

@@ -95,11 +95,11 @@ def test_states_of_something_else_are_refused_and_change_nothing(tmp_path):
     backend = backend_of(tmp_path)
     steps(backend, [0])
     backend.save_state("whole").result(LIMIT_S)
-    wider = backend_of(tmp_path, tiny(intermediate_size=64))
+    wider = backend_of(tmp_path, tiny(head_dim=16))
     tied = backend_of(tmp_path, tiny(tie_word_embeddings=True))
     before = weights(wider)
     for other, said in (
-        (wider, r"mlp.down_proj.weight is \(32, 48\), here \(32, 64\)"),
+        (wider, r"self_attn.k_proj.weight is \(16, 32\), here \(32, 32\)"),
         (tied, "has lm_head.weight, which this model does not train"),
         (sgd_backend(tmp_path), "has the state of AdamW, and this backend's optimizer is SGD"),
     ):
