@@ -156,18 +156,21 @@ def create_pytorch_backend(
     learning_rate: float = 1e-4,
     dtype: "str | torch.dtype" = "float32",
     device: str = "auto",
+    autocast: "str | torch.dtype | None" = None,
     **options: Any,
 ) -> "PyTorchTrainingBackend":
     """A backend that trains all weights of a model with AdamW.
 
     Args:
-        dtype: of the weights; bfloat16 does not move at small learning rates, for which there is `autocast`.
-        options: of `PyTorchTrainingBackend`: token_budget, autocast.
+        dtype: of the weights, which in bfloat16 do not move at small learning rates.
+        autocast: of what may run in a lower precision all the same: "bfloat16", say.
+        options: of `PyTorchTrainingBackend`: token_budget.
     """
     from backends.pytorch import PyTorchTrainingBackend
 
     model = load_hf_model(model_name, dtype, device)
     optimizer = create_adamw_optimizer(model, learning_rate)
+    options["autocast"] = None if autocast is None else parse_dtype(autocast)
     return PyTorchTrainingBackend(model, optimizer, create_cross_entropy_loss(), checkpoint_dir, device, **options)
 
 

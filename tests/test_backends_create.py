@@ -151,6 +151,16 @@ def test_the_names_are_there_without_pytorch():
     assert ended.returncode == 0
 
 
+def test_what_may_run_in_a_lower_precision_does_and_weights_stay_as_they_are(tiny_teacher, tmp_path):
+    losses = []
+    for autocast in (None, "bfloat16"):
+        backend = create_pytorch_backend(tiny_teacher, tmp_path, device="cpu", autocast=autocast)
+        losses.append(backend.forward_backward([datum(0)]).result(LIMIT_S).metrics["loss:sum"])
+        backend.optim_step(AdamParams(learning_rate=1e-3)).result(LIMIT_S)
+        assert all(p.dtype == torch.float32 for p in backend.model.parameters())
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.slow
 def test_the_embedded_model_learns(tmp_path):
     backend = create_pytorch_backend(EMBEDDED, tmp_path, learning_rate=1e-4)
