@@ -60,8 +60,8 @@ class Worker:
 
     def __init__(self, name: str):
         self._name = name
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=self._remember)
-        self._thread: int | None = None
+        self._thread: list[int] = []  # its identity; not `self`, which the thread would keep alive, and itself with it
+        self._threads = ThreadPoolExecutor(1, name, initializer=_remember, initargs=(self._thread,))
 
     def submit(self, work: Callable[..., Value], *args: Any, **options: Any) -> TrainFuture[Value]:
         """Have it done after all that was given before.
@@ -69,7 +69,7 @@ class Worker:
         Raises:
             Refused: the work at hand asks, which would wait for itself; or the worker is closed.
         """
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() in self._thread:
             raise Refused(f"an operation of {self._name} asks for another one, which would wait for it: ask outside")
         try:
             return TrainFuture(self._threads.submit(work, *args, **options))
@@ -80,8 +80,9 @@ class Worker:
         """Finish what has begun; what has not never does."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _remember(self) -> None:
-        self._thread = threading.get_ident()
+
+def _remember(identities: list[int]) -> None:
+    identities.append(threading.get_ident())
 
 
 def _is_in_event_loop() -> bool:

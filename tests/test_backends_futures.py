@@ -1,6 +1,7 @@
 """Operations of one worker: in order, awaited or waited for, cancelled before they begin."""
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import CancelledError
 
@@ -123,3 +124,13 @@ def test_a_closed_worker_refuses_and_gives_up_what_has_not_begun(worker):
         waiting.result(LIMIT_S)
     with pytest.raises(Refused, match="a test is closed"):
         worker.submit(lambda: 1)
+
+
+def test_the_thread_of_a_worker_that_nobody_holds_ends():
+    worker = Worker("forgotten")
+    worker.submit(lambda: 1).result(LIMIT_S)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("forgotten"))
+    del worker
+    gc.collect()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
