@@ -81,16 +81,25 @@ class StepOutput:
 class TrainingBackend(Protocol):
     """Operations are done in the order in which they are asked for; each answers at once with a future."""
 
-    def forward(self, batch: Batch, loss_fn: Loss = None, loss_fn_config: Mapping[str, float] | None = None) -> Any:
-        """`TrainFuture[ForwardOutput]`, without gradients: neither they nor the optimizer are touched."""
+    def forward(
+        self, batch: Batch, loss_fn: Loss = None, loss_fn_config: Mapping[str, float] | None = None
+    ) -> TrainFuture[ForwardOutput]:
+        """What a loss of a batch is, without gradients: neither they nor the optimizer are touched.
+
+        Args:
+            loss_fn: for data a name from `LOSSES` or a function of (data, log-probs), for a plain batch a function of
+                (outputs, labels) or "causal_lm"; a function gives a loss or (loss, metrics). None: the backend's own.
+            loss_fn_config: of a loss with a name.
+        """
+        ...
 
     def forward_backward(
         self, batch: Batch, loss_fn: Loss = None, loss_fn_config: Mapping[str, float] | None = None
-    ) -> "TrainFuture[ForwardOutput]":
+    ) -> TrainFuture[ForwardOutput]:
         """The same, with the loss's gradients added to those that are there; a call that fails adds nothing."""
         ...
 
-    def optim_step(self, params: AdamParams | None = None) -> "TrainFuture[StepOutput]":
+    def optim_step(self, params: AdamParams | None = None) -> TrainFuture[StepOutput]:
         """Step with the gradients, and drop them. None: with the optimizer's own numbers."""
         ...
 
