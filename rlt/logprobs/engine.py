@@ -81,6 +81,7 @@ def token_log_probs(
     sequences: list[list[int]],
     counted: list[list[int]],
     *,
+    targets: Sequence[Sequence] | None = None,
     temperature: float | Sequence[float] = 1.0,
     token_budget: int | None,
     autocast: AbstractContextManager | None = None,
@@ -95,6 +96,8 @@ def token_log_probs(
             loaded with `shared_prefix` attention and its layers can read so (models/sharing.py); else rows are padded.
         sequences: token ids, one list per sequence.
         counted: indices of the tokens wanted, per sequence; index 0 has no log-prob.
+        targets: whose log-probs are wanted at each counted index, in place of the sequence's own token there: a token,
+            or K tokens (the same K everywhere). With them an index may be the sequence's length: what comes next.
         temperature: the logits are divided by it; one for all, or one per sequence.
         token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone. None:
             as many as the longest sequence has.
@@ -107,16 +110,18 @@ def token_log_probs(
             so are the values returned. Not for ZeRO-3, which gathers the head in a call of its own.
 
     Returns:
-        Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs, and entropies in nats (zeros
-        unless asked for). Gradients flow when enabled.
+        Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs (of K targets, with K columns), and
+        entropies in nats (zeros unless asked for). Gradients flow when enabled.
     """
-    assert all(0 < i < len(ids) for ids, where in zip(sequences, counted, strict=True) for i in where), (
+    beyond = targets is not None  # what comes after a sequence is no token of it
+    assert all(0 < i < len(ids) + beyond for ids, where in zip(sequences, counted, strict=True) for i in where), (
         "index out of text"
     )
     causal = _causal_model(model)
     device = next(causal.get_input_embeddings().parameters()).device
     log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
     entropies = list(log_probs)
+    tokens = sequences if targets is None else _targets_by_index(counted, targets)
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
     token_budget = token_budget or max(map(len, sequences), default=1)
     forwards = list(_forwards(causal, sequences, counted, token_budget, device))
@@ -129,7 +134,7 @@ def token_log_probs(
         for number, (inputs, members, wanted) in enumerate(forwards):
             if guard is not None:
                 guard.begin(number)
-            read = partial(_counted_log_probs, causal, wanted, sequences, temperatures, entropy)
+            read = partial(_counted_log_probs, causal, wanted, tokens, temperatures, entropy)
             flat = _one_pass(causal, inputs, read, keep_up)
             if flat is None:
                 count += len(forwards) - number - 1  # each of which is made for nothing
@@ -143,6 +148,12 @@ def token_log_probs(
             nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
+
+
+def _targets_by_index(counted: list[list[int]], targets: Sequence[Sequence]) -> list[dict]:
+    """For each sequence, the token at each counted index, or the K tokens as a tuple."""
+    pairs = [zip(where, asked, strict=True) for where, asked in zip(counted, targets, strict=True)]
+    return [{i: token if isinstance(token, int) else tuple(token) for i, token in some} for some in pairs]
 
 
 def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None) -> list[torch.Tensor] | None:
@@ -185,12 +196,12 @@ def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]],
     return read(hidden_BTH)
 
 
-def _counted_log_probs(causal, wanted, sequences, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
-    """Log-probs and entropies of the wanted (row, position, member, index), in their order.
+def _counted_log_probs(causal, wanted, tokens, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
+    """Log-probs and entropies of the wanted (row, position, member, index), in their order: of `tokens[member][index]`.
 
     A log-prob that several members want of a shared token is computed once.
     """
-    wanted = [(temperatures[member], row, at, sequences[member][i]) for row, at, member, i in wanted]
+    wanted = [(temperatures[member], row, at, tokens[member][i]) for row, at, member, i in wanted]
     distinct = sorted(dict.fromkeys(wanted), key=itemgetter(0))
     numbers = {one: number for number, one in enumerate(distinct)}
     parts = []

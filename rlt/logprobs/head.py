@@ -4,7 +4,7 @@ On a GPU this is TRL's fused kernel. On the CPU that kernel goes over memory in 
 float32. There a chunk of positions is multiplied by the head at once, and the next operations (scale, log-softmax,
 entropy) run on blocks that fit a processor's cache. On the backward pass a chunk's logits are computed again instead
 of kept, as in arXiv 2410.10989 (Liger) and 2411.09009 (cut cross-entropy).
-N positions that count, H hidden size, V vocabulary.
+N positions that count, H hidden size, V vocabulary, K tokens that are asked for at each position.
 """
 
 import torch
@@ -18,13 +18,14 @@ GPU_VOCABULARY_CHUNK = 32768  # columns of the head in one tile of TRL's kernel
 
 
 def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, entropy: str):
-    """(N,) log-probs of the targets and (N,) entropies (zeros unless asked for), in float32 or finer."""
+    """Log-probs of the targets, (N,) or (N, K) as they are, and (N,) entropies (zeros unless asked for), in float32 or
+    finer."""
     head = model.get_output_embeddings()
     factor, cap = _logit_transform(model.config)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
     if type(head) is torch.nn.Linear and _is_whole(head):
         plain = hidden_NH, head.weight, head.bias, targets_N
-        if hidden_NH.device.type == "cuda":
+        if hidden_NH.device.type == "cuda" and targets_N.dim() == 1:
             asked = () if entropy == "none" else ("entropy",)
             values = ChunkedLogProbFunction.apply(*plain, temperature, GPU_VOCABULARY_CHUNK, cap, factor, asked)
             entropies = torch.zeros_like(values[0]) if values[1] is None else values[1]
@@ -76,12 +77,18 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
     if temperature != 1.0:
         logits_NV = logits_NV * (1.0 / temperature)
     normaliser_N = logits_NV.logsumexp(dim=-1)
-    log_probs_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - normaliser_N
+    log_probs_NK = logits_NV.gather(-1, _columns(targets_N)) - normaliser_N[:, None]
+    log_probs_N = log_probs_NK.view(targets_N.shape)
     if entropy == "none":
         return log_probs_N, torch.zeros_like(log_probs_N)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "with_grad"):
         probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
         return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
+
+
+def _columns(targets: torch.Tensor) -> torch.Tensor:
+    """(N, K) of (N,) or (N, K) targets."""
+    return targets if targets.dim() == 2 else targets[:, None]
 
 
 class _LinearHead(torch.autograd.Function):
@@ -94,18 +101,19 @@ class _LinearHead(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             low_NH, low_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
             low_V = None if bias_V is None else bias_V.to(dtype)
-            log_probs_N = hidden_NH.new_zeros(len(targets_N), dtype=torch.promote_types(dtype, torch.float32))
-            entropies_N = torch.zeros_like(log_probs_N)
+            exact = torch.promote_types(dtype, torch.float32)
+            log_probs_NK = hidden_NH.new_zeros(_columns(targets_N).shape, dtype=exact)
+            entropies_N = hidden_NH.new_zeros(len(targets_N), dtype=exact)
             for start, logits_CV in _chunks(low_NH, low_VH, low_V, rows):
                 for block in _blocks(logits_CV, start):
                     values_BV = _log_softmax(logits_CV[block.start - start : block.stop - start], scale)
-                    log_probs_N[block] = values_BV.gather(-1, targets_N[block, None]).squeeze(-1)
+                    log_probs_NK[block] = values_BV.gather(-1, _columns(targets_N[block]))
                     if entropy:
                         entropies_N[block] = -torch.linalg.vecdot(values_BV.exp(), values_BV)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
         ctx.dtype, ctx.scale, ctx.rows = dtype, scale, rows
         ctx.mark_non_differentiable(entropies_N)
-        return log_probs_N, entropies_N
+        return log_probs_NK.view(targets_N.shape), entropies_N
 
     @staticmethod
     def backward(ctx, *grads):
@@ -122,8 +130,9 @@ class _LinearHead(torch.autograd.Function):
                 here = slice(block.start - start, block.stop - start)
                 # d log p(target) / d logits = scale (one-hot - softmax)
                 values_BV = _log_softmax(logits_CV[here], ctx.scale).exp_()
-                factors_B = (grad_N[block] * ctx.scale)[:, None]
-                values_BV.mul_(-factors_B).scatter_add_(-1, targets_N[block, None], factors_B.to(values_BV.dtype))
+                factors_BK = _columns(grad_N[block] * ctx.scale)
+                values_BV.mul_(-factors_BK.sum(-1, keepdim=True))
+                values_BV.scatter_add_(-1, _columns(targets_N[block]), factors_BK.to(values_BV.dtype))
                 logits_CV[here] = values_BV
             inside = slice(start, start + len(logits_CV))
             if grad_NH is not None:
