@@ -9,6 +9,7 @@ import numpy as np
 
 from rlt.errors import Refused
 from rlt.serving.wire.checks import array_of_list, check_count, checked_datum, checked_tensor, checked_tokens
+from rlt.serving.wire.form import SEQ_LIMIT, flag, mapping, sequence, text, whole
 from rlt.serving.wire.values import (
     NUMBER_TYPES,
     AdamParams,
@@ -23,7 +24,6 @@ from rlt.serving.wire.values import (
 )
 
 NO_LIMITS = Limits()
-SEQ_LIMIT = 2**63  # numbers of requests are kept in 64 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,32 +41,8 @@ class SampleRequest:
     last_prompt_logprobs: int | None = None  # only so many of the prompt's last positions are asked for
 
 
-def _object(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise Refused(f"{name} is no JSON object")
-    return value
-
-
-def _list(value: Any, name: str) -> list:
-    if not isinstance(value, list):
-        raise Refused(f"{name} is no list")
-    return value
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise Refused(f"{name} is no text")
-    return value
-
-
-def whole(value: Any, name: str, least: int = 0, most: int = SEQ_LIMIT - 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise Refused(f"{name} is {value!r}: give a whole number from {least} to {most}")
-    return value
-
-
 def _read_tensor(value: Any, name: str, limits: Limits) -> Tensor:
-    form = _object(value, name)
+    form = mapping(value, name)
     dtype = form.get("dtype")
     if dtype not in NUMBER_TYPES:
         raise Refused(f"{name} has the number type {dtype!r}: {' and '.join(NUMBER_TYPES)} are read")
@@ -93,7 +69,7 @@ def _write_tensor(tensor: Tensor) -> dict[str, Any]:
 
 def read_tokens(value: Any, limits: Limits = NO_LIMITS) -> np.ndarray:
     """The tokens of a model input's chunks, in their order."""
-    chunks = [_object(chunk, "a chunk") for chunk in _list(_object(value, "a prompt").get("chunks"), "chunks")]
+    chunks = [mapping(chunk, "a chunk") for chunk in sequence(mapping(value, "a prompt").get("chunks"), "chunks")]
     for chunk in chunks:
         if chunk.get("type", "encoded_text") != "encoded_text":
             raise Refused(f"a chunk of the type {chunk['type']!r}: only text tokens are read")
@@ -102,30 +78,30 @@ def read_tokens(value: Any, limits: Limits = NO_LIMITS) -> np.ndarray:
 
 
 def _read_datum(value: Any, limits: Limits) -> Datum:
-    form = _object(value, "a datum")
-    inputs = _object(form.get("loss_fn_inputs"), "loss_fn_inputs")
+    form = mapping(value, "a datum")
+    inputs = mapping(form.get("loss_fn_inputs"), "loss_fn_inputs")
     tensors = {name: _read_tensor(each, name, limits) for name, each in inputs.items()}
     return checked_datum(Datum(read_tokens(form.get("model_input"), limits), tensors), limits)
 
 
 def read_place(form: Any) -> tuple[str, int]:
     """The model and number of a training request, also where the rest of it will be refused."""
-    body = _object(form, "the body")
-    return _text(body.get("model_id"), "model_id"), whole(body.get("seq_id"), "seq_id")
+    body = mapping(form, "the body")
+    return text(body, "model_id"), whole(body.get("seq_id"), "seq_id")
 
 
 def read_request(form: Any, key: str, limits: Limits = NO_LIMITS) -> ForwardBackwardRequest:
     """`key` is `forward_backward_input` or `forward_input`, which differ in whether gradients are made."""
     model_id, seq_id = read_place(form)
-    given = _object(form.get(key), key)
-    data = _list(given.get("data"), "data")
+    given = mapping(form.get(key), key)
+    data = sequence(given.get("data"), "data")
     check_count(len(data), limits)
-    config = dict(_object(given.get("loss_fn_config") or {}, "loss_fn_config"))
+    config = dict(mapping(given.get("loss_fn_config") or {}, "loss_fn_config"))
     for name, value in config.items():
         if not isinstance(value, int | float | str) or isinstance(value, float) and not math.isfinite(value):
             raise Refused(f"{name} of loss_fn_config is {value!r}: give a finite number or a text")
     read = [_read_datum(datum, limits) for datum in data]
-    name = _text(given.get("loss_fn"), "loss_fn")
+    name = text(given, "loss_fn")
     return ForwardBackwardRequest(model_id, seq_id, read, name, config, forward_only=key == "forward_input")
 
 
@@ -177,9 +153,9 @@ def write_sample(response: SampleResponse) -> dict[str, Any]:
 
 
 def _given(form: Mapping[str, Any], kind: type, name: str) -> Any:
-    """A dataclass from the fields that were sent; those it does not know are not read, as clients are ahead at times."""
+    """A dataclass from the fields that were sent; unknown ones are not read, as clients may be newer."""
     known = {field.name for field in fields(kind)}
-    sent = {key: value for key, value in _object(form, name).items() if key in known and value is not None}
+    sent = {key: value for key, value in mapping(form, name).items() if key in known and value is not None}
     for key, value in sent.items():
         if key != "stop" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Refused(f"{key} of {name} is {value!r}: give a number")
@@ -206,8 +182,8 @@ def read_sampling(form: Any) -> SamplingParams:
 
 
 def read_sample_place(form: Any) -> tuple[str, int]:
-    body = _object(form, "the body")
-    return _text(body.get("sampling_session_id"), "sampling_session_id"), whole(body.get("seq_id"), "seq_id")
+    body = mapping(form, "the body")
+    return text(body, "sampling_session_id"), whole(body.get("seq_id"), "seq_id")
 
 
 def read_sample_request(form: Any, limits: Limits = NO_LIMITS) -> SampleRequest:
@@ -224,7 +200,7 @@ def read_sample_request(form: Any, limits: Limits = NO_LIMITS) -> SampleRequest:
         prompt,
         whole(form.get("num_samples", 1), "num_samples", 1, limits.samples),
         read_sampling(form.get("sampling_params") or {}),
-        prompt_logprobs=bool(form.get("prompt_logprobs")),
+        prompt_logprobs=flag(form, "prompt_logprobs", False),
         best_of_prompt=count("topk_prompt_logprobs"),
         best_of_samples=count("topk_sample_logprobs"),
         targets=None if targets is None else _read_tensor(targets, "target_prompt_logprobs", limits),
