@@ -26,8 +26,8 @@ KEYS = {"a": "tml-aaaaaaaaaaaa", "b": "tml-bbbbbbbbbbbb"}
 
 
 def settings(folder: Path, **changes) -> Settings:
-    models = {"unigram": ModelPlace(context=64)}
-    return Settings(f"sqlite:///{folder}/state.db", Storage(str(folder / "tensors")), models, **changes)
+    changes = {"base_models": {"unigram": ModelPlace(context=64)}} | changes
+    return Settings(f"sqlite:///{folder}/state.db", Storage(str(folder / "tensors")), **changes)
 
 
 def service_in(folder: Path, worker: Unigram, **changes) -> Service:

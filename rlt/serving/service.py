@@ -120,13 +120,12 @@ class Service:
 
     async def keep_state(self, model_id: str, seq_id: int) -> None:
         address = self.storage.new_address()
-        if error := await self._failure(
-            "save_weights", model_id, dump({"address": address})
-        ):  # training goes on: more is executed again after a restart
+        self._writing.add(address)
+        error = await self._failure("save_weights", model_id, dump({"address": address}))
+        if error:  # training goes on: more is executed again after a restart
             logger.warning("the state of %s could not be kept: %s", model_id, error)
-            self._writing.discard(address)
-            return
-        await self.database.run(_kept, model_id, seq_id, address)
+        else:
+            await self.database.run(_kept, model_id, seq_id, address)
         self._writing.discard(address)
 
     async def _restore(self, model: Row) -> None:

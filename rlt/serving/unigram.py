@@ -114,7 +114,7 @@ class Unigram:
 
     def save(self, model_id: str, kind: str, address: str) -> int:
         model, buffer = self._model(model_id), io.BytesIO()
-        state = {"logits": model.logits}
+        state: dict[str, Any] = {"logits": model.logits}
         if kind == "save_weights":
             state |= {"mean": model.mean, "square": model.square, "steps": np.array(model.steps)}
         np.savez(buffer, **state)

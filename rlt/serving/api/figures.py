@@ -37,7 +37,7 @@ class Figures:
             (
                 "rlt_process_memory_bytes",
                 "Resident memory of the server",
-                psutil.Process(os.getpid()).memory_info().rss,
+                psutil.Process().memory_info().rss,
             ),
             ("rlt_host_memory_free_bytes", "Memory that the host can give", memory.available),
             ("rlt_host_memory_total_bytes", "Memory of the host", memory.total),

@@ -19,7 +19,7 @@ from rlt.serving.sessions import lives
 from rlt.serving.sessions.checkpoints import check_name, check_ttl, find, parse_path
 from rlt.serving.wire import form, json_form, protobuf
 from rlt.serving.wire.form import flag, text, text_or_none, whole
-from rlt.serving.wire.values import ForwardBackwardRequest
+from rlt.serving.wire.values import ForwardBackwardRequest, Limits
 
 router = APIRouter()
 RANKS = (1, 1024)
@@ -105,15 +105,12 @@ async def get_info(service: Serving, tenant: Tenant, body: Body) -> dict[str, An
     return {"type": "get_info", **named, "is_lora": rank is not None, "lora_rank": rank or 0}
 
 
-def _read_batch(
-    service: Service, raw: bytes, body: Any, key: str | None
-) -> tuple[bytes, dict[str, Any], ForwardBackwardRequest]:
-    limits = service.settings.limits
-    if key is None:
-        request = protobuf.read_request(raw, limits)
-        return raw, {}, request
+def _read_batch(limits: Limits, raw: bytes, body: Any, key: str) -> tuple[bytes, ForwardBackwardRequest]:
+    """Whatever form it came in, it is kept and executed as protobuf."""
+    if body is None:
+        return raw, protobuf.read_request(raw, limits)
     request = json_form.read_request(body, key, limits)
-    return protobuf.write_request(request), {}, request
+    return protobuf.write_request(request), request
 
 
 async def _submit_batch(request: Request, service: Service, tenant: str, key: str) -> dict[str, str]:
@@ -122,13 +119,14 @@ async def _submit_batch(request: Request, service: Service, tenant: str, key: st
     body = None if packed else await asyncio.to_thread(form.parse, raw)
     place = await asyncio.to_thread(protobuf.read_place, raw) if packed else json_form.read_place(body)
     model = await service.database.run(lives.living_model, place[0], tenant, time.time())
-    read, refusal = await asyncio.to_thread(answered, lambda: _read_batch(service, raw, body, None if packed else key))
-    kind = "forward" if read and read[2].forward_only else "forward_backward"
+    limits = service.settings.limits
+    read, refusal = await asyncio.to_thread(answered, lambda: _read_batch(limits, raw, body, key))
+    kind = "forward" if read and read[1].forward_only else "forward_backward"
 
     def work() -> tuple[bytes, dict[str, Any]]:
-        if refusal or place[1] < 1:
-            raise Refused(refusal or f"seq_id is {place[1]}: numbers begin at 1")
-        return read[:2]
+        if read is None:
+            raise Refused(refusal)
+        return read[0], {}
 
     return await submit_training(service, model, kind, place[1], work)
 
