@@ -80,15 +80,11 @@ async def main(folder: Path, port: int, flags: dict) -> None:
             changes[name] = flags[name]
     service = service_in(folder, Unigram(flags.get("seconds", 0.0)), **changes)
     listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn.Config(create_app(service, KEYS), log_level="warning")
-    serving = uvicorn.Server(config)
-    task = asyncio.create_task(serving.serve(sockets=[listener]))
-    while not serving.started and not task.done():
-        await asyncio.sleep(0.01)
+    await service.start(KEYS)
     aside = folder / "port.tmp"
     aside.write_text(str(listener.getsockname()[1]))
     aside.rename(folder / "port")
-    await task
+    await uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning")).serve(sockets=[listener])
 
 
 if __name__ == "__main__":

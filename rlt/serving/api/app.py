@@ -1,8 +1,5 @@
 """The application: routes, errors and limits around a service."""
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -31,16 +28,9 @@ async def unfit(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "; ".join(places)}, 422)
 
 
-def create_app(service: Service, keys: Mapping[str, str]) -> FastAPI:
-    """`keys`: of each tenant, its key."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await service.start(keys)
-        yield
-        await service.close()
-
-    app = FastAPI(title="Training API", lifespan=lifespan, openapi_url=None)
+def create_app(service: Service) -> FastAPI:
+    """The service was started, and is closed, by who made it."""
+    app = FastAPI(title="Training API", openapi_url=None)
     app.state.service = service
     for part in (start, training, sampling, futures, runs, downloads, figures):
         app.include_router(part.router, prefix=PREFIX)
