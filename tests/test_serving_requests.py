@@ -10,29 +10,34 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 
 pytest.importorskip("sqlalchemy")
 
-from serving_process import KEYS, batch, new_model, service_in, step, submission, work  # noqa: E402
+from serving_process import KEYS, batch, new_model, settings, step, submission, work  # noqa: E402
 
 from rlt.errors import Refused  # noqa: E402
 from rlt.serving.errors import Busy, Gone, Missing  # noqa: E402
 from rlt.serving.kinds import dump  # noqa: E402
+from rlt.serving.processes import ProcessExecutor  # noqa: E402
 from rlt.serving.requests.order import Patience  # noqa: E402
 from rlt.serving.requests.rows import failure  # noqa: E402
-from rlt.serving.unigram import Unigram  # noqa: E402
+from rlt.serving.service import Service  # noqa: E402
+from rlt.serving.unigram import Unigram, log_softmax  # noqa: E402
 from rlt.serving.wire import protobuf  # noqa: E402
+from rlt.serving.worker import ThreadExecutor  # noqa: E402
 
 PROCESS_S = 60
 
 
-def served(folder, story, worker=None, **changes):
+def served(folder, story, worker=None, executor=None, **changes):
     """Run a story against a started service, and close it."""
 
     async def whole():
-        service = service_in(folder, worker or Unigram(), **changes)
+        service = Service(settings(folder, **changes), executor or ThreadExecutor(worker or Unigram()))
         await service.start(KEYS)
         try:
             return await asyncio.wait_for(story(service), 60)
@@ -227,6 +232,32 @@ def test_forward_only_changes_nothing(tmp_path):
         return service.executor.worker.models[model_id].logits
 
     assert not served(tmp_path, story).any()
+
+
+def training_process() -> psutil.Process:
+    """Of the two that a server starts, the one that trains was asked first."""
+    spawned = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+    return min(spawned, key=lambda each: each.create_time())
+
+
+def test_a_worker_that_is_lost_is_replaced_and_nothing_is_lost_with_it(tmp_path):
+    async def story(service):
+        model_id = await new_model(service)
+        ids = [await service.submit(work(model_id, number)) for number in range(1, 13)]
+        await service.requests.poll(ids[4], "a")
+        training_process().kill()
+        states = [(await service.requests.poll(request_id, "a")).state for request_id in ids]
+        assert service.requests.lives == 1
+        last = await service.requests.poll(await service.submit(work(model_id, 13)), "a")
+        return states, protobuf.read_output(last.result).metrics["loss:sum"]
+
+    executor = ProcessExecutor(partial(Unigram, 0.05))
+    states, loss = served(tmp_path, story, executor=executor, keep_every=4)
+    assert states == ["done"] * 12
+    (tmp_path / "calm").mkdir()
+    calm = served(tmp_path / "calm", partial(logits_after, numbers=range(1, 13)))
+    lps = log_softmax(np.array(calm))
+    assert loss == pytest.approx(-(lps[13 % 7] + lps[3]), abs=1e-12)
 
 
 def process(folder, act: str) -> subprocess.Popen:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, select, update
 
 from rlt.errors import Refused
 from rlt.serving.database import checkpoints, models, requests, samplers
-from rlt.serving.errors import Missing
+from rlt.serving.errors import Gone, Missing
 from rlt.serving.requests.order import Kind
 from rlt.serving.requests.rows import WAITING
 from rlt.serving.sessions.checkpoints import Place, check_free, find, record
@@ -24,6 +24,8 @@ def dump(form: Mapping[str, Any]) -> bytes:
 def model_of(connection: Connection, row: Row) -> Row:
     """The model that a request is for, once it was made."""
     model = connection.execute(select(models).where(models.c.id == row.lane)).one()
+    if model.unloaded:
+        raise Gone(f"the model {row.lane} is no longer there")
     if not model.ready:
         raise Refused(f"the model {row.lane} could not be made: see the error of the request that asked for it")
     return model

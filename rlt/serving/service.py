@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from rlt.serving.sessions import checkpoints, lives, tenants
 from rlt.serving.storage import Storage
 from rlt.serving.wire.values import Limits
 from rlt.serving.worker import Executor
+
+FORGET_S = 24 * 3600.0  # after which a request of a session that is over is no longer known
 
 logger = logging.getLogger("rlt")
 
@@ -58,7 +61,8 @@ class Service:
         self.settings, self.executor, self.storage = settings, executor, settings.storage
         self.database = Database(settings.database_url)
         self.requests = Requests(self.database, executor, KINDS, settings.patience)
-        self.requests.after = self._executed
+        self.requests.after, self.requests.revive = self._executed, self._revive
+        self._reviving = asyncio.Lock()
         self._writing: set[str] = set()  # addresses of states that are being kept
         self.polls = 0  # that are held
         self.secret = secrets.token_bytes()  # of links to files
@@ -71,8 +75,7 @@ class Service:
             await self.database.run(tenants.add_tenant, tenant, key)
         await self.database.run(lives.greet_all, time.time())
         await self._tidy()
-        for model in await self.database.run(_living_models):
-            await self._restore(model)
+        await self._restore_all()
         await self.requests.resume()
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -128,24 +131,44 @@ class Service:
             await self.database.run(_kept, model_id, seq_id, address)
         self._writing.discard(address)
 
-    async def _restore(self, model: Row) -> None:
-        """Bring a model back to where its last answered request left it."""
+    async def _revive(self, life: int) -> None:
+        """Once for each loss, whoever notices it first; all others wait."""
+        async with self._reviving:
+            if self.requests.lives != life:
+                return
+            self.requests.whole.clear()
+            logger.warning("the worker is lost: another takes its place, and models are brought back")
+            self.executor.revive()
+            await self._restore_all()
+            self.requests.lives += 1
+            self.requests.whole.set()
+
+    async def _restore_all(self) -> None:
+        """Models that lose the worker while they are brought back are given up, and the others begin again."""
+        for model in await self.database.run(_living_models):
+            if isinstance(await self._restore(model), BrokenExecutor):
+                self.executor.revive()
+                await self._restore_all()
+                return
+
+    async def _restore(self, model: Row) -> BaseException | None:
+        """Bring a model back to where its last answered request left it; the error where it is lost."""
         after = -1
         if model.kept_address:
             form = {"base_model": model.base_model, "adapter": model.adapter, "optimizer": True}
             error = await self._failure("create_model", model.id, dump(form | {"address": model.kept_address}))
             after = model.kept_seq
             if error:
-                await self._lose(model.id, error)
-                return
+                return await self._lose(model.id, error)
         for row in await self.database.run(rows.journal, model.id, after, CHANGING):
             if error := await self._failure(row.kind, model.id, row.payload):
-                await self._lose(model.id, error)
-                return
+                return await self._lose(model.id, error)
+        return None
 
-    async def _lose(self, model_id: str, error: BaseException) -> None:
+    async def _lose(self, model_id: str, error: BaseException) -> BaseException:
         logger.warning("the model %s could not be brought back: %s", model_id, error)
-        await self.database.run(_give_up, model_id, str(error))
+        await self.database.run(_give_up, model_id)
+        return error
 
     async def _tidy(self) -> None:
         """Remove what nothing refers to, such as what a killed process left half written.
@@ -166,6 +189,7 @@ class Service:
         now = time.time()
         await self.database.run(lives.end_silent, now - self.settings.session_s)
         await self.database.run(rows.expire, now - self.settings.patience.keep_s)
+        await self.database.run(rows.forget, now - FORGET_S)
         for model_id in await self.database.run(lives.left_behind):
             await self._let_go("unload_model", model_id)
             await self.database.run(rows.drop_payloads, model_id)
@@ -198,8 +222,6 @@ def _kept(connection: Connection, model_id: str, seq_id: int, address: str) -> N
     rows.drop_payloads(connection, model_id, up_to=seq_id)
 
 
-def _give_up(connection: Connection, model_id: str, reason: str) -> None:
+def _give_up(connection: Connection, model_id: str) -> None:
+    """Its requests fail, each at its turn."""
     connection.execute(update(models).where(models.c.id == model_id).values(unloaded=True))
-    for row in rows.waiting(connection):
-        if row.lane == model_id:
-            rows.fail(connection, row.id, f"the model was lost at a restart: {reason}", rows.SERVER, time.time())

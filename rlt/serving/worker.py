@@ -28,12 +28,17 @@ SAMPLING = ("sample", "unload_sampler")  # kinds that need not wait for training
 
 
 class Executor(Protocol):
-    """The result is bytes; its exception is `rlt.errors.Refused` where the request cannot work, else a defect.
+    """The result is bytes. Its exception is `rlt.errors.Refused` where the request cannot work, `BrokenExecutor` where
+    the worker is lost with all its models, else a defect.
 
     Requests of one model come one after another, each when the one before it has ended.
     """
 
     def submit(self, kind: str, model_id: str, payload: bytes) -> Future[bytes]: ...
+
+    def revive(self) -> None:
+        """Another worker in the place of one that is lost."""
+        ...
 
     def close(self) -> None: ...
 
@@ -95,6 +100,9 @@ class ThreadExecutor:
     def submit(self, kind: str, model_id: str, payload: bytes) -> Future[bytes]:
         pool = self._sampling if kind in SAMPLING else self._training
         return pool.submit(answer, self.worker, kind, model_id, payload)
+
+    def revive(self) -> None:
+        raise AssertionError("a thread is not lost without its process")
 
     def close(self) -> None:
         for pool in (self._training, self._sampling):

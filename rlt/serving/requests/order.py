@@ -7,6 +7,7 @@ A submit returns at once; a poll is held until its answer is there or the holdin
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,10 @@ class Requests:
         self.pending: dict[str, Pending] = {}
         self.lanes: dict[str, Lane] = {}
         self.counts: dict[tuple[str, str], int] = {}  # ended requests by kind and outcome
+        self.lives = 0  # how often the worker was lost and replaced
+        self.whole = asyncio.Event()  # cleared while models are brought back
+        self.whole.set()
+        self.revive: Callable[[int], Any] | None = None  # awaited when the worker of that life is lost
         self.after: Callable[[Row], Any] | None = None  # awaited when a request of a lane was executed
         self._futures: dict[str, asyncio.Future[bytes]] = {}  # of requests that are executed, or wait for the worker
         self._tasks: set[asyncio.Task] = set()
@@ -145,13 +150,11 @@ class Requests:
         try:
             payload = await self.database.run(_prepare, kind, row)
         except (Refused, Missing, Gone) as error:
-            await self._fail(request_id, str(error), USER)
+            await self._fail(request_id, str(error), SERVER if isinstance(error, Gone) else USER)
             return
         result = b"{}"
         if payload is not None:
-            future = self._futures[request_id] = asyncio.wrap_future(self.executor.submit(row.kind, row.lane, payload))
-            await asyncio.wait([future])
-            del self._futures[request_id]
+            future = await self._work(row, payload)
             if future.cancelled():
                 await self._fail(request_id, "the client cancelled it", USER)
                 return
@@ -167,6 +170,22 @@ class Requests:
         self._end(request_id, row.kind, rows.DONE)
         if self.after:
             await self.after(row)
+
+    async def _work(self, row: Row, payload: bytes) -> asyncio.Future[bytes]:
+        """What became of it; a worker that is lost has done nothing, so the next one is asked, once."""
+        for last in (False, True):
+            await self.whole.wait()
+            life = self.lives
+            future = self._futures[row.id] = asyncio.wrap_future(self.executor.submit(row.kind, row.lane, payload))
+            await asyncio.wait([future])
+            del self._futures[row.id]
+            if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
+                break
+            if self.kinds[row.kind].ordered and self.revive:
+                await self.revive(life)
+            if last:
+                break
+        return future
 
     async def _fail(self, request_id: str, error: str, category: str) -> None:
         await self.database.run(rows.fail, request_id, error, category, time.time())

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from rlt.errors import Refused
-from rlt.serving.database import requests
+from rlt.serving.database import requests, sessions
 from rlt.serving.errors import Gone, Missing
 
 WAITING, DONE, FAILED, EXPIRED = "waiting", "done", "failed", "expired"
@@ -122,6 +122,13 @@ def expire(connection: Connection, before: float) -> int:
     """Answers that ended before a time are dropped; how many."""
     old = requests.c.state.in_((DONE, FAILED)) & (requests.c.finished < before)
     return connection.execute(update(requests).where(old).values(state=EXPIRED, result=None, error=None)).rowcount
+
+
+def forget(connection: Connection, before: float) -> int:
+    """Requests whose sessions are over and whose answers are no longer kept; how many."""
+    over = select(sessions.c.id).where(sessions.c.ended.is_not(None))
+    old = (requests.c.state == EXPIRED) & (requests.c.finished < before) & requests.c.session_id.in_(over)
+    return connection.execute(delete(requests).where(old)).rowcount
 
 
 def failure(row: Row) -> dict[str, str]:
