@@ -17,9 +17,9 @@ from rlt.serving.service import ModelPlace, Service, Settings
 from rlt.serving.sessions import lives
 from rlt.serving.storage import Storage
 from rlt.serving.unigram import Unigram
-from rlt.serving.wire import protobuf
-from rlt.serving.wire.values import Datum, ForwardBackwardRequest, tensor_of
 from rlt.serving.worker import ThreadExecutor
+from rlt.wire import protobuf
+from rlt.wire.values import Datum, ForwardBackwardRequest, tensor_of
 
 ADAPTER = {"rank": 8, "seed": None, "train_mlp": True, "train_attn": True, "train_unembed": True}
 KEYS = {"a": "tml-aaaaaaaaaaaa", "b": "tml-bbbbbbbbbbbb"}

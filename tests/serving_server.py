@@ -22,7 +22,7 @@ from rlt.serving.api.app import create_app
 from rlt.serving.requests.order import Patience
 from rlt.serving.service import ModelPlace
 from rlt.serving.unigram import Unigram
-from rlt.serving.wire.values import Limits
+from rlt.wire.values import Limits
 
 START_S = 60
 ROOT = Path(__file__).resolve().parent.parent

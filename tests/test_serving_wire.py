@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlt.errors import Refused
-from rlt.serving.wire import json_form, protobuf
-from rlt.serving.wire.values import (
+from rlt.wire import json_form, protobuf
+from rlt.wire.values import (
     AdamParams,
     BestTokens,
     Datum,

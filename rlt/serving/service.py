@@ -24,8 +24,8 @@ from rlt.serving.requests.order import Patience, Requests
 from rlt.serving.requests.rows import Submission
 from rlt.serving.sessions import checkpoints, lives, tenants
 from rlt.serving.storage import Storage
-from rlt.serving.wire.values import Limits
 from rlt.serving.worker import Executor
+from rlt.wire.values import Limits
 
 FORGET_S = 24 * 3600.0  # after which a request of a session that is over is no longer known
 

@@ -14,8 +14,8 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from rlt.errors import Refused
-from rlt.serving.wire.json_form import SampleRequest
-from rlt.serving.wire.values import (
+from rlt.wire.json_form import SampleRequest
+from rlt.wire.values import (
     AdamParams,
     BestTokens,
     Datum,

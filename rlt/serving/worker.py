@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from rlt.serving.wire import json_form, protobuf
-from rlt.serving.wire.json_form import SampleRequest
-from rlt.serving.wire.values import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from rlt.wire import json_form, protobuf
+from rlt.wire.json_form import SampleRequest
+from rlt.wire.values import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 SAMPLING = ("sample", "unload_sampler")  # kinds that need not wait for training
 

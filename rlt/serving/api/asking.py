@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from rlt.serving.service import Service
-from rlt.serving.wire import form
+from rlt.wire import form
 
 PROTOBUF = "application/x-protobuf"
 

@@ -10,8 +10,8 @@ from sqlalchemy import Row
 from rlt.serving.api.asking import PROTOBUF, Body, Serving, Tenant, reads_protobuf
 from rlt.serving.kinds import KINDS
 from rlt.serving.requests import rows
-from rlt.serving.wire import json_form, protobuf
-from rlt.serving.wire.form import text
+from rlt.wire import json_form, protobuf
+from rlt.wire.form import text
 
 router = APIRouter()
 METADATA_FIRST = 2**20  # bytes of an answer from which a client that asks is told the size before

@@ -14,8 +14,8 @@ from rlt.serving.requests.rows import Submission
 from rlt.serving.service import Service
 from rlt.serving.sessions import lives
 from rlt.serving.sessions.checkpoints import find, parse_path
-from rlt.serving.wire import form, json_form
-from rlt.serving.wire.form import text, text_or_none, whole
+from rlt.wire import form, json_form
+from rlt.wire.form import text, text_or_none, whole
 
 router = APIRouter()
 NUMBERS_OF_SAMPLERS = 2**62

@@ -10,7 +10,7 @@ from rlt.serving.api.asking import Body, Serving, Tenant
 from rlt.serving.database import models, samplers, sessions
 from rlt.serving.sessions import listing, lives
 from rlt.serving.sessions.checkpoints import iso
-from rlt.serving.wire.form import mapping, text, text_or_none, whole
+from rlt.wire.form import mapping, text, text_or_none, whole
 
 router = APIRouter()
 TEXTS = ("display_name", "project_id", "sdk_version")
@@ -98,5 +98,5 @@ async def search_sessions(service: Serving, tenant: Tenant, body: Body) -> dict[
         raise Refused(f"cursor is {cursor!r}: give the one of an earlier answer")
     mapping(body.get("user_metadata") or {}, "user_metadata")
     rows = await service.database.run(listing.search, tenant, body, limit + 1, int(cursor))
-    found = [{**row._asdict(), "created_at": iso(row.created_at)} for row in rows[:limit]]
+    found = [{**row, "created_at": iso(row["created_at"])} for row in rows[:limit]]
     return {"sessions": found, "next_cursor": str(int(cursor) + limit) if len(rows) > limit else None}

@@ -17,9 +17,9 @@ from rlt.serving.requests.rows import Submission
 from rlt.serving.service import Service
 from rlt.serving.sessions import lives
 from rlt.serving.sessions.checkpoints import check_name, check_ttl, find, parse_path
-from rlt.serving.wire import form, json_form, protobuf
-from rlt.serving.wire.form import flag, text, text_or_none, whole
-from rlt.serving.wire.values import ForwardBackwardRequest, Limits
+from rlt.wire import form, json_form, protobuf
+from rlt.wire.form import flag, text, text_or_none, whole
+from rlt.wire.values import ForwardBackwardRequest, Limits
 
 router = APIRouter()
 RANKS = (1, 1024)

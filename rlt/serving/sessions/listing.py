@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, RowMapping, func, select, update
 
 from rlt.errors import Refused
 from rlt.serving.database import checkpoints, models, sessions
@@ -34,7 +34,7 @@ def set_project(connection: Connection, session_id: str, tenant: str, project: s
     connection.execute(update(models).where(models.c.session_id == session_id).values(project_id=project))
 
 
-def search(connection: Connection, tenant: str, form: Mapping[str, Any], limit: int, offset: int) -> list[Row]:
+def search(connection: Connection, tenant: str, form: Mapping[str, Any], limit: int, offset: int) -> list[RowMapping]:
     """Sessions that have all that is asked for, the newest first."""
     saved = select(func.count()).select_from(checkpoints.join(models, models.c.id == checkpoints.c.model_id))
     columns = {
@@ -54,6 +54,6 @@ def search(connection: Connection, tenant: str, form: Mapping[str, Any], limit: 
     if projects := form.get("project_ids"):
         rows = rows.where(sessions.c.project_id.in_([str(each) for each in projects]))
     wanted = (form.get("user_metadata") or {}).items()
-    found = connection.execute(rows.order_by(sessions.c.created.desc())).all()
-    matching = [row for row in found if wanted <= (row.user_metadata or {}).items()]
+    found = connection.execute(rows.order_by(sessions.c.created.desc())).mappings()
+    matching = [row for row in found if wanted <= (row["user_metadata"] or {}).items()]
     return matching[offset : offset + limit]

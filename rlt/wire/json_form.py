@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rlt.errors import Refused
-from rlt.serving.wire.checks import array_of_list, check_count, checked_datum, checked_tensor, checked_tokens
-from rlt.serving.wire.form import SEQ_LIMIT, flag, mapping, sequence, text, whole
-from rlt.serving.wire.values import (
+from rlt.wire.checks import array_of_list, check_count, checked_datum, checked_tensor, checked_tokens
+from rlt.wire.form import SEQ_LIMIT, flag, mapping, sequence, text, whole
+from rlt.wire.values import (
     NUMBER_TYPES,
     AdamParams,
     BestTokens,

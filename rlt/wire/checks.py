@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlt.errors import Refused
-from rlt.serving.wire.values import Datum, Limits, Tensor
+from rlt.wire.values import Datum, Limits, Tensor
 
 INDEX_LIMIT = 2**31 - 1  # of a token's number
 

@@ -6,9 +6,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from rlt.errors import Refused
-from rlt.serving.wire.checks import array_of_bytes, check_count, checked_datum, checked_tensor, checked_tokens
-from rlt.serving.wire.schema import ENUMS, message_class
-from rlt.serving.wire.values import (
+from rlt.wire.checks import array_of_bytes, check_count, checked_datum, checked_tensor, checked_tokens
+from rlt.wire.schema import ENUMS, message_class
+from rlt.wire.values import (
     BestTokens,
     Datum,
     ForwardBackwardOutput,
