@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +171,69 @@ def runs(client) -> list[dict]:
 
 
 BINARY = bytes(range(256)) * 4
+
+
+FORMS = {
+    "create_session": {"tags": ["a"], "user_metadata": {"a": 1}, "sdk_version": "1", "project_id": "p"},
+    "session_heartbeat": {"session_id": "SESSION"},
+    "create_model": {"session_id": "SESSION", "model_seq_id": 5, "base_model": "unigram", "lora_config": LORA},
+    "get_info": {"model_id": "MODEL"},
+    "optim_step": {"model_id": "MODEL", "seq_id": 1, "adam_params": {"learning_rate": 0.1, "eps": 1e-8}},
+    "save_weights": {"model_id": "MODEL", "seq_id": 2, "path": "x", "ttl_seconds": 9000, "overwrite": True},
+    "save_weights_for_sampler": {"model_id": "MODEL", "seq_id": 3, "sampling_session_seq_id": 8, "kind": "inflight"},
+    "load_weights": {"session_id": "SESSION", "model_seq_id": 4, "path": "tinker://m/weights/x", "optimizer": True},
+    "create_sampling_session": {"session_id": "SESSION", "sampling_session_seq_id": 1, "base_model": "unigram"},
+    "asample": ask("SESSION:sample:1", 1, num_samples=2, topk_prompt_logprobs=1, prompt_logprobs=True),
+    "weights_info": {"tinker_path": "tinker://MODEL/weights/x"},
+    "retrieve_future": {"request_id": "x", "allow_metadata_only": True},
+    "cancel_future": {"request_id": "x"},
+    "sessions/search": {"limit": 5, "cursor": "0", "project_ids": ["p"], "user_metadata": {"a": 1}},
+    "sessions/SESSION/finish": {"reason": {"type": "success"}, "detail": "x"},
+}
+ODD = (
+    None,
+    -1,
+    0,
+    True,
+    1.5,
+    1e300,
+    2**70,
+    "",
+    "x" * 600,
+    "a/../b",
+    "\ud800",
+    "\0",
+    [],
+    [None],
+    {},
+    {"a": {}},
+    [[1], 2],
+)
+
+
+def mutated(chance: random.Random, form: object) -> object:
+    """The form with some of its values exchanged, left out or added."""
+    if chance.random() < 0.15:
+        return chance.choice(ODD)
+    if isinstance(form, dict):
+        kept = {key: mutated(chance, value) for key, value in form.items() if chance.random() < 0.95}
+        return kept | ({"more": chance.choice(ODD)} if chance.random() < 0.1 else {})
+    return [mutated(chance, value) for value in form] if isinstance(form, list) else form
+
+
+def test_no_form_brings_the_server_to_an_error_of_its_own(client):
+    chance = random.Random(23)
+    for number in range(600):
+        if number % 60 == 0:
+            model_id = new_model(client)
+        route = chance.choice(list(FORMS))
+        words = {"SESSION": model_id.split(":")[0], "MODEL": model_id}
+        text = json.dumps(mutated(chance, FORMS[route]))
+        for word, value in words.items():
+            text, route = text.replace(word, value), route.replace(word, value)
+        answer = client.post(f"/api/v1/{route}", content=text)
+        assert answer.status_code < 500, (route, text)
+    assert loss_of(client, read(client, new_model(client), 1, [5])) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Fields of a JSON body, each as the type that it must have, or one clear error."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from rlt.errors import Refused
 
 SEQ_LIMIT = 2**63  # numbers of requests are kept in 64 bits
 TEXT_LIMIT = 512
+UNFIT = re.compile("[\0\ud800-\udfff]")  # characters that no database keeps
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -23,6 +25,10 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+def mapping_or_none(form: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    return None if form.get(name) is None else mapping(form[name], name)
+
+
 def sequence(value: Any, name: str) -> list:
     if not isinstance(value, list):
         raise Refused(f"{name} is no list")
@@ -31,7 +37,7 @@ def sequence(value: Any, name: str) -> list:
 
 def text(form: Mapping[str, Any], name: str) -> str:
     value = form.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= TEXT_LIMIT or "\0" in value:
+    if not isinstance(value, str) or not 0 < len(value) <= TEXT_LIMIT or UNFIT.search(value):
         raise Refused(f"{name} is no text of 1 to {TEXT_LIMIT} characters")
     return value
 

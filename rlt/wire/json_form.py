@@ -87,7 +87,7 @@ def _read_datum(value: Any, limits: Limits) -> Datum:
 def read_place(form: Any) -> tuple[str, int]:
     """The model and number of a training request, also where the rest of it will be refused."""
     body = mapping(form, "the body")
-    return text(body, "model_id"), whole(body.get("seq_id"), "seq_id")
+    return text(body, "model_id"), whole(body.get("seq_id"), "seq_id", least=1)  # a model is made by its request 0
 
 
 def read_request(form: Any, key: str, limits: Limits = NO_LIMITS) -> ForwardBackwardRequest:

@@ -88,6 +88,8 @@ def _read_datum(message: Any, limits: Limits) -> Datum:
 def read_place(raw: bytes) -> tuple[str, int]:
     """The model and number of a training request, also where the rest of it will be refused."""
     message = _parse("ForwardBackwardRequest", raw)
+    if message.seq_id < 1:
+        raise Refused(f"seq_id is {message.seq_id}: numbers begin at 1")
     return message.model_id, message.seq_id
 
 

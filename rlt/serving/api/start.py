@@ -10,7 +10,7 @@ from rlt.serving.api.asking import Body, Serving, Tenant
 from rlt.serving.database import models, samplers, sessions
 from rlt.serving.sessions import listing, lives
 from rlt.serving.sessions.checkpoints import iso
-from rlt.wire.form import mapping, text, text_or_none, whole
+from rlt.wire.form import mapping_or_none, sequence, text, text_or_none, whole
 
 router = APIRouter()
 TEXTS = ("display_name", "project_id", "sdk_version")
@@ -41,7 +41,8 @@ async def capabilities(service: Serving, tenant: Tenant) -> dict[str, Any]:
 @router.post("/create_session")
 async def create_session(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
     form = {name: text_or_none(body, name) for name in TEXTS}
-    form |= {"tags": body.get("tags"), "user_metadata": body.get("user_metadata")}
+    tags = None if body.get("tags") is None else sequence(body["tags"], "tags")
+    form |= {"tags": tags, "user_metadata": mapping_or_none(body, "user_metadata")}
     living = await service.database.run(listing.living_sessions, tenant)
     if living >= service.settings.sessions_of_a_tenant:
         raise Refused(f"{living} sessions are open: finish some")
@@ -96,7 +97,8 @@ async def search_sessions(service: Serving, tenant: Tenant, body: Body) -> dict[
     cursor = text_or_none(body, "cursor") or "0"
     if not cursor.isdecimal() or len(cursor) > 12:
         raise Refused(f"cursor is {cursor!r}: give the one of an earlier answer")
-    mapping(body.get("user_metadata") or {}, "user_metadata")
+    mapping_or_none(body, "user_metadata")
+    sequence(body.get("project_ids") or [], "project_ids")
     rows = await service.database.run(listing.search, tenant, body, limit + 1, int(cursor))
     found = [{**row, "created_at": iso(row["created_at"])} for row in rows[:limit]]
     return {"sessions": found, "next_cursor": str(int(cursor) + limit) if len(rows) > limit else None}

@@ -37,7 +37,7 @@ def read_adapter(given: Any) -> dict[str, Any]:
 
 
 def check_optimizer(body: Mapping[str, Any]) -> None:
-    kind = (body.get("optimizer_config") or {}).get("type", "adamw")
+    kind = form.mapping(body.get("optimizer_config") or {}, "optimizer_config").get("type", "adamw")
     if kind != "adamw":
         raise Refused(f"the optimizer {kind!r} is not known here: adamw is")
 
@@ -69,7 +69,7 @@ async def _add_model(service: Service, tenant: str, body: Mapping[str, Any], bas
     session = await service.database.run(lives.living, session_id, tenant)
     model_id = lives.model_id_of(session_id, whole(body.get("model_seq_id"), "model_seq_id", most=NUMBERS_OF_MODELS))
     row = {"id": model_id, "tenant": tenant, "session_id": session_id, "project_id": session.project_id}
-    row |= {"base_model": base_model, "adapter": adapter, "user_metadata": body.get("user_metadata")}
+    row |= {"base_model": base_model, "adapter": adapter, "user_metadata": form.mapping_or_none(body, "user_metadata")}
     await service.database.run(lives.add_model, row, time.time())
     return await service.database.run(lives.owned, models, model_id, tenant, "model")
 
@@ -158,7 +158,10 @@ async def optim_step(service: Serving, tenant: Tenant, body: Body) -> dict[str, 
 def _named(service: Service, body: Mapping[str, Any], kind: str, name: Any) -> tuple[bytes, dict[str, Any]]:
     ttl, address = check_ttl(body.get("ttl_seconds")), service.storage.new_address()
     details = {"kind": kind, "name": check_name(name), "overwrite": flag(body, "overwrite", False)}
-    details |= {"expires": None if ttl is None else time.time() + ttl, "user_metadata": body.get("user_metadata")}
+    details |= {
+        "expires": None if ttl is None else time.time() + ttl,
+        "user_metadata": form.mapping_or_none(body, "user_metadata"),
+    }
     if body.get("age_encryption_recipients"):
         raise Refused("age_encryption_recipients: files are not encrypted here, leave it out")
     return dump({"address": address}), details | {"address": address}

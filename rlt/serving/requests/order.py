@@ -58,6 +58,7 @@ class Lane:
 class Pending:
     tenant: str
     lane: str
+    kind: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -83,11 +84,12 @@ class Requests:
             rows.check_ahead(submission.seq_id, lane.next, self.patience.ahead)
         request_id, new = await self.database.run(rows.keep, submission, time.time())
         if new:
-            self._take(request_id, submission.tenant, submission.lane, submission.seq_id, lane)
+            sent = submission
+            self._take(request_id, sent.tenant, sent.lane, sent.kind, sent.seq_id, lane)
         return request_id
 
-    def _take(self, request_id: str, tenant: str, name: str, seq_id: int, lane: Lane | None) -> None:
-        self.pending[request_id] = Pending(tenant, name)
+    def _take(self, request_id: str, tenant: str, name: str, kind: str, seq_id: int, lane: Lane | None) -> None:
+        self.pending[request_id] = Pending(tenant, name, kind)
         if lane is None:
             self._spawn(self._execute(request_id))
         elif seq_id < lane.next:
@@ -138,8 +140,7 @@ class Requests:
         missing, given_up = lane.next, lane.waiting
         lane.waiting, lane.next = {}, max(given_up) + 1
         reason = f"the request {missing} of {lane.name} did not come within {self.patience.gap_s:g} s: submit again"
-        for _, request_id in sorted(given_up.items()):
-            await self._fail(request_id, reason, SERVER)
+        await self._fail([given_up[number] for number in sorted(given_up)], reason, SERVER)
 
     async def _execute(self, request_id: str) -> None:
         row = await self.database.run(rows.read, request_id)
@@ -167,7 +168,7 @@ class Requests:
         except Refused as error:
             await self._fail(request_id, str(error), USER)
             return
-        self._end(request_id, row.kind, rows.DONE)
+        self._end(request_id, rows.DONE)
         if self.after:
             await self.after(row)
 
@@ -187,14 +188,18 @@ class Requests:
                 break
         return future
 
-    async def _fail(self, request_id: str, error: str, category: str) -> None:
-        await self.database.run(rows.fail, request_id, error, category, time.time())
-        self._end(request_id, category, rows.FAILED)
+    async def _fail(self, ids: str | list[str], error: str, category: str) -> None:
+        """One request, or several at once: after a restart all have failed, or none."""
+        ids = [ids] if isinstance(ids, str) else ids
+        await self.database.run(rows.fail, ids, error, category, time.time())
+        for request_id in ids:
+            self._end(request_id, category)
 
-    def _end(self, request_id: str, kind: str, outcome: str) -> None:
-        self.counts[kind, outcome] = self.counts.get((kind, outcome), 0) + 1
-        if pending := self.pending.pop(request_id, None):
-            pending.ended.set()
+    def _end(self, request_id: str, outcome: str) -> None:
+        """`outcome`: done, or whose fault it was."""
+        pending = self.pending.pop(request_id)
+        self.counts[pending.kind, outcome] = self.counts.get((pending.kind, outcome), 0) + 1
+        pending.ended.set()
 
     async def poll(self, request_id: str, tenant: str) -> Row | None:
         """The request when it has ended; None when the holding time is over first.
@@ -235,7 +240,7 @@ class Requests:
         """What an earlier process promised; models must be back before."""
         for row in await self.database.run(rows.waiting):
             lane = await self._lane(row.lane) if self.kinds[row.kind].ordered else None
-            self._take(row.id, row.tenant, row.lane, row.seq_id, lane)
+            self._take(row.id, row.tenant, row.lane, row.kind, row.seq_id, lane)
 
     async def close(self) -> None:
         """Nothing more is begun; what waits is answered by the next process."""

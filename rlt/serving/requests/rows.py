@@ -76,9 +76,9 @@ def finish(connection: Connection, request_id: str, result: bytes, now: float, a
     connection.execute(update(requests).where(requests.c.id == request_id).values(change))
 
 
-def fail(connection: Connection, request_id: str, error: str, category: str, now: float) -> None:
+def fail(connection: Connection, ids: list[str], error: str, category: str, now: float) -> None:
     change = {"state": FAILED, "error": error, "category": category, "finished": now, "payload": None}
-    still = (requests.c.id == request_id) & (requests.c.state == WAITING)
+    still = requests.c.id.in_(ids) & (requests.c.state == WAITING)
     connection.execute(update(requests).where(still).values(change))
 
 

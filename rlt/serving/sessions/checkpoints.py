@@ -15,7 +15,7 @@ from rlt.serving.errors import Missing
 
 SCHEME = "tinker://"
 TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-NAME = re.compile(r"[^/\x00-\x1f]{1,200}")
+NAME = re.compile("[^/\x00-\x1f\ud800-\udfff]{1,200}")
 TTL_S = (3600, 10 * 366 * 24 * 3600)
 
 
@@ -38,7 +38,7 @@ def check_name(name: Any) -> str:
 
 def parse_path(path: Any) -> Place:
     parts = path.removeprefix(SCHEME).split("/") if isinstance(path, str) and path.startswith(SCHEME) else []
-    if len(parts) != 3 or parts[1] not in TYPES or not parts[0] or parts[0] in (".", ".."):
+    if len(parts) != 3 or parts[1] not in TYPES or not NAME.fullmatch(parts[0]):
         raise Refused(f"{path!r} is no path of a checkpoint: {SCHEME}MODEL/{'|'.join(TYPES)}/NAME is one")
     return Place(parts[0], parts[1], check_name(parts[2]))
 
