@@ -174,7 +174,7 @@ BINARY = bytes(range(256)) * 4
 
 
 FORMS = {
-    "create_session": {"tags": ["a"], "user_metadata": {"a": 1}, "sdk_version": "1", "project_id": "p"},
+    "create_session": {"tags": ["a"], "user_metadata": {"a": "b"}, "sdk_version": "1", "project_id": "p"},
     "session_heartbeat": {"session_id": "SESSION"},
     "create_model": {"session_id": "SESSION", "model_seq_id": 5, "base_model": "unigram", "lora_config": LORA},
     "get_info": {"model_id": "MODEL"},
@@ -187,7 +187,12 @@ FORMS = {
     "weights_info": {"tinker_path": "tinker://MODEL/weights/x"},
     "retrieve_future": {"request_id": "x", "allow_metadata_only": True},
     "cancel_future": {"request_id": "x"},
-    "sessions/search": {"limit": 5, "cursor": "0", "project_ids": ["p"], "user_metadata": {"a": 1}},
+    "sessions/search": {
+        "limit": 5,
+        "statuses": [{"type": "active"}],
+        "project_ids": ["p"],
+        "user_metadata": {"a": "b"},
+    },
     "sessions/SESSION/finish": {"reason": {"type": "success"}, "detail": "x"},
 }
 ODD = (
@@ -410,7 +415,11 @@ def test_sessions_end_and_take_what_is_theirs_along(tmp_path):
         found = post(client, "sessions/search", {"limit": 1})
         assert len(found["sessions"]) == 1
         rest = post(client, "sessions/search", {"limit": 1, "cursor": found["next_cursor"]})
-        assert {rest["sessions"][0]["status"], found["sessions"][0]["status"]} == {"expired", "success"}
+        assert rest["next_cursor"] is None
+        pair = [found["sessions"][0], rest["sessions"][0]]
+        assert [each["status"] for each in pair] == [{"type": "client_finished", "reason": {"type": "success"}}, None]
+        done = post(client, "sessions/search", {"statuses": [{"type": "client_finished", "reasons": ["success"]}]})
+        assert [each["session_id"] for each in done["sessions"]] == [session_id]
 
 
 def test_polls_are_held_then_told_to_come_again(tmp_path):

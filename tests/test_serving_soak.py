@@ -1,4 +1,4 @@
-"""Hours of small requests in minutes: the server's memory and open files stay what they were after the first thousand."""
+"""Hours of small requests in minutes: memory and open files stay what they were after the first thousand."""
 
 from concurrent.futures import ThreadPoolExecutor
 

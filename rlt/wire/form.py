@@ -25,8 +25,13 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def mapping_or_none(form: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    return None if form.get(name) is None else mapping(form[name], name)
+def texts_or_none(form: Mapping[str, Any], name: str) -> dict[str, str] | None:
+    if form.get(name) is None:
+        return None
+    texts = mapping(form[name], name)
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise Refused(f"{name} holds values that are no texts")
+    return texts
 
 
 def sequence(value: Any, name: str) -> list:

@@ -1,6 +1,7 @@
 """Routes with which a client begins, stays and goes; brief descriptions of what there is."""
 
 import time
+from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -10,7 +11,7 @@ from rlt.serving.api.asking import Body, Serving, Tenant
 from rlt.serving.database import models, samplers, sessions
 from rlt.serving.sessions import listing, lives
 from rlt.serving.sessions.checkpoints import iso
-from rlt.wire.form import mapping_or_none, sequence, text, text_or_none, whole
+from rlt.wire.form import mapping, sequence, text, text_or_none, texts_or_none, whole
 
 router = APIRouter()
 TEXTS = ("display_name", "project_id", "sdk_version")
@@ -42,7 +43,7 @@ async def capabilities(service: Serving, tenant: Tenant) -> dict[str, Any]:
 async def create_session(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
     form = {name: text_or_none(body, name) for name in TEXTS}
     tags = None if body.get("tags") is None else sequence(body["tags"], "tags")
-    form |= {"tags": tags, "user_metadata": mapping_or_none(body, "user_metadata")}
+    form |= {"tags": tags, "user_metadata": texts_or_none(body, "user_metadata")}
     living = await service.database.run(listing.living_sessions, tenant)
     if living >= service.settings.sessions_of_a_tenant:
         raise Refused(f"{living} sessions are open: finish some")
@@ -60,7 +61,7 @@ async def session_heartbeat(service: Serving, tenant: Tenant, body: Body) -> dic
 async def finish_session(session_id: str, service: Serving, tenant: Tenant, body: Body) -> Response:
     given = body.get("reason")
     reason = given.get("type") if isinstance(given, dict) else given
-    said = reason if reason in ("success", "errored", "interrupted") else "finished"
+    said = reason if reason in ("success", "errored", "interrupted") else "success"
     await service.database.run(lives.end_session, session_id, tenant, said)
     return Response(status_code=204)
 
@@ -91,14 +92,27 @@ async def set_project(session_id: str, service: Serving, tenant: Tenant, body: B
     return Response(status_code=204)
 
 
+def read_cursor(body: dict[str, Any]) -> tuple[float, str] | None:
+    if body.get("cursor") is None:
+        return None
+    cursor = mapping(body["cursor"], "cursor")
+    try:
+        created = datetime.fromisoformat(text(cursor, "last_created_at")).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise Refused(f"cursor is {cursor}: give the one of an earlier answer") from error
+    return created, text(cursor, "last_session_id")
+
+
 @router.post("/sessions/search")
 async def search_sessions(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
     limit = whole(body.get("limit") or 50, "limit", 1, 200)
-    cursor = text_or_none(body, "cursor") or "0"
-    if not cursor.isdecimal() or len(cursor) > 12:
-        raise Refused(f"cursor is {cursor!r}: give the one of an earlier answer")
-    mapping_or_none(body, "user_metadata")
-    sequence(body.get("project_ids") or [], "project_ids")
-    rows = await service.database.run(listing.search, tenant, body, limit + 1, int(cursor))
-    found = [{**row, "created_at": iso(row["created_at"])} for row in rows[:limit]]
-    return {"sessions": found, "next_cursor": str(int(cursor) + limit) if len(rows) > limit else None}
+    texts_or_none(body, "user_metadata")
+    for name in ("project_ids", "statuses"):
+        if body.get(name) is not None:
+            sequence(body[name], name)
+    for each in body.get("statuses") or []:
+        sequence(mapping(each, "a status").get("reasons") or [], "reasons")
+    rows = await service.database.run(listing.search, tenant, body, limit + 1, read_cursor(body))
+    found = [{**row, "created_at": iso(row["created"])} for row in rows[:limit]]
+    last = {"last_created_at": found[-1]["created_at"], "last_session_id": found[-1]["session_id"]} if found else None
+    return {"sessions": found, "next_cursor": last if len(rows) > limit else None}

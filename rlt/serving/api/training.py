@@ -69,7 +69,7 @@ async def _add_model(service: Service, tenant: str, body: Mapping[str, Any], bas
     session = await service.database.run(lives.living, session_id, tenant)
     model_id = lives.model_id_of(session_id, whole(body.get("model_seq_id"), "model_seq_id", most=NUMBERS_OF_MODELS))
     row = {"id": model_id, "tenant": tenant, "session_id": session_id, "project_id": session.project_id}
-    row |= {"base_model": base_model, "adapter": adapter, "user_metadata": form.mapping_or_none(body, "user_metadata")}
+    row |= {"base_model": base_model, "adapter": adapter, "user_metadata": form.texts_or_none(body, "user_metadata")}
     await service.database.run(lives.add_model, row, time.time())
     return await service.database.run(lives.owned, models, model_id, tenant, "model")
 
@@ -160,7 +160,7 @@ def _named(service: Service, body: Mapping[str, Any], kind: str, name: Any) -> t
     details = {"kind": kind, "name": check_name(name), "overwrite": flag(body, "overwrite", False)}
     details |= {
         "expires": None if ttl is None else time.time() + ttl,
-        "user_metadata": form.mapping_or_none(body, "user_metadata"),
+        "user_metadata": form.texts_or_none(body, "user_metadata"),
     }
     if body.get("age_encryption_recipients"):
         raise Refused("age_encryption_recipients: files are not encrypted here, leave it out")

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, RowMapping, func, select, update
+from sqlalchemy import Connection, Row, RowMapping, func, select, tuple_, update
 
 from rlt.errors import Refused
 from rlt.serving.database import checkpoints, models, sessions
-from rlt.serving.sessions.lives import owned
+from rlt.serving.sessions.lives import EXPIRED, owned
 
 MOST = 1000  # rows of one answer
 
@@ -34,26 +34,52 @@ def set_project(connection: Connection, session_id: str, tenant: str, project: s
     connection.execute(update(models).where(models.c.session_id == session_id).values(project_id=project))
 
 
-def search(connection: Connection, tenant: str, form: Mapping[str, Any], limit: int, offset: int) -> list[RowMapping]:
-    """Sessions that have all that is asked for, the newest first."""
-    saved = select(func.count()).select_from(checkpoints.join(models, models.c.id == checkpoints.c.model_id))
-    columns = {
-        "session_id": sessions.c.id,
-        "created_at": sessions.c.created,
-        "owner": sessions.c.tenant,
-        "project_id": sessions.c.project_id,
-        "display_name": sessions.c.display_name,
-        "user_metadata": sessions.c.user_metadata,
-        "status": sessions.c.ended,
-        "checkpoints_count": saved.where(models.c.session_id == sessions.c.id).scalar_subquery(),
-    }
-    rows = select(*(column.label(name) for name, column in columns.items())).where(sessions.c.tenant == tenant)
-    for name in ("session_id", "display_name"):
-        if form.get(name):
-            rows = rows.where(columns[name] == str(form[name]))
-    if projects := form.get("project_ids"):
-        rows = rows.where(sessions.c.project_id.in_([str(each) for each in projects]))
+def _matches(row: RowMapping, form: Mapping[str, Any]) -> bool:
+    """Whether a session has what is asked for: its id or words of its name, its project, metadata and status."""
+    words, name = str(form.get("display_name") or "").lower().split(), str(row["display_name"] or "").lower()
+    named = [row["session_id"] == form["session_id"]] if form.get("session_id") else []
+    named += [all(word in name for word in words)] if words else []
+    projects = form.get("project_ids")
     wanted = (form.get("user_metadata") or {}).items()
-    found = connection.execute(rows.order_by(sessions.c.created.desc())).mappings()
-    matching = [row for row in found if wanted <= (row["user_metadata"] or {}).items()]
-    return matching[offset : offset + limit]
+    return (
+        (any(named) or not named)
+        and (projects is None or row["project_id"] in projects)
+        and wanted <= (row["user_metadata"] or {}).items()
+        and _has_status(status_of(row["ended"]), form.get("statuses"))
+    )
+
+
+def status_of(ended: str | None) -> dict[str, Any] | None:
+    """As clients know it; None of a session that nobody finished."""
+    if ended is None:
+        return {"type": "active"}
+    return None if ended == EXPIRED else {"type": "client_finished", "reason": {"type": ended}}
+
+
+def _has_status(status: dict[str, Any] | None, asked: list[dict[str, Any]] | None) -> bool:
+    if asked is None or status is None:
+        return asked is None
+    reason = status.get("reason", {}).get("type")
+    return any(each.get("type") == status["type"] and reason in (each.get("reasons") or [reason]) for each in asked)
+
+
+def search(
+    connection: Connection, tenant: str, form: Mapping[str, Any], limit: int, after: tuple[float, str] | None
+) -> list[dict[str, Any]]:
+    """A page of sessions, the newest first; `after` is the place of the last one of the page before."""
+    saved = select(func.count()).select_from(checkpoints.join(models, models.c.id == checkpoints.c.model_id))
+    columns = (
+        sessions.c.id.label("session_id"),
+        sessions.c.created,
+        sessions.c.tenant.label("owner"),
+        func.coalesce(sessions.c.project_id, "").label("project_id"),
+        sessions.c.display_name,
+        sessions.c.user_metadata,
+        sessions.c.ended,
+        saved.where(models.c.session_id == sessions.c.id).scalar_subquery().label("checkpoints_count"),
+    )
+    rows = select(*columns).where(sessions.c.tenant == tenant)
+    if after is not None:
+        rows = rows.where(tuple_(sessions.c.created, sessions.c.id) < tuple_(*after))
+    found: Any = connection.execute(rows.order_by(sessions.c.created.desc(), sessions.c.id.desc())).mappings()
+    return [{**row, "status": status_of(row["ended"])} for row in found if _matches(row, form)][:limit]

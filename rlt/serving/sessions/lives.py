@@ -26,7 +26,8 @@ def owned(connection: Connection, table: Table, key: str, tenant: str, word: str
 
 def open_session(connection: Connection, tenant: str, form: Mapping[str, Any], now: float) -> str:
     fields = ("tags", "user_metadata", "display_name", "project_id", "sdk_version")
-    row = {"id": uuid.uuid4().hex[:16], "tenant": tenant, "created": now, "seen": now}
+    created = round(now, 6)  # clients give it back in microseconds
+    row = {"id": uuid.uuid4().hex[:16], "tenant": tenant, "created": created, "seen": now}
     connection.execute(insert(sessions).values(row | {name: form.get(name) for name in fields}))
     return row["id"]
 
