@@ -222,9 +222,11 @@ class Requests:
         if not self.kinds[row.kind].ordered and (future := self._futures.get(request_id)):
             future.cancel()
 
-    async def last_number(self, lane: str) -> int:
+    async def last_number(self, name: str) -> int:
         """The highest number that a model's requests have so far."""
-        return max([(await self._lane(lane)).next - 1, *self.lanes[lane].waiting])
+        lane = await self._lane(name)
+        begun = lane.next if lane.task is not None else lane.next - 1
+        return max([begun, *lane.waiting])
 
     def crowd(self, request_id: str) -> int:
         """How many requests of the same model wait, where they are many."""
