@@ -79,7 +79,8 @@ def main(base_model: str) -> None:
     rest.set_checkpoint_ttl_from_tinker_path(path, 7200).result()
     rest.delete_checkpoint_from_tinker_path(named).result()
     said["left"] = [[each.checkpoint_id, each.public] for each in rest.list_checkpoints(run_id).result().checkpoints]
-    said["gone"] = refused(lambda: service.create_sampling_client(model_path=named))
+    gone = service.create_sampling_client  # the current version asks the server with the first sample
+    said["gone"] = refused(lambda: gone(model_path=named).sample(prompt, 1, params).result())
     said["sessions"] = len(rest.list_sessions().result().sessions)
     sys.stdout.write(json.dumps(said))
 
