@@ -44,7 +44,11 @@ class Executor(Protocol):
 
 
 class Worker(Protocol):
-    """What a model's place must be able to do; `answer` puts it behind bytes."""
+    """What a model's place must be able to do; `answer` puts it behind bytes.
+
+    An operation that raises leaves its model as it was: nothing half done may stay in gradients or weights. The same
+    operations in the same order give the same model, as some are repeated after a restart.
+    """
 
     def create_model(self, model_id: str, base_model: str, adapter: Mapping[str, Any]) -> None: ...
 
