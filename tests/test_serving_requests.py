@@ -128,15 +128,14 @@ def test_a_number_that_never_comes_fails_those_behind_it_and_no_later_ones(tmp_p
 def test_later_arrivals_do_not_prolong_the_time_of_a_missing_number(tmp_path):
     async def story(service):
         model_id = await new_model(service)
-        first = await service.submit(work(model_id, 2))
-        began = time.monotonic()
-        for number in range(3, 9):
+        poll = asyncio.create_task(service.requests.poll(await service.submit(work(model_id, 2)), "a"))
+        for number in range(3, 100):
             await asyncio.sleep(0.1)
+            if poll.done():
+                return number
             await service.submit(work(model_id, number))
-        await service.requests.poll(first, "a")
-        return time.monotonic() - began
 
-    assert served(tmp_path, story, patience=Patience(gap_s=0.3)) < 0.75
+    assert served(tmp_path, story, patience=Patience(gap_s=0.3)) < 50
 
 
 def test_a_closed_gap_stays_closed_after_a_restart(tmp_path):
