@@ -134,6 +134,7 @@ def test_later_arrivals_do_not_prolong_the_time_of_a_missing_number(tmp_path):
             if poll.done():
                 return number
             await service.submit(work(model_id, number))
+        return 100
 
     assert served(tmp_path, story, patience=Patience(gap_s=0.3)) < 50
 
