@@ -1,0 +1,109 @@
+"""A server that clients train and sample through, on this machine's own address.
+
+    python serve.py [port=8000] [host=127.0.0.1] [state_dir=results/serving] [database=sqlite:///...]
+
+Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
+two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlt.errors import Refused, fail
+from rlt.places import API_KEY_VARIABLE
+from rlt.planning.versions import need_group
+
+if TYPE_CHECKING:
+    from rlt.serving.service import Service
+
+USAGE = {
+    "host": "127.0.0.1",
+    "port": 8000,  # 0: whichever is free
+    "state_dir": "results/serving",
+    "database": None,  # a URL; null: SQLite in state_dir
+    "tensors": None,  # an address that fsspec opens, such as s3://bucket/folder; null: in state_dir
+    "base_models": ["unigram"],
+}
+TENANT = "owner"
+CONTEXT = 4096  # tokens, of the model of one number a token
+STOP_S = 5  # for answers that are on their way
+
+
+def read_settings(words: list[str]) -> dict[str, Any]:
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    except OmegaConfBaseException as error:
+        raise Refused(f"{' '.join(words)} is no list of key=value: {error}") from error
+    assert isinstance(given, dict)
+    if unknown := sorted(str(key) for key in given.keys() - USAGE.keys()):
+        raise Refused(f"{', '.join(unknown)}: the keys are {', '.join(USAGE)}")
+    settings = {**USAGE, **{str(key): value for key, value in given.items()}}
+    port = settings["port"]
+    if not isinstance(port, int) or not 0 <= port < 2**16:
+        raise Refused(f"port is {port!r}: give 1 to 65535, or 0 for a free one")
+    return settings
+
+
+def read_keys() -> tuple[dict[str, str], bool]:
+    """Keys by tenant, and whether one was made."""
+    given = os.environ.get(API_KEY_VARIABLE)
+    if not given:
+        return {TENANT: f"tml-{secrets.token_urlsafe(24)}"}, True
+    if "," not in given and not given.partition("=")[2]:
+        return {TENANT: given}, False
+    pairs = dict(each.split("=", 1) for each in given.split(",") if "=" in each)
+    if len(pairs) != given.count(",") + 1:
+        raise Refused(f"{API_KEY_VARIABLE} holds no key, and no list of tenant=key with commas between")
+    return pairs, False
+
+
+def build_service(settings: dict[str, Any]) -> "Service":
+    from rlt.serving.service import ModelPlace, Service, Settings
+    from rlt.serving.storage import Storage
+    from rlt.serving.unigram import Unigram
+    from rlt.serving.worker import ThreadExecutor
+
+    if settings["base_models"] != ["unigram"]:
+        raise Refused(f"base_models is {settings['base_models']}: only [unigram] is served so far")
+    folder = Path(settings["state_dir"]).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    database = settings["database"] or f"sqlite:///{folder / 'state.db'}"
+    storage = Storage(settings["tensors"] or str(folder / "tensors"))
+    return Service(Settings(database, storage, {"unigram": ModelPlace(CONTEXT)}), ThreadExecutor(Unigram()))
+
+
+async def serve(settings: dict[str, Any], keys: dict[str, str], made: bool) -> None:
+    import uvicorn
+
+    from rlt.serving.api.app import create_app
+
+    service = build_service(settings)
+    try:
+        listener = socket.create_server((settings["host"], settings["port"]))
+        await service.start(keys)
+        host, port = listener.getsockname()[:2]  # it takes connections from here on
+        key = f", key {keys[TENANT]}" if made else ""
+        sys.stdout.write(f"serving http://{host}:{port}{key}\n")
+        sys.stdout.flush()
+        config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=STOP_S)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await service.close()
+
+
+def main() -> None:
+    try:
+        settings, (keys, made) = read_settings(sys.argv[1:]), read_keys()
+        for module in ("sqlalchemy", "fastapi", "uvicorn", "prometheus_client"):
+            need_group("api", module)
+        asyncio.run(serve(settings, keys, made))
+    except (Refused, OSError) as error:  # OSError: an address that is taken, a place that cannot be written to
+        fail(error)

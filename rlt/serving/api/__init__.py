@@ -1,0 +1,1 @@
+"""The HTTP of the training API: every route is a few lines over the service."""

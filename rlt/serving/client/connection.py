@@ -1,0 +1,98 @@
+"""One server, asked from a thread of its own, so that scripts and coroutines may both wait for it."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import httpx
+
+from rlt.errors import Refused
+from rlt.serving.client.futures import RequestFailed, ServerFuture
+
+R = TypeVar("R")
+PROTOBUF = "application/x-protobuf"
+FIRST_WAIT_S, LONGEST_WAIT_S, TRIES = 0.25, 10.0, 12  # about a minute and a half, enough for a server to come back
+CONNECT_S, READ_S = 10.0, 60.0  # a poll is held for less
+REPEATED = (408, 429, 500, 502, 503, 504)
+
+
+class Connection:
+    def __init__(self, base_url: str, key: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="training-api", daemon=True).start()
+        limits = httpx.Limits(max_connections=None)
+        timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
+        self.http = httpx.AsyncClient(
+            base_url=f"{base_url.rstrip('/')}/api/v1/", headers={"X-API-Key": key}, limits=limits, timeout=timeout
+        )
+
+    def start(self, work: Coroutine[Any, Any, R]) -> "Future[R]":
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def ask(self, method: str, route: str, content: bytes | None = None, **headers: str) -> httpx.Response:
+        """Repeated while the server is away or busy: the same request is executed once, whatever arrives twice.
+
+        Raises:
+            Refused: what the server says about a request that cannot work.
+            ConnectionError: it stayed away.
+        """
+        wait, said = FIRST_WAIT_S, ""
+        for _ in range(TRIES):
+            try:
+                answer = await self.http.request(method, route, content=content, headers=headers)
+            except httpx.TransportError as error:
+                said = f"{type(error).__name__} {error}"
+            else:
+                if answer.status_code not in REPEATED:
+                    return _checked(answer)
+                said = answer.text
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        raise ConnectionError(f"{self.http.base_url}{route} gave no answer: {said}")
+
+    async def post(self, route: str, form: dict[str, Any]) -> Any:
+        return (await self.ask("POST", route, json.dumps(form).encode())).json()
+
+    async def wait_for(self, request_id: str) -> httpx.Response:
+        """The answer to a request, polled for until it is there."""
+        form = json.dumps({"request_id": request_id}).encode()
+        while True:
+            answer = await self.ask("POST", "retrieve_future", form, accept=f"{PROTOBUF}, application/json")
+            if answer.headers.get("content-type") == PROTOBUF:
+                return answer
+            said = answer.json()
+            if "category" in said and "error" in said:
+                raise RequestFailed(said["error"], said["category"])
+            if said.get("type") != "try_again":
+                return answer
+
+    def request(
+        self, submit: Callable[[], Coroutine[Any, Any, dict[str, Any]]], read: Callable[[httpx.Response], R]
+    ) -> ServerFuture[R]:
+        """Send it, and read its answer when it comes."""
+        sent: dict[str, str] = {}
+
+        async def work() -> R:
+            sent.update(await submit())
+            return read(await self.wait_for(sent["request_id"]))
+
+        def give_up() -> None:
+            if "request_id" in sent:
+                self.start(self.ask("POST", "cancel_future", json.dumps({"request_id": sent["request_id"]}).encode()))
+
+        return ServerFuture(self.start(work()), give_up)
+
+    def close(self) -> None:
+        self.start(self.http.aclose()).result(CONNECT_S)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.is_success:
+        return answer
+    is_json = answer.headers.get("content-type") == "application/json"
+    said = answer.json().get("detail", answer.text) if is_json else answer.text
+    raise Refused(f"{answer.request.url.path}: {said} ({answer.status_code})")

@@ -1,0 +1,1 @@
+"""Requests that are answered later: kept, put in order, executed once, and polled for."""

@@ -1,0 +1,1 @@
+"""Whose sessions, models, samplers and checkpoints there are; a tenant is not told of another's."""

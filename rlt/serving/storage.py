@@ -1,0 +1,39 @@
+"""Where tensors are kept: any address that fsspec opens, a folder of its own for each save."""
+
+import uuid
+from dataclasses import dataclass
+
+from fsspec.core import url_to_fs
+
+from rlt.serving.errors import Missing
+
+
+@dataclass(frozen=True)
+class Storage:
+    root: str  # a folder, `s3://bucket/prefix`, ...
+
+    def new_address(self) -> str:
+        """Never given twice, so that what was saved under a name stays whole until its successor is."""
+        return f"{self.root.rstrip('/')}/{uuid.uuid4().hex}"
+
+    def remove(self, address: str) -> None:
+        system, path = url_to_fs(address)
+        if system.exists(path):
+            system.rm(path, recursive=True)
+
+    def folders(self) -> set[str]:
+        """Addresses that something was written to."""
+        system, root = url_to_fs(self.root)
+        system.makedirs(root, exist_ok=True)
+        names = (path.rstrip("/").rpartition("/")[2] for path in system.ls(root, detail=False))
+        return {f"{self.root.rstrip('/')}/{name}" for name in names if name}
+
+    def files(self, address: str) -> list[str]:
+        system, path = url_to_fs(address)
+        return sorted(each.rpartition("/")[2] for each in system.ls(path, detail=False)) if system.exists(path) else []
+
+    def read(self, address: str, name: str) -> bytes:
+        if name not in self.files(address):
+            raise Missing(f"the file {name!r} is not known")
+        system, path = url_to_fs(address)
+        return system.cat_file(f"{path}/{name}")

@@ -1,0 +1,121 @@
+"""The project's own clients against a real server: in a script, in a coroutine, and without torch."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("sqlalchemy")
+
+from serving_process import KEYS  # noqa: E402
+from serving_server import server  # noqa: E402
+
+from rlt.errors import Refused  # noqa: E402
+from rlt.serving.client import AsyncClient, Client, FutureGroup, RequestFailed, datum  # noqa: E402
+from rlt.wire.values import AdamParams, SamplingParams  # noqa: E402
+
+RATE = AdamParams(learning_rate=0.1)
+
+
+def data(*targets: int) -> list:
+    return [datum([1] * len(targets), target_tokens=list(targets))]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with server(tmp_path_factory.mktemp("serving") / "state") as (_, http):
+        yield str(http.base_url)
+
+
+def test_a_script_trains_saves_and_samples(address):
+    with Client(address, KEYS["a"], tags=["x"]) as service:
+        training = service.create_model("unigram", rank=8)
+        losses = [training.train_batch(data(5, 6), "cross_entropy", RATE)["loss:sum"] for _ in range(3)]
+        assert losses == sorted(losses, reverse=True)
+        path = training.save_state("a").result()["path"]
+        again = service.model_from_state(path)
+        steps = [each.train_epoch([data(5, 6)] * 3, "cross_entropy", RATE) for each in (training, again)]
+        assert steps[0] == steps[1]
+        sampler = training.save_for_sampling()
+        response = sampler.sample([1, 2], SamplingParams(max_tokens=4, seed=1, stop=[]), num_samples=2).result()
+        assert [each.tokens.size for each in response.sequences] == [4, 4]
+        assert np.isnan(sampler.compute_logprobs([1, 2]).result().prompt_logprobs[0])
+        assert service.sampler(base_model="unigram").sample([1]).result().sequences
+
+
+def test_a_coroutine_awaits_the_same_operations(address):
+    async def story() -> list[float]:
+        service = AsyncClient(address, KEYS["a"])
+        training = await service.create_model("unigram")
+        reads = [training.forward_backward(data(number), "cross_entropy") for number in range(20)]
+        assert (await training.optim_step(RATE))["metrics"]["grad_norm"] > 0
+        losses = [(await each).metrics["loss:sum"] for each in reads]
+        sampler = await service.sampler(base_model="unigram")
+        seen = [place async for place, _ in sampler.stream([[1], [2], [3]], SamplingParams(max_tokens=2))]
+        assert sorted(seen) == [0, 1, 2]
+        await asyncio.to_thread(service.close)
+        return losses
+
+    assert asyncio.run(story()) == pytest.approx([np.log(256)] * 20)
+
+
+def test_failures_say_whose_fault_they_were(address):
+    with Client(address, KEYS["a"]) as service:
+        training = service.create_model("unigram")
+        with pytest.raises(RequestFailed, match="ppo") as failed:
+            training.forward(data(1), "ppo").result()
+        assert failed.value.category == "user"
+        with pytest.raises(RequestFailed, match="gpt-5"):
+            service.create_model("gpt-5")
+        with pytest.raises(Refused, match="no path of a checkpoint"):
+            service.sampler(path="x")
+        assert training.train_batch(data(1), "cross_entropy", RATE)["loss:sum"] > 0
+    with pytest.raises(Refused, match="401"):
+        Client(address, "tml-wrong-key")
+
+
+def test_groups_wait_for_all_or_for_one_and_cancel(tmp_path):
+    with server(tmp_path / "state", seconds=0.3) as (_, http), Client(str(http.base_url), KEYS["a"]) as service:
+        sampler = service.sampler(base_model="unigram")
+        group = FutureGroup([sampler.sample([1]) for _ in range(3)])
+        assert group.wait_any(10) is group.futures[0]
+        assert len(group.wait_all(10)) == 3
+        slow = FutureGroup([sampler.sample([1]) for _ in range(20)])
+        with pytest.raises(TimeoutError, match="no answer within 0.5 s"):
+            slow.wait_all(0.5)
+        began = time.monotonic()
+        sampler.sample([1]).result(10)
+        assert time.monotonic() - began < 3  # the server did not work through what was given up
+        with pytest.raises(TimeoutError):
+            sampler.sample([1]).result(0.05)
+
+
+def test_a_client_goes_on_when_the_server_comes_back(tmp_path):
+    folder = tmp_path / "state"
+    with server(folder, seconds=0.05) as (process, http):
+        address, port = str(http.base_url), http.base_url.port
+        service = Client(address, KEYS["a"])
+        training = service.create_model("unigram")
+        sent = [training.forward_backward(data(number), "cross_entropy") for number in range(30)]
+        sent[3].result(30)
+        process.send_signal(signal.SIGKILL)
+    back = threading.Event()
+    with server(folder, port=port):
+        assert all(each.result(60).metrics for each in sent)
+        assert training.optim_step(RATE).result(30)["metrics"]["grad_norm"] > 0
+        service.close()
+        back.set()
+    assert back.is_set()
+
+
+def test_clients_need_no_torch():
+    code = "import sys, rlt.serving.client; assert not {'torch', 'sqlalchemy', 'fastapi'} & sys.modules.keys()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
