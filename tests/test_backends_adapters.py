@@ -244,6 +244,7 @@ def test_clients_in_many_threads_are_served_one_after_the_other(tmp_path):
         thread.start()
     for thread in threads:
         thread.join(LIMIT_S)
+    assert not any(thread.is_alive() for thread in threads)
     for number, backend in enumerate(backends):
         alone = make(base_of(tmp_path), str(number), rank=2, seed=number)
         train(alone)
