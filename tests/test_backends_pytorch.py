@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,17 +28,19 @@ def backend_of(tmp_path, model=None, **options) -> PyTorchTrainingBackend:
 
 def data(count: int = 5, seed: int = 0, k: int | None = None) -> list[Datum]:
     """Sequences that begin alike, of several lengths, each with the inputs of every loss."""
-    torch.manual_seed(seed)
+    own = torch.Generator().manual_seed(seed)  # the global one is not a thread's own
+    draw, normal = partial(torch.rand, generator=own), partial(torch.randn, generator=own)
+    tokens_of = partial(torch.randint, VOCABULARY, generator=own)
     found = []
     for number in range(count):
         size = 6 + number % 4
-        tokens = [3, 1, 4, *torch.randint(VOCABULARY, (size - 3,)).tolist()]
+        tokens = [3, 1, 4, *tokens_of(size=(size - 3,)).tolist()]
         shape = (size,) if k is None else (size, k)
-        inputs = {"target_tokens": torch.randint(VOCABULARY, shape), "weights": torch.rand(shape)}
+        inputs = {"target_tokens": tokens_of(size=shape), "weights": draw(shape)}
         if k is None:
             sampled = torch.tensor([0.0] * 2 + [1.0] * (size - 2))
-            inputs |= {"logprobs": -3 * torch.rand(size) * sampled, "advantages": torch.randn(size) * sampled}
-            inputs |= {"sequence_ratio_mask": sampled, "ref_logprobs": -3 * torch.rand(size)}
+            inputs |= {"logprobs": -3 * draw(size) * sampled, "advantages": normal(size) * sampled}
+            inputs |= {"sequence_ratio_mask": sampled, "ref_logprobs": -3 * draw(size)}
         found.append(Datum(tokens, inputs))
     return found
 
