@@ -21,7 +21,7 @@ from serving_process import KEYS, service_in
 from rlt.serving.api.app import create_app
 from rlt.serving.requests.order import Patience
 from rlt.serving.service import ModelPlace
-from rlt.serving.unigram import Unigram
+from serving_unigram import Unigram
 from rlt.wire.values import Limits
 
 START_S = 60

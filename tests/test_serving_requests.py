@@ -26,7 +26,7 @@ from rlt.serving.processes import ProcessExecutor  # noqa: E402
 from rlt.serving.requests.order import Patience  # noqa: E402
 from rlt.serving.requests.rows import failure  # noqa: E402
 from rlt.serving.service import Service  # noqa: E402
-from rlt.serving.unigram import Unigram, log_softmax  # noqa: E402
+from serving_unigram import Unigram, log_softmax  # noqa: E402
 from rlt.serving.worker import ThreadExecutor  # noqa: E402
 from rlt.wire import protobuf  # noqa: E402
 
