@@ -143,7 +143,7 @@ class TorchSampler:
         return BestTokens(ids.astype(np.int32), values.astype(np.float32))
 
     def _score_targets(self, model: Any, request: SampleRequest) -> Tensor:
-        """(N - 1, K); NaN where there was no token."""
+        """(N - 1, K)."""
         assert request.targets is not None
         prompt, targets = request.prompt.tolist(), request.targets.dense(missing=-1)
         if targets.shape[0] != len(prompt) - 1 or targets.ndim != 2:
@@ -152,7 +152,7 @@ class TorchSampler:
             return Tensor(np.empty(targets.shape, np.float32), targets.shape)
         asked, where = [np.maximum(targets, 0).tolist()], [[*range(1, len(prompt))]]
         found, _ = token_log_probs(model, [prompt], where, targets=asked, token_budget=TOKEN_BUDGET)
-        values = np.where(targets < 0, np.nan, found[0].cpu().numpy()).astype(np.float32)
+        values = np.where(targets < 0, EMPTY_CELL[1], found[0].cpu().numpy()).astype(np.float32)
         return Tensor(values, values.shape)
 
 

@@ -4,6 +4,7 @@ A base is loaded when a request first needs it: once for training, and once for 
 mostly a process of its own. Nothing of a model is here that its requests would not bring about again.
 """
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -83,7 +84,9 @@ class TorchWorker:
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as aside:
             if kind != "save_weights":
                 return put_files(model.export(Path(aside) / "adapter").result(), address)
-            return put_files(model.save_state(STATE, overwrite=True).result(), address)
+            folder = model.save_state(STATE, overwrite=True).result()
+            shutil.move(folder, aside)
+            return put_files(Path(aside) / STATE, address)
 
     def load_weights(self, model_id: str, address: str, optimizer: bool) -> None:
         with local_files(address) as folder:
