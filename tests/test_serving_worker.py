@@ -1,21 +1,16 @@
 """Real models behind the server: the numbers of a backend that is used without one, and a sampler that agrees."""
 
-import asyncio
 import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT
+from conftest import EMBEDDED
 
 pytest.importorskip("sqlalchemy")
 
@@ -51,9 +46,9 @@ def served(folder: Path, *words: str):
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory, tiny_teacher):
-    with served(tmp_path_factory.mktemp("serving") / "state", f"base_models=[{tiny_teacher}]") as address:
-        with Client(address, KEY) as service:
-            yield service
+    folder = tmp_path_factory.mktemp("serving") / "state"
+    with served(folder, f"base_models=[{tiny_teacher}]") as address, Client(address, KEY) as service:
+        yield service
 
 
 def data(shift: int = 1) -> list:

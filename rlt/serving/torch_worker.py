@@ -63,10 +63,12 @@ class TorchWorker:
         """An adapter without a seed gets one of its model's name, so that after a restart it is the same again."""
         if adapter["rank"] is None:
             raise Refused("all weights cannot be trained here so far: give a lora_config with a rank")
-        seed = adapter["seed"] if adapter["seed"] is not None else request_seed("adapter", model_id)
+        given = dict(adapter)
+        if given["seed"] is None:
+            given["seed"] = request_seed("adapter", model_id)
         base = self._base(base_model)
         self.unload(model_id)
-        self.models[model_id] = base.create(model_id, AdapterSpec(**{**adapter, "seed": seed})).result()
+        self.models[model_id] = base.create(model_id, AdapterSpec(**given)).result()
 
     def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardOutput:
         model, data = self._model(request.model_id), [_read(datum) for datum in request.data]
