@@ -3,8 +3,11 @@
     python serve.py [port=8000] [host=127.0.0.1] [base_models=[embedded/smollm2-135m-instruct]]
         [state_dir=results/serving] [database=sqlite:///...] [tensors=s3://bucket/folder]
 
-Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer. Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
-two tenants their own. One process trains, another one samples; each loads a model with the first request for it. What the server promised is kept in `state_dir`: started again, it goes on.
+Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer. One process
+trains, another one samples; each loads a model with the first request for it.
+
+Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
+two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
 """
 
 import asyncio
