@@ -10,6 +10,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from rlt.errors import Refused
 from rlt.runs.durable import flush_all
 from rlt.serving.errors import Missing
 
@@ -61,7 +62,7 @@ def local_files(address: str) -> Iterator[Path]:
     """A folder with an address's files: itself, or a copy for the time being."""
     system, place = url_to_fs(address)
     if not system.exists(place):
-        raise Missing(f"nothing is kept at {address} any more")
+        raise Refused(f"nothing is kept at {address} any more")
     if isinstance(system, LocalFileSystem):
         yield Path(place)
         return
