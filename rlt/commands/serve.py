@@ -100,7 +100,9 @@ def place_of(folder: Path) -> "ModelPlace":
     from rlt.serving.service import ModelPlace
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    context = (config.get("text_config") or config)["max_position_embeddings"]
+    context = (config.get("text_config") or config).get("max_position_embeddings")
+    if not isinstance(context, int):
+        raise Refused(f"{folder}/config.json does not say how much the model reads (max_position_embeddings)")
     return ModelPlace(context, str(folder) if str(folder).count("/") != 2 else f"/.{folder}")
 
 
