@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from serving_unigram import Unigram
 
 from rlt.serving.kinds import dump
 from rlt.serving.requests.rows import Submission
 from rlt.serving.service import ModelPlace, Service, Settings
 from rlt.serving.sessions import lives
 from rlt.serving.storage import Storage
-from rlt.serving.unigram import Unigram
 from rlt.serving.worker import ThreadExecutor
 from rlt.wire import protobuf
 from rlt.wire.values import Datum, ForwardBackwardRequest, tensor_of

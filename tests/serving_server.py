@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import uvicorn
 from serving_process import KEYS, service_in
+from serving_unigram import Unigram
 
 from rlt.serving.api.app import create_app
 from rlt.serving.requests.order import Patience
 from rlt.serving.service import ModelPlace
-from rlt.serving.unigram import Unigram
 from rlt.wire.values import Limits
 
 START_S = 60

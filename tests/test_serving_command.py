@@ -52,7 +52,9 @@ def test_each_tenant_has_a_key_of_its_own(tmp_path):
     [
         (["prot=1"], None, "prot"),
         (["port=70000"], None, "70000"),
-        (["base_models=[x]"], None, "[unigram]"),
+        (["base_models=[x]"], None, "'x'"),
+        (["base_models=embedded/gpt"], None, "base_models"),
+        (["base_models=[embedded/gpt]"], None, "embedded/smollm2-135m-instruct"),
         ([], "abc", "tml-"),
         ([], "ann=tml-aaaaaaaaaaaa,bob", "RLT_API_KEY"),
         ([], "ann=tml-aaaaaaaaaaaa,bob=tml-aaaaaaaaaaaa", "its own"),

@@ -18,6 +18,7 @@ from conftest import ROOT
 pytest.importorskip("sqlalchemy")
 
 from serving_process import KEYS, batch, new_model, settings, step, submission, work  # noqa: E402
+from serving_unigram import Unigram, log_softmax  # noqa: E402
 
 from rlt.errors import Refused  # noqa: E402
 from rlt.serving.errors import Busy, Gone, Missing  # noqa: E402
@@ -26,7 +27,6 @@ from rlt.serving.processes import ProcessExecutor  # noqa: E402
 from rlt.serving.requests.order import Patience  # noqa: E402
 from rlt.serving.requests.rows import failure  # noqa: E402
 from rlt.serving.service import Service  # noqa: E402
-from rlt.serving.unigram import Unigram, log_softmax  # noqa: E402
 from rlt.serving.worker import ThreadExecutor  # noqa: E402
 from rlt.wire import protobuf  # noqa: E402
 

@@ -1,16 +1,23 @@
 """A server that clients train and sample through, on this machine's own address.
 
-    python serve.py [port=8000] [host=127.0.0.1] [state_dir=results/serving] [database=sqlite:///...]
+    python serve.py [port=8000] [host=127.0.0.1] [base_models=[embedded/smollm2-135m-instruct]]
+        [state_dir=results/serving] [database=sqlite:///...] [tensors=s3://bucket/folder]
+
+Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer. One process
+trains, another one samples; each loads a model with the first request for it.
 
 Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
 two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
 """
 
 import asyncio
+import json
 import os
 import secrets
 import socket
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +25,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlt.errors import Refused, fail
+from rlt.models.paths import resolve_model_path
 from rlt.places import API_KEY_VARIABLE
 from rlt.planning.versions import need_group
 
 if TYPE_CHECKING:
-    from rlt.serving.service import Service
+    from rlt.serving.service import ModelPlace, Service
+    from rlt.serving.worker import Worker
 
 USAGE = {
     "host": "127.0.0.1",
@@ -30,10 +39,9 @@ USAGE = {
     "state_dir": "results/serving",
     "database": None,  # a URL; null: SQLite in state_dir
     "tensors": None,  # an address that fsspec opens, such as s3://bucket/folder; null: in state_dir
-    "base_models": ["unigram"],
+    "base_models": ["embedded/smollm2-135m-instruct"],  # that clients may name
 }
 TENANT = "owner"
-CONTEXT = 4096  # tokens, of the model of one number a token
 STOP_S = 5  # for answers that are on their way
 
 
@@ -65,19 +73,52 @@ def read_keys() -> tuple[dict[str, str], bool]:
     return pairs, False
 
 
-def build_service(settings: dict[str, Any]) -> "Service":
-    from rlt.serving.service import ModelPlace, Service, Settings
-    from rlt.serving.storage import Storage
-    from rlt.serving.unigram import Unigram
-    from rlt.serving.worker import ThreadExecutor
+def make_worker(folders: Mapping[str, str]) -> "Worker":
+    """In a process of the worker's own: the server's does without torch."""
+    from rlt.serving.torch_worker import TorchWorker
 
-    if settings["base_models"] != ["unigram"]:
-        raise Refused(f"base_models is {settings['base_models']}: only [unigram] is served so far")
+    return TorchWorker(folders)
+
+
+def find_models(names: Any) -> dict[str, Path]:
+    """Folders of weights and tokenizers by the names that clients give.
+
+    Raises:
+        Refused: one is neither an embedded model nor a folder with a model's settings.
+    """
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise Refused(f"base_models is {names}: give a list of models, such as {USAGE['base_models']}")
+    folders = {name: Path(resolve_model_path(name)).absolute() for name in names}
+    for name, folder in folders.items():
+        if not (folder / "config.json").is_file():
+            raise Refused(f"base_models holds {name!r}: give embedded/... or the folder of a model")
+    return folders
+
+
+def place_of(folder: Path) -> "ModelPlace":
+    """Clients load the tokenizer from the folder. They cut a name with two slashes, as if it were a hub's."""
+    from rlt.serving.service import ModelPlace
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context = (config.get("text_config") or config).get("max_position_embeddings")
+    if not isinstance(context, int):
+        raise Refused(f"{folder}/config.json does not say how much the model reads (max_position_embeddings)")
+    return ModelPlace(context, str(folder) if str(folder).count("/") != 2 else f"/.{folder}")
+
+
+def build_service(settings: dict[str, Any]) -> "Service":
+    from rlt.serving.processes import ProcessExecutor
+    from rlt.serving.service import Service, Settings
+    from rlt.serving.storage import Storage
+
+    models = find_models(settings["base_models"])
     folder = Path(settings["state_dir"]).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     database = settings["database"] or f"sqlite:///{folder / 'state.db'}"
     storage = Storage(settings["tensors"] or str(folder / "tensors"))
-    return Service(Settings(database, storage, {"unigram": ModelPlace(CONTEXT)}), ThreadExecutor(Unigram()))
+    places = {name: place_of(each) for name, each in models.items()}
+    work = partial(make_worker, {name: str(each) for name, each in models.items()})
+    return Service(Settings(database, storage, places), ProcessExecutor(work))
 
 
 async def serve(settings: dict[str, Any], keys: dict[str, str], made: bool) -> None:

@@ -82,7 +82,7 @@ def _answer_json(worker: Worker, kind: str, model_id: str, form: Mapping[str, An
     if kind == "create_model":
         worker.create_model(model_id, form["base_model"], form["adapter"])
         if form.get("address"):
-            worker.load_weights(model_id, form["address"], form["optimizer"])
+            _load_or_unload(worker, model_id, form)
     elif kind == "optim_step":
         return {"metrics": worker.optim_step(model_id, json_form.read_adam(form["adam_params"]))}
     elif kind == "load_weights":
@@ -92,6 +92,15 @@ def _answer_json(worker: Worker, kind: str, model_id: str, form: Mapping[str, An
     else:
         return {"size_bytes": worker.save(model_id, kind, form["address"])}
     return {}
+
+
+def _load_or_unload(worker: Worker, model_id: str, form: Mapping[str, Any]) -> None:
+    """A model that does not get its weights is not there."""
+    try:
+        worker.load_weights(model_id, form["address"], form["optimizer"])
+    except BaseException:
+        worker.unload(model_id)
+        raise
 
 
 class ThreadExecutor:

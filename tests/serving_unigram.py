@@ -1,7 +1,7 @@
 """A worker without a neural network: a language model of one number a token, which does not look at what came before.
 
-It trains, saves, loads and samples by the rules of every other worker, in microseconds: for trying a client, and for
-tests of all that lies between a client and a worker.
+It trains, saves, loads and samples by the rules of every other worker, in microseconds: for
+tests of everything that lies between a client and a worker.
 """
 
 import io

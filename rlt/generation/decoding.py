@@ -1,0 +1,126 @@
+"""Completions by a plain loop over a Hugging Face model and its cache: where there is no vLLM, and to the digit.
+
+S samples of one prompt with N tokens, V vocabulary, k best tokens of a position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlt.errors import Refused
+from rlt.wire.values import SamplingParams
+
+BYTES_OF_A_LETTER = 4  # at most, and a token has one byte at least
+
+
+@dataclass
+class Drawn:
+    """A completion.
+
+    Attributes:
+        tokens: the one that ended it included.
+        best: at each of them, the k likeliest and their log-probs.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
+    best: list[tuple[list[int], list[float]]] = field(default_factory=list)
+
+
+class Stops:
+    """What ends a completion: tokens, or texts once a token completes one.
+
+    Args:
+        stop: as of `SamplingParams`.
+        own: the model's tokens that end a text, for a stop of None.
+        tokenizer: for texts.
+    """
+
+    def __init__(self, stop: str | list[str] | list[int] | None, own: Sequence[int], tokenizer: Any):
+        given = list(own) if stop is None else [stop] if isinstance(stop, str) else stop
+        self.tokens = {each for each in given if isinstance(each, int)}
+        self.texts = [each for each in given if isinstance(each, str)]
+        if not all(self.texts):
+            raise Refused("stop holds an empty text, which every text has: leave it out")
+        self.tokenizer = tokenizer
+        self._tail = max((len(text.encode()) for text in self.texts), default=0) + BYTES_OF_A_LETTER
+
+    def reached(self, tokens: list[int]) -> bool:
+        """With the last token; it was not before."""
+        if tokens[-1] in self.tokens:
+            return True
+        if not self.texts:
+            return False
+        end = self.tokenizer.decode(tokens[-self._tail :], clean_up_tokenization_spaces=False)
+        return any(text in end for text in self.texts)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompt: Sequence[int],
+    generators: Sequence[torch.Generator],
+    params: SamplingParams,
+    stops: Stops,
+    most: int,
+    best: int = 0,
+) -> list[Drawn]:
+    """A completion for each generator, of `most` tokens at most, all in one batch whose prompt is read once."""
+    ids_1N = torch.tensor([list(prompt)], device=model.device)
+    read = model(input_ids=ids_1N, use_cache=True, logits_to_keep=1)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(len(generators))
+    logits_SV = read.logits[:, -1].expand(len(generators), -1)
+    drawn, going = [Drawn() for _ in generators], list(range(len(generators)))
+    for number in range(most):
+        tokens_S = draw(logits_SV, [generators[each] for each in going], params)
+        _note(drawn, going, tokens_S, logits_SV, stops, best)
+        kept = [row for row, each in enumerate(going) if not drawn[each].stopped]
+        if not kept or number + 1 == most:
+            break
+        if len(kept) < len(going):
+            cache.batch_select_indices(torch.tensor(kept, device=model.device))
+        going = [going[row] for row in kept]
+        logits_SV = model(input_ids=tokens_S[kept].unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
+    return drawn
+
+
+def _note(drawn: list[Drawn], going: list[int], tokens_S, logits_SV, stops: Stops, best: int) -> None:
+    likeliest = best_tokens(logits_SV, best) if best else None
+    for row, (each, token) in enumerate(zip(going, tokens_S.tolist(), strict=True)):
+        drawn[each].tokens.append(token)
+        drawn[each].stopped = stops.reached(drawn[each].tokens)
+        if likeliest is not None:
+            drawn[each].best.append((likeliest[0][row].tolist(), likeliest[1][row].tolist()))
+
+
+def best_tokens(logits_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log-probs (T, k), the likeliest first."""
+    values_Tk, ids_Tk = logits_TV.float().topk(min(k, logits_TV.shape[-1]))
+    return ids_Tk, values_Tk - logits_TV.float().logsumexp(dim=-1, keepdim=True)
+
+
+def draw(logits_SV: torch.Tensor, generators: Sequence[torch.Generator], params: SamplingParams) -> torch.Tensor:
+    """A token for each row, by one number of its own generator (inverse transform sampling); temperature 0: the best.
+
+    The temperature comes first, then the k best stay, then the likeliest that together have `top_p`.
+    """
+    if params.temperature == 0:
+        return logits_SV.argmax(dim=-1)
+    logits_SV = logits_SV.double() / params.temperature
+    if 0 < params.top_k < logits_SV.shape[1]:
+        least = logits_SV.topk(params.top_k).values[:, -1:]
+        logits_SV = logits_SV.masked_fill(logits_SV < least, -torch.inf)
+    shares_SV = logits_SV.softmax(dim=-1)
+    if params.top_p < 1:
+        sorted_SV, order_SV = shares_SV.sort(dim=-1, descending=True, stable=True)
+        beyond = sorted_SV.cumsum(dim=-1) - sorted_SV >= params.top_p
+        shares_SV = shares_SV.masked_fill(torch.zeros_like(beyond).scatter(1, order_SV, beyond), 0.0)
+    sums_SV = shares_SV.cumsum(dim=-1)
+    numbers = [torch.rand((), generator=each, dtype=torch.float64).item() for each in generators]
+    last_S = sums_SV[:, -1]
+    wanted_S = torch.tensor(numbers, dtype=torch.float64, device=sums_SV.device) * last_S
+    inside_S = torch.minimum(wanted_S, last_S.nextafter(torch.zeros_like(last_S)))  # where rounding took it to the end
+    return torch.searchsorted(sums_SV, inside_S.unsqueeze(1), right=True).squeeze(1)

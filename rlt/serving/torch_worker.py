@@ -1,0 +1,118 @@
+"""The worker that trains and samples real models: adapters on a base that they share (backends/adapters.py).
+
+A base is loaded when a request first needs it: once for training, and once for sampling, which has its own copy and
+mostly a process of its own. Nothing of a model is here that its requests would not bring about again.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.adapters import AdapterBackend, AdapterSpec, SharedBase
+from backends.protocol import AdamParams as BackendAdamParams
+from backends.protocol import Datum as BackendDatum
+from backends.protocol import ForwardOutput
+from rlt.errors import Refused
+from rlt.generation.seeds import request_seed
+from rlt.models.loading import load_policy, quiet_libraries
+from rlt.serving.storage import local_files, put_files
+from rlt.serving.torch_sampler import TorchSampler
+from rlt.wire.json_form import SampleRequest
+from rlt.wire.values import AdamParams, Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+
+STATE = "state"
+
+
+class TorchWorker:
+    """`rlt.serving.worker.Worker`.
+
+    Args:
+        folders: of the base models' weights and tokenizers, by the names that clients know.
+    """
+
+    def __init__(self, folders: Mapping[str, str]):
+        quiet_libraries()
+        self.folders = folders
+        self.models: dict[str, AdapterBackend] = {}
+        self._bases: dict[str, SharedBase] = {}
+        self._samplers: dict[str, TorchSampler] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlt-worker-")
+
+    def _model(self, model_id: str) -> AdapterBackend:
+        if model_id not in self.models:
+            raise Refused(f"the model {model_id} is not here")
+        return self.models[model_id]
+
+    def _folder(self, base_model: str) -> str:
+        if base_model not in self.folders:
+            raise Refused(f"the base model {base_model!r} is not served: {', '.join(self.folders)} are")
+        return self.folders[base_model]
+
+    def _base(self, name: str) -> SharedBase:
+        if name not in self._bases:
+            place = Path(self._scratch.name) / str(len(self._bases))
+            self._bases[name] = SharedBase(load_policy(self._folder(name)), place, name=name)
+        return self._bases[name]
+
+    def create_model(self, model_id: str, base_model: str, adapter: Mapping[str, Any]) -> None:
+        """An adapter without a seed gets one of its model's name, so that after a restart it is the same again."""
+        if adapter["rank"] is None:
+            raise Refused("all weights cannot be trained here so far: give a lora_config with a rank")
+        given = dict(adapter)
+        if given["seed"] is None:
+            given["seed"] = request_seed("adapter", model_id)
+        base = self._base(base_model)
+        self.unload(model_id)
+        self.models[model_id] = base.create(model_id, AdapterSpec(**given)).result()
+
+    def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardOutput:
+        model, data = self._model(request.model_id), [_read(datum) for datum in request.data]
+        run = model.forward if request.forward_only else model.forward_backward
+        # A text in the configuration is refused there.
+        return _written(run(data, request.loss_fn, request.loss_config).result())  # pyrefly: ignore[bad-argument-type]
+
+    def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
+        done = self._model(model_id).optim_step(BackendAdamParams(**asdict(params))).result()
+        return {"grad_norm": done.grad_norm}
+
+    def save(self, model_id: str, kind: str, address: str) -> int:
+        """The whole state as backends/saved.py has it; else the adapter as PEFT has it."""
+        model = self._model(model_id)
+        with tempfile.TemporaryDirectory(dir=self._scratch.name) as aside:
+            if kind != "save_weights":
+                return put_files(model.export(Path(aside) / "adapter").result(), address)
+            folder = model.save_state(STATE, overwrite=True).result()
+            shutil.move(folder, aside)
+            return put_files(Path(aside) / STATE, address)
+
+    def load_weights(self, model_id: str, address: str, optimizer: bool) -> None:
+        with local_files(address) as folder:
+            self._model(model_id).load_state(folder, optimizer).result()
+
+    def sample(self, request: SampleRequest, base_model: str, address: str | None) -> SampleResponse:
+        if base_model not in self._samplers:
+            self._samplers[base_model] = TorchSampler(self._folder(base_model))
+        return self._samplers[base_model].sample(request, address)
+
+    def unload(self, model_id: str) -> None:
+        if model_id in self.models:
+            model = self.models.pop(model_id)
+            model.base.remove(model_id).result()
+
+
+def _read(datum: Datum) -> BackendDatum:
+    tensors = {name: torch.from_numpy(each.dense().copy()) for name, each in datum.loss_inputs.items()}
+    return BackendDatum(datum.tokens.tolist(), tensors)
+
+
+def _written(output: ForwardOutput) -> ForwardBackwardOutput:
+    """A loss that is not one of tokens has no elementwise losses."""
+    outputs = [{"logprobs": values.numpy()} for values in output.logprobs]
+    for each, values in zip(outputs, output.elementwise_loss, strict=False):
+        each["elementwise_loss"] = values.numpy()
+    return ForwardBackwardOutput(outputs, output.metrics)
