@@ -35,6 +35,7 @@ from transformers import (
 from rlt.logprobs import token_log_probs
 from rlt.logprobs.engine import _say_how_it_reads
 from rlt.models.attention import NAME
+from rlt.models.recurrent import past_adapters
 from rlt.models.sharing import way_of_reading
 
 VOCABULARY = 61
@@ -247,6 +248,17 @@ def test_what_a_family_has_of_its_own_counts_in_these_tests(name, key, other):
     before = log_probs_of(tiny_model(config, NAME))
     setattr(config, key, other)
     assert (log_probs_of(tiny_model(config, NAME)) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "mixers"), [("Nemotron-H", 2), ("Bamba", 3), ("Granite 4", 3), ("Qwen3.5", 0)])
+def test_no_adapter_lies_where_a_fused_kernel_reads_past_it(name, mixers):
+    model = tiny_model(FAMILIES[name][1], NAME)
+    left_out = past_adapters(model)
+    adapter = LoraConfig(target_modules="all-linear", exclude_modules=left_out or None, task_type="CAUSAL_LM")
+    adapted = [name for name, _ in get_peft_model(model, adapter).named_parameters() if "lora_A" in name]
+    assert len(left_out) == mixers
+    assert any("out_proj" in name for name in adapted) == (mixers == 0)
+    assert any("in_proj" in name for name in adapted)
 
 
 def test_sinks_count_in_these_tests():

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY_RUN, build
 from test_against_trl import assert_is_stock_trls
 from test_reductions import PAPER
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GptOssConfig
 
 from rlt.commands.score import log_prob_function
 from rlt.errors import Refused
@@ -64,6 +64,14 @@ def test_models_are_loaded_so_that_their_layers_share_prompts(policy, student, t
 def test_an_attention_that_a_model_has_not_is_refused_in_one_line(student):
     with pytest.raises(Refused, match="has no attn_implementation=sdpa: shared_prefix or eager would do"):
         load_policy(student, attn_implementation="sdpa")
+
+
+def test_a_soft_cap_is_never_left_out(tokenizer, tmp_path):
+    config = Gemma2Config(**SHAPE, query_pre_attn_scalar=32, attn_logit_softcapping=0.5, attention_dropout=0.1)
+    path = save(config, tokenizer, tmp_path)
+    assert load_policy(path).config._attn_implementation == "eager"  # a dropout keeps it from sharing prompts
+    with pytest.raises(Refused, match="attn_implementation=sdpa leaves that out: shared_prefix or eager would do"):
+        load_policy(path, attn_implementation="sdpa")
 
 
 def test_rewards_of_a_teacher_are_those_of_stock_models(policy, student, tokenizer):

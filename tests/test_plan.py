@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, config_of, launch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rlt.commands.begin import show
 from rlt.commands.torchrun import forget_place
 from rlt.commands.train import check_sweep
+from rlt.jobs.pipeline import stages_of
 from rlt.planning import checks
 from rlt.planning.checks import known_keys
-from rlt.planning.configuration import GROUPS, options, rewrite_arguments
+from rlt.planning.configuration import GROUPS, as_value, options, rewrite_arguments
 from rlt.planning.plan import make_plan
 from rlt.planning.ranges import RANGES
 from rlt.planning.resolve import with_warmup
@@ -24,7 +26,8 @@ from rlt.planning.trl_fields import TABLE, read_table
 from rlt.prompts.styles import load_format
 from rlt.rewards import reductions, verifiers
 from rlt.rewards.verified import verified_rewards
-from rlt.runs.folder import hide_secrets, prepare_output
+from rlt.runs.folder import prepare_output
+from rlt.runs.hidden import hide_secrets
 from rlt.schema import PROFILES, VerifiedRewardConfig
 from trainers.field_table import build_table
 
@@ -424,6 +427,22 @@ def test_a_run_that_began_with_a_checkpoint_needs_it_no_longer_once_it_has_its_o
     assert make_plan(without)
     with pytest.raises(ValueError, match="holds a different run .resume_from"):
         make_plan({**started, "resume_from": str(tmp_path / "run" / "checkpoint-7")})
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 7, 1e-5, "it's {b}", [1, "a b"], {"a": {"b": [None, "c,d"]}, "e": "f:g"}]
+)
+def test_a_value_is_read_again_by_hydra(value):
+    override = OverridesParser.create().parse_override(f"key={as_value(value)}")
+    assert override.value() == value or str(override.value()) == value
+
+
+def test_a_stage_gets_nested_settings_with_the_folders_of_earlier_ones():
+    settings = {"dataset_kwargs": {"data_dir": "{a}/rows", "keep": True}, "reward_functions": ["x", "{a}"], "seed": 3}
+    stages = [{"name": "a", "run": "teacher_sft_tiny"}, {"name": "b", "run": "student_sft_tiny", "set": settings}]
+    second = stages_of({"output_dir": "/out", "seed": 1, "report_to": None, "stages": stages})[1]
+    read = OverridesParser.create().parse_overrides(second.arguments[-3:])
+    assert [one.value() for one in read] == [{"data_dir": "/out/a/rows", "keep": True}, ["x", "/out/a"], 3]
 
 
 def test_secrets_are_hidden_in_a_pipelines_stages_too():

@@ -17,6 +17,7 @@ from rlt.errors import Refused
 from rlt.models.devices import device_type, on, uses_bfloat16
 from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
+from rlt.models.recurrent import past_adapters
 from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
@@ -121,6 +122,7 @@ def build_policy(model: Training, tokenizer) -> tuple[PreTrainedModel, LoraConfi
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
         target_modules=model.lora_target_modules,
+        exclude_modules=past_adapters(policy) or None,
         task_type="CAUSAL_LM",
     )
     return policy, adapter

@@ -13,6 +13,7 @@ from rlt.estimates import finite_mean, paired_bootstrap
 from rlt.reports.result import held_out_result
 from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
 from rlt.runs.folder import EVALUATIONS
+from rlt.survival.kill_points import kill_point
 
 
 @torch.no_grad()
@@ -85,6 +86,7 @@ class HeldOutEvaluation(TrainerCallback):
     def _evaluate_once(self, step: int) -> None:
         if not self.rows or any(r["step"] == step for r in self.records):
             return
+        kill_point("evaluation")
         self.records.append(evaluate_held_out(self.trainer, self.rows))
         self._write()
         means = {f"eval/{k}": finite_mean(v) for k, v in self.records[-1].items() if k != "step"}

@@ -274,7 +274,8 @@ class RecoversMemory(transformers.Trainer):
                 return self._read_at_once(model, inner, ids, where, self._update_budget, watch, sharded=sharded, **how)
 
         device = self.accelerator.device
-        leaves: LogProbs = tuple([torch.zeros(0, device=device) for _ in sequences] for _ in range(2))  # pyrefly: ignore
+        nothing = torch.zeros(0, device=device)
+        leaves: LogProbs = ([nothing] * len(sequences), [nothing] * len(sequences))
         with torch.no_grad():
             for number, group in enumerate(groups):
                 values = read(number)

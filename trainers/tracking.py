@@ -14,7 +14,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from rlt.runs.dashboard import PROJECT, run_question, run_title
 from rlt.runs.durable import write_whole
-from rlt.runs.folder import MLFLOW_RUN, hide_secrets
+from rlt.runs.folder import MLFLOW_RUN
+from rlt.runs.hidden import hide_secrets
 from rlt.runs.trackers import trackers_of
 
 STEP = "train/global_step"  # as transformers logs it

@@ -14,7 +14,8 @@ from rlt.planning.plan import Plan
 from rlt.planning.resolve import Resolved
 from rlt.planning.versions import check_versions, requirements_file
 from rlt.runs.dashboard import prepare_dashboards
-from rlt.runs.folder import folder_lock, hide_secrets, is_complete, prepare_output
+from rlt.runs.folder import folder_lock, is_complete, prepare_output
+from rlt.runs.hidden import hide_secrets
 
 logger = logging.getLogger("rlt")
 

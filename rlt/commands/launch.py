@@ -30,7 +30,8 @@ from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import LOGS, hide_secrets
+from rlt.runs.folder import LOGS
+from rlt.runs.hidden import hide_secrets
 from rlt.schema import PROFILES
 
 RANK = ("-m", "rlt.commands.rank")
@@ -101,6 +102,9 @@ def launch(devices: int, sharding: str | None, arguments: list[str], server_devi
     sharding = sharding_of(config, sharding)
     meeting, compare = None, lambda _: None
     if machines.most > 1 and not config["dry_run"]:
+        # A stranger's bytes at the machines' store are 2 kB of warning, which fill a log, or a pipe that nobody reads:
+        # then the store stands still, and with it the run. Read when torch is imported, here and by the ranks.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from rlt.launching.meeting import Meeting
 
         meeting = Meeting(machines, config["output_dir"], config.get("ddp_timeout", DEFAULT_LIMIT_S))

@@ -21,7 +21,7 @@ from rlt.places import CFGS
 from rlt.planning.configuration import as_dict, quoted, rewrite_arguments, sweeps
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.folder import is_secret
+from rlt.runs.hidden import is_secret
 
 
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="train")

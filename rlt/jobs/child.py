@@ -14,7 +14,7 @@ from functools import partial
 
 from rlt.launching.lifetime import PREEMPTED, end_with, stop_signals
 from rlt.places import ROOT, SECRETS_VARIABLE
-from rlt.runs.folder import is_secret
+from rlt.runs.hidden import is_secret
 
 logger = logging.getLogger("rlt")
 

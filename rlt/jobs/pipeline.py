@@ -16,7 +16,7 @@ from typing import Any
 from rlt.errors import Refused
 from rlt.jobs.child import run_child
 from rlt.launching.lifetime import PREEMPTED
-from rlt.planning.configuration import compose_config, quoted
+from rlt.planning.configuration import as_value, compose_config, quoted
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
 from rlt.runs.durable import digest, read_json, write_whole
@@ -29,10 +29,10 @@ from rlt.runs.folder import (
     TRACES,
     TRACES_AS_LINES,
     is_complete,
-    is_secret,
     mark_complete,
     saved_configuration,
 )
+from rlt.runs.hidden import is_secret
 from rlt.runs.trackers import as_override
 from rlt.schema import profile_of
 from rlt.survival.stop_signals import StopOnSignal
@@ -60,7 +60,7 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     folders: dict[str, str] = {}
     stages = []
     for entry in config["stages"]:
-        overrides = [f"{key}={_filled(value, folders)}" for key, value in (entry.get("set") or {}).items()]
+        overrides = [f"{key}={_override(value, folders)}" for key, value in (entry.get("set") or {}).items()]
         folders[entry["name"]] = f"{config['output_dir']}/{entry['name']}"
         shared = [f"output_dir={quoted(folders[entry['name']])}", f"seed={config['seed']}"]
         shared.append(as_override(config))
@@ -69,11 +69,18 @@ def stages_of(config: dict[str, Any]) -> list[Stage]:
     return stages
 
 
-def _filled(value: Any, folders: dict[str, str]) -> str:
-    if value is None:
-        return "null"
-    filled = str(value).format(**folders)
-    return filled if filled == str(value) else quoted(filled)
+def _override(value: Any, folders: dict[str, str]) -> str:
+    filled = _filled(value, folders)
+    return filled if isinstance(filled, str) and filled == value else as_value(filled)
+
+
+def _filled(value: Any, folders: dict[str, str]) -> Any:
+    """With the folders of earlier stages in the places that name them, at any depth."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, folders) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, folders) for inner in value]
+    return value.format(**folders) if isinstance(value, str) else value
 
 
 def run(plan: Plan, stop: StopOnSignal) -> None:

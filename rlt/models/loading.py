@@ -100,7 +100,7 @@ def load_policy(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
         dtype=dtype,
-        # None: SDPA, or the plain form for a model that SDPA would read wrongly.
+        # None: SDPA, or the plain form for a model that has none.
         attn_implementation=None if attn_implementation == NAME else attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # nothing is unpickled
@@ -110,7 +110,20 @@ def load_policy(
         raise Refused(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
     if attn_implementation == NAME and way_of_layers(model).way != "rows":
         model.set_attn_implementation(NAME)
+    elif _loses_soft_cap(model):
+        if attn_implementation != NAME:
+            raise Refused(
+                f"{name_or_path} caps its attention's scores, and attn_implementation=sdpa leaves that out: "
+                "shared_prefix or eager would do"
+            )
+        model.set_attn_implementation("eager")
     return model
+
+
+def _loses_soft_cap(model: PreTrainedModel) -> bool:
+    """Whether transformers takes SDPA, which has no soft cap (Gemma 2), without a word."""
+    config = model.config.get_text_config()
+    return config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _nf4(device: torch.device | str | None) -> BitsAndBytesConfig:

@@ -39,6 +39,13 @@ def recurrent_mixers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return mixers if len(mixers) == kinds.count("linear_attention") else []
 
 
+def past_adapters(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers whose weights Mamba's fused kernel reads itself, past any adapter on them."""
+    is_mamba = {"A_log", "D"}.issubset
+    modules = model.named_modules()
+    return [f"{name}.out_proj" for name, module in modules if is_mamba(dict(module.named_parameters(recurse=False)))]
+
+
 def let_recurrent_layers_read_rows(model: PreTrainedModel) -> None:
     """Once for a model; a forward pass without a layout is as before."""
     for mixer in recurrent_mixers(model):

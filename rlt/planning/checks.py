@@ -14,6 +14,7 @@ from rlt.planning.engine_checks import check_engine
 from rlt.planning.memory import model_folder
 from rlt.planning.ranges import check_ranges
 from rlt.planning.trl_fields import base_names, fields_of, read_table
+from rlt.runs.hidden import secrets_in
 from rlt.schema import (
     PROFILES,
     EvaluateSettings,
@@ -76,12 +77,24 @@ def key_names() -> set[str]:
     return {key for trainer in PROFILES for key in known_keys(trainer)}
 
 
+def check_secrets(config: dict[str, Any]) -> None:
+    """Refuse secrets where libraries would write them down: trackers and checkpoints have all settings of a trainer.
+
+    Raises:
+        Refused: one stands in an address, or below a key. A pipeline's stages are asked one by one.
+    """
+    for key, value in config.items():
+        if key != "stages" and (place := next(secrets_in(value, key), None)):
+            raise Refused(f"{place} holds a secret, which would be written down: give it in an environment variable")
+
+
 def check_keys(config: dict[str, Any]) -> None:
     """Unknown keys and wrong types are refused."""
     trainer = config.get("trainer")
     if trainer not in PROFILES:
         raise Refused(f"trainer={trainer}: use one of {', '.join(PROFILES)}")
     known = known_keys(trainer)
+    check_secrets(config)
     for key in config:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)

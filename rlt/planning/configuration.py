@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
-from rlt.runs.folder import is_secret
+from rlt.runs.hidden import is_secret
 
 # Keys whose values may be paths.
 PATHS = frozenset(
@@ -139,6 +139,17 @@ def sweeps(override: str) -> bool:
 
 def named_keys(given: list[str]) -> set[str]:
     return {override.lstrip("+").partition("=")[0] for override in given}
+
+
+def as_value(value: Any) -> str:
+    """A value of a configuration as Hydra reads it behind `key=`."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(as_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def quoted(path: str) -> str:

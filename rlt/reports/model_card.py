@@ -13,10 +13,11 @@ from rlt.data.sources import BENCHMARK, GENERATOR
 from rlt.estimates import bootstrap, paired_bootstrap
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
-from rlt.planning.configuration import compose_config, options, quoted
+from rlt.planning.configuration import as_value, compose_config, options
 from rlt.runs.dashboard import run_question
 from rlt.runs.durable import read_json_lines, write_whole
-from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, SECRET, run_in
+from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, run_in
+from rlt.runs.hidden import holds_secret
 from rlt.runs.learned import lineage
 from rlt.schema import profile_of
 
@@ -102,21 +103,15 @@ def made_by(config: dict[str, Any]) -> str:
     name = config["run_name"]
     own = name in options("run_cfg")
     default, _ = compose_config([name] if own else [])
-    shown = {key: value for key, value in config.items() if key not in PLACES and not key.endswith(SECRET)}
+    shown = {key: value for key, value in config.items() if key not in PLACES and not holds_secret(key)}
     changed = {key: value for key, value in shown.items() if default.get(key) != value}
-    keys = "".join(f" \\\n  {key}={_as_value(value)}" for key, value in sorted(changed.items()))
+    keys = "".join(f" \\\n  {key}={as_value(value)}" for key, value in sorted(changed.items()))
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
     file = f"Run file `cfgs/run_cfg/{name}.yaml`" if own else "Of no run file of its own"
     return (
         f"{file}, seed {config['seed']}; all settings are in `{CONFIG}`.\n\n```\n./launch_mono.sh "
         f"{name if own else default['run_name']}{keys}\n```\n\n{versions}.\n"
     )
-
-
-def _as_value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def figures(folder: Path, kept_step: int | None) -> str:

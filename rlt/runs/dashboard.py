@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from rlt.errors import Refused
 from rlt.places import CFGS
 from rlt.runs.durable import write_whole
-from rlt.runs.folder import MLFLOW, MLFLOW_RUN, TENSORBOARD, TRACKIO, WANDB, WANDB_RUN, hide_secrets, is_secret
+from rlt.runs.folder import MLFLOW, MLFLOW_RUN, TENSORBOARD, TRACKIO, WANDB, WANDB_RUN
+from rlt.runs.hidden import hide_secrets, is_secret
 from rlt.runs.reach import why_unreachable
 from rlt.runs.trackers import trackers_of
 from rlt.schema import profile_of

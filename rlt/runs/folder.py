@@ -18,6 +18,7 @@ import yaml
 
 from rlt.errors import Refused
 from rlt.runs.durable import read_json, write_whole
+from rlt.runs.hidden import hide_secrets
 from rlt.schema import profile_of, renamed
 
 logger = logging.getLogger("rlt")
@@ -72,7 +73,6 @@ INPUTS = (
     *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
     *("resume_from", "compare_with"),
 )
-SECRET = ("hub_token", "password", "secret", "api_key")  # how keys end whose values are not shown
 LOCK = ".lock"  # who holds the folder
 BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS, LOCK)  # a rank on another machine may be ahead
 
@@ -123,20 +123,6 @@ def check_comparison(config: dict[str, Any]) -> None:
     other = config.get("compare_with")
     if other is not None and read_json(Path(other) / EVALUATION) is None:
         raise Refused(f"compare_with={other} holds no {EVALUATION}: name the output folder of an evaluation")
-
-
-def is_secret(argument: str) -> bool:
-    """Whether an override, `key=value`, gives a key whose value is not shown."""
-    return argument.lstrip("+").partition("=")[0].endswith(SECRET)
-
-
-def hide_secrets(value: Any, key: str = "") -> Any:
-    """What may be printed and written of a configuration, of a stage's settings in it, or of one value."""
-    if isinstance(value, dict):
-        return {name: hide_secrets(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [hide_secrets(inner) for inner in value]
-    return "<hidden>" if value and key.endswith(SECRET) else value
 
 
 def check_output(config: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ import os
 import signal
 
 KILL_VARIABLE = "RLT_KILL_AT"  # "saving:2" kills the process when that point is reached for the second time
-SIGNAL_VARIABLE = "RLT_SIGNAL_AT"  # "saving:2:SIGTERM" sends the signal to the process that started this one
+# "saving:2:SIGTERM" sends the signal to the process that started this one; several are parted by commas.
+SIGNAL_VARIABLE = "RLT_SIGNAL_AT"
 RANK_VARIABLE = "RLT_KILL_RANK"  # of several processes, the one that is meant; 0 unless set
 RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"  # of the ranks, set by PyTorch's elastic agent
 _reached: dict[str, int] = {}
@@ -21,6 +22,7 @@ def kill_point(name: str) -> None:
     wanted, _, times = os.environ.get(KILL_VARIABLE, "").partition(":")
     if [wanted, times or "1"] == here:
         os.kill(os.getpid(), signal.SIGKILL)
-    *place, number = os.environ.get(SIGNAL_VARIABLE, "").split(":")
-    if place == here:
-        os.kill(os.getppid(), signal.Signals[number])
+    for wish in os.environ.get(SIGNAL_VARIABLE, "").split(","):
+        *place, number = wish.split(":")
+        if place == here:
+            os.kill(os.getppid(), signal.Signals[number])

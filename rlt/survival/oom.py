@@ -69,7 +69,9 @@ class RanOut(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device, or the CPU's allocator, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)  # pyrefly: ignore
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and should_reduce_batch_size(error)
 
 
 def free_memory() -> None:

@@ -14,7 +14,7 @@ import pytest
 from figures import record
 from test_damage import turn_a_bit
 from test_faults import assert_ends_as
-from test_launch import ranks_of, start
+from test_launch import ranks_of, start, wait_until
 
 from rlt.runs.manifest import last_checkpoint
 
@@ -42,10 +42,12 @@ def stop(launcher: subprocess.Popen, folder: Path) -> None:
 
 
 def damage_a_checkpoint(launcher: subprocess.Popen, folder: Path) -> None:
+    launcher.kill()
+    launcher.wait(10)
+    wait_until(lambda: not ranks_of(launcher.pid))  # none removes a checkpoint that is being damaged
     newest = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is not None and (newest / "training_state.pt").is_file():
         turn_a_bit(newest / "training_state.pt")
-    launcher.kill()
 
 
 SURVIVED = [kill_a_rank, hold_a_rank]  # by the launcher itself

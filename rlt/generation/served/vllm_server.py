@@ -71,6 +71,7 @@ def main() -> None:
     arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the paths that take weights
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # whatever an engine inside the process that started it has set
+    os.environ.pop("VLLM_API_KEY", None)  # a user's, for servers of other runs: vLLM would refuse what has our key
     if on_cpu:
         for name, value in cpu_settings.ENVIRONMENT.items():
             os.environ.setdefault(name, value)

@@ -1,0 +1,159 @@
+"""SIGKILL of each process of a served run in its phases: nothing of it is left half a minute after its end.
+
+Each process and each phase comes twice at least. Processes that a run replaces are killed one after the other in one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from figures import record
+from private import Places, private_places
+from test_launch import ranks_of, reached, wait_until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts folders of its own"),
+]
+ROW = "2. SIGKILL of each process of a served run in its phases"
+Kill = tuple[str, str, int]  # a process, a phase, and for which time that begins
+RUNS: dict[str, list[Kill]] = {
+    "goes on": [
+        *(("api", "loading", 0), ("checker", "scoring", 2), ("engine", "generation", 4), ("worker", "backward", 11)),
+        ("watchdog", "scoring", 8),
+    ],
+    "goes on, with evaluations": [
+        *(("worker", "loading", 0), ("checker", "saving", 1), ("api", "evaluation", 4), ("engine", "saving", 5)),
+        ("watchdog", "evaluation", 8),
+    ],
+    "launcher, generation": [("launcher", "generation", 2)],
+    "launcher, backward": [("launcher", "backward", 3)],
+    "launcher, evaluation": [("launcher", "evaluation", 2)],
+    "rank, loading": [("rank", "loading", 0)],
+    "rank, saving": [("rank", "saving", 1)],
+}
+ENDS_THE_RUN = ("launcher", "rank")
+LEFT_LIMIT_S = 30
+PHASE_LIMIT_S = 240
+NAMES = {"engine": "EngineCor", "worker": "VLLM::Worker"}  # as vLLM calls them, and the kernel cuts it
+WORDS = {"api": "--uds", "checker": "rlt.rewards.checker_process", "watchdog": "rlt.launching.watchdog"}
+
+
+def victim(kind: str, launcher: psutil.Process) -> psutil.Process | None:
+    """The process of that kind, once there is one."""
+    if kind == "launcher":
+        return launcher
+    if kind == "rank":
+        ranks = ranks_of(launcher.pid)
+        return psutil.Process(ranks[0]) if ranks else None
+    try:
+        for process in launcher.children(recursive=True):
+            if NAMES.get(kind, "none") in process.name() or WORDS.get(kind) in process.cmdline():
+                return process
+    except psutil.Error:  # one has just ended
+        pass
+    return None
+
+
+def is_held(process: psutil.Process) -> bool:
+    return process.status() == psutil.STATUS_STOPPED
+
+
+def listeners(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    found = set()
+    for process in processes:
+        try:
+            here = process.net_connections("inet")
+        except psutil.Error:  # it has ended
+            continue
+        found |= {(c.laddr.ip, c.laddr.port) for c in here if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def start_run(places: Places, tiny_teacher: str, kills: list[Kill], folder: Path, log: Path) -> subprocess.Popen:
+    """A tiny run, whose rank 0 holds its launcher (SIGSTOP) where a phase begins in which something is to be killed."""
+    style = folder.with_name("style.yaml")
+    style.write_text("solution_tags: ['e', '</never>']\n")  # so that random text has answers, which are to be checked
+    evaluates = any(phase == "evaluation" for _, phase, _ in kills)
+    keys = [
+        *("run_cfg=grpo_verifier_tiny", f"model_name_or_path={tiny_teacher}", "bf16=false", "use_vllm=true"),
+        *("train_batch_size=8", "per_device_train_batch_size=4", "num_generations=4", "max_completion_length=16"),
+        *("dataset_size=12", "num_generations_eval=2", f"eval_size={2 if evaluates else 0}", "eval_steps=1"),
+        *("verifier=math", f"reasoning_format={style}", "max_steps=400", "save_steps=1", "save_total_limit=2"),
+        f"output_dir={folder}",
+    ]
+    places_of = ",".join(f"{phase}:{times}:SIGSTOP" for _, phase, times in kills if phase != "loading")
+    command = [*places.enter, sys.executable, str(ROOT / "launch.py"), "--servers=1", "1", *keys]
+    environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+    environment |= {"RLT_SIGNAL_AT": places_of} if places_of else {}
+    with log.open("w") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=ROOT, start_new_session=True)
+
+
+def wait_for(phase: str, kind: str, launcher: psutil.Process) -> None:
+    """Until rank 0 has held the launcher; at loading until the process that is meant has run for a second."""
+    give_up = time.monotonic() + PHASE_LIMIT_S
+    while not is_held(launcher) if phase != "loading" else victim(kind, launcher) is None:
+        assert time.monotonic() < give_up, f"{phase} did not begin"
+        time.sleep(0.005)
+    time.sleep(1 if phase == "loading" else 0)
+
+
+def kill_all(kills: list[Kill], launcher: psutil.Process) -> tuple[list[psutil.Process], set[tuple[str, int]]]:
+    """Kill a process in each phase that is named; all processes that were there, and where they listened."""
+    begun, ports = [launcher], set()
+    for kind, phase, _ in kills:
+        wait_for(phase, kind, launcher)
+        begun += launcher.children(recursive=True)
+        killed = victim(kind, launcher)
+        assert killed is not None, f"no {kind} while {phase}"
+        killed.kill()
+        ports |= listeners(begun)
+        if kind != "launcher":
+            launcher.resume()
+    return begun, ports
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_left(name, tiny_teacher, tmp_path):
+    folder, log, kills = tmp_path / "run", tmp_path / "log", RUNS[name]
+    goes_on = not any(kind in ENDS_THE_RUN for kind, _, _ in kills)
+    with private_places(tmp_path, Path(tiny_teacher)) as places:
+        run = start_run(places, tiny_teacher, kills, folder, log)
+        launcher = psutil.Process(run.pid)
+        try:
+            begun, ports = kill_all(kills, launcher)
+            if goes_on:
+                done = (folder / "metrics.jsonl").read_text().count("\n")
+                wait_until(lambda: run.poll() is not None or reached(folder, done + 2))
+                begun += launcher.children(recursive=True) if run.poll() is None else []
+                run.send_signal(signal.SIGTERM)
+            code = run.wait(180)
+        finally:
+            if run.poll() is None:
+                run.kill()
+        ended = time.monotonic()
+        _, living = psutil.wait_procs(begun, LEFT_LIMIT_S)
+        while places.left() and time.monotonic() < ended + LEFT_LIMIT_S:
+            time.sleep(0.5)
+        left, open_still = places.left(), ports & listeners(list(psutil.process_iter()))
+    what = ", ".join(f"{kind} while {phase}" for kind, phase, _ in kills)
+    record(ROW, **{what: f"{len(living)} processes, {len(open_still)} ports, {len(left)} files left"})
+    said = log.read_text()[-3000:]
+    assert (code == 75) == goes_on, said
+    assert (living, open_still, left) == ([], set(), []), said
+
+
+def test_each_process_and_each_phase_comes_twice():
+    kills = [kill for run in RUNS.values() for kill in run]
+    assert {*NAMES, *WORDS, *ENDS_THE_RUN} == {kind for kind, _, _ in kills}
+    assert {phase for _, phase, _ in kills} == {"loading", "generation", "scoring", "backward", "saving", "evaluation"}
+    for name in {word for kind, phase, _ in kills for word in (kind, phase)}:
+        assert sum(name in kill for kill in kills) >= 2, name
