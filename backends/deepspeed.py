@@ -105,3 +105,26 @@ def partition(parameter: Any, value: torch.Tensor) -> torch.Tensor:
 
 def is_moment(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def add_gradients(engine, loss: torch.Tensor, last: bool) -> None:
+    """A backward pass; `engine.step()` is left to the caller."""
+    engine.set_gradient_accumulation_boundary(is_boundary=last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def give_up_gradients(engine) -> None:
+    """The engine is as after a step, or before its first backward pass; passes that were begun had come to their end.
+
+    ZeRO-3 overwrites its gradients in the first backward pass after `zero_grad`. ZeRO-1 and -2 keep what they have
+    added up until their step, which forgets it in these lines of `DeepSpeedZeroOptimizer.step`.
+    """
+    zero = engine.optimizer
+    if hasattr(zero, "all_grad_tensors"):
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero._release_preflattened_grad_buffers()
+        for sums in (zero.averaged_gradients, zero.all_grad_tensors):
+            sums.update(dict.fromkeys(sums))
+    zero.zero_grad(set_to_none=True)

@@ -1,16 +1,19 @@
-"""The gradients of an optimizer step: given up, and made those of all ranks.
+"""The gradients of an optimizer step: added up by several backward passes, given up, and made those of all ranks.
 
-DDP does the last while its last backward pass runs. Here it waits until all ranks have their gradients, so that a rank
-which ran out of memory amid its own can say so first: the others would wait in a reduction that it does not reach. The
-reduction then does not overlap with the backward pass. FSDP2 reduces as ever; DeepSpeed's steps do not come here.
+accelerate's `backward` does the last with the last backward pass: DDP reduces while it runs, and DeepSpeed takes the
+optimizer's step. Here both wait until all ranks have their gradients, so that a rank which ran out of memory amid its
+own can say so first: the others would wait in a reduction that it does not reach. DDP's reduction then does not overlap
+with the backward pass. FSDP2 reduces as ever.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-from backends import fsdp2
+from backends import deepspeed, fsdp2
 
 
 def held_back(model: torch.nn.Module) -> AbstractContextManager:
@@ -18,15 +21,32 @@ def held_back(model: torch.nn.Module) -> AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
+def add_gradients(accelerator, loss: torch.Tensor, last: bool) -> None:
+    """A backward pass, whose gradients are added to those of the step.
+
+    Args:
+        last: whether no other follows in this step: then ZeRO-1 reduces what this rank has added up.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        deepspeed.add_gradients(accelerator.deepspeed_engine_wrapped.engine, loss, last)
+    else:
+        accelerator.backward(loss)
+
+
 def give_up_gradients(model: torch.nn.Module) -> None:
     """As at the start of an optimizer step: there are none."""
+    if deepspeed.is_zero(model):
+        deepspeed.give_up_gradients(model)
+        return
     model.zero_grad(set_to_none=True)
     fsdp2.give_up_gradients(model)
 
 
-def share_gradients(model: torch.nn.Module) -> None:
-    """The step's gradients become those of all ranks, where the backward passes have not seen to it; collective."""
-    if isinstance(model, DistributedDataParallel):
+def share_gradients(model: Any) -> None:
+    """The step's gradients become those of all ranks; under DeepSpeed the optimizer's step is taken. Collective."""
+    if deepspeed.is_zero(model):
+        model.step()
+    elif isinstance(model, DistributedDataParallel):
         average_gradients(model)
 
 

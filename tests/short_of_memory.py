@@ -53,9 +53,14 @@ class Shortages:
 
 def gradients_of(trainer) -> dict[str, torch.Tensor]:
     """Whole, in double precision; collective."""
-    from backends import fsdp2
+    from backends import deepspeed, fsdp2
 
     inner = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if deepspeed.is_zero(trainer.model_wrapped):
+        from deepspeed.utils import safe_get_full_grad
+
+        deepspeed.link_states(trainer.model_wrapped.optimizer)
+        return {name: safe_get_full_grad(p).double().clone() for name, p in inner.named_parameters()}
     return {name: fsdp2.whole(p.grad).double().clone() for name, p in inner.named_parameters()}
 
 
@@ -107,10 +112,10 @@ def install(patch, shortages: Shortages, found: list[dict], double: bool = True)
             reached("between")
         return value
 
-    def going_back(self, value):
+    def going_back(self, value, last):
         if self._update_budget.lowered:
             reached("between")
-        go_back(self, value)
+        go_back(self, value, last)
         reached("after")
 
     def reading(*args, **kwargs):

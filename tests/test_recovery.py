@@ -80,7 +80,8 @@ IN_STEP = [
     once("head", 1, 1) + once("after", 1, 0),  # again in the smaller passes
 ]
 ANYWHERE_OF_TWO = [*IN_STEP, *(once(place, n, 1) for place in ("inside", "backward") for n in (1, 3))]
-SHARDINGS = {"ddp": ANYWHERE_OF_TWO, "fsdp": IN_STEP}
+SHARDINGS = {"ddp": ANYWHERE_OF_TWO, "fsdp": IN_STEP, "zero3": IN_STEP, "zero2": IN_STEP, "zero1": IN_STEP}
+FLOAT32 = ("zero1", "zero2", "zero3")  # DeepSpeed adds gradients up in it
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def run_two(tiny_teacher, tmp_path, in_root):
         config = config_of(*run, f"model_name_or_path={tiny_teacher}", f"output_dir={tmp_path}")
         prepare_output(config)
         (tmp_path / "plan-1.json").write_text(json.dumps(asdict(make_plan(config, 2, sharding=sharding))))
-        (tmp_path / "cases.json").write_text(json.dumps({"cases": cases, "double": sharding in SHARDINGS}))
+        (tmp_path / "cases.json").write_text(json.dumps({"cases": cases, "double": sharding not in FLOAT32}))
         script = [sys.executable, str(ROOT / "tests/short_of_memory.py"), str(tmp_path), str(os.getpid())]
         return run_ranks(script, 2, tmp_path / "logs", rank_environment(sharding, 2, on_cpu=True), tmp_path)
 
@@ -111,7 +112,7 @@ def test_gradients_of_two_ranks_are_those_of_an_undisturbed_step(sharding, run_t
         assert [step["step"] for step in rank["steps"]] == list(range(len(cases)))
         differences = [difference(rank["steps"], number) for number in range(len(cases))]
         for number, step in enumerate(rank["steps"]):
-            assert differences[number] < 1e-6, cases[number]
+            assert differences[number] < (1e-5 if sharding in FLOAT32 else 1e-6), cases[number]
             assert step["same_random_state"]
             assert step["figures"] == pytest.approx(rank["steps"][0]["figures"], nan_ok=True), cases[number]
         assert all(step["tokens"] == other["tokens"] for step, other in zip(*(r["steps"] for r in ranks), strict=True))
@@ -123,7 +124,8 @@ def test_gradients_of_two_ranks_are_those_of_an_undisturbed_step(sharding, run_t
     [
         ("fsdp", [CALM, once("inside", 1, 1)], "amid a pass of"),
         ("fsdp", [CALM, once("backward", 1, 1)], "amid a pass of"),
-        ("zero3", [once("inside", 1, 1)], "in a step that cannot be repeated"),
+        ("zero3", [CALM, once("inside", 1, 1)], "amid a pass of"),
+        ("zero3", [CALM, once("backward", 1, 1)], "amid a pass of"),
     ],
 )
 def test_amid_a_pass_of_a_sharded_model_the_run_ends_with_one_line(sharding, cases, line, run_two, tmp_path):

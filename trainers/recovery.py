@@ -11,12 +11,11 @@ anew, with its first micro-batch. Random generators are set back to where they w
 dropout in smaller passes is seeded by its place in the run; without dropout the repeated gradients are the undisturbed
 ones, with it they are those of other masks.
 
-Under FSDP2 a pass is collective from the first layer to the last, and so is going back from it. Out of memory before,
-between and after, ranks stay in step; out of memory within, the run ends with one line.
+Under ZeRO-3 and FSDP2 a pass is collective from the first layer to the last, and so is going back from it. Out of
+memory before, between and after, ranks stay in step; out of memory within, the run ends with one line.
 
-Left out: DeepSpeed, whose engine compares between ranks what each pass records, and takes the optimizer's step with the
-last backward pass. Its steps are those of transformers; out of memory in one, the run ends with one line. So it is
-with optimizers whose backward pass is their step (LOMO).
+Left out: optimizers whose backward pass is their step (LOMO), which nothing undoes; out of memory in one, the run ends
+with one line.
 """
 
 from collections.abc import Callable
@@ -27,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import gather
 from accelerate.utils.memory import clear_device_cache
 
 from backends.collective import agree_on_forwards, inside_forward, is_sharded
-from backends.updates import give_up_gradients, held_back, share_gradients
+from backends.updates import add_gradients, give_up_gradients, held_back, share_gradients
 from rlt.generation.seeds import request_seed
 from rlt.logprobs import LogProbs, pass_members, token_log_probs
 from rlt.survival.oom import NoMemoryLeft, Shortage, TokenBudget, Watch, is_out_of_memory, peak_gib, repeat_smaller
@@ -114,7 +113,7 @@ class RecoversMemory(transformers.Trainer):
     # A micro-batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # Overridden because transformers goes forward and back in one.
+        # Overridden because transformers goes forward, back and (under DeepSpeed) on to the optimizer in one.
         if self._is_one_with_its_step():
             return self._fixed_training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -140,9 +139,8 @@ class RecoversMemory(transformers.Trainer):
         return loss
 
     def _is_one_with_its_step(self) -> bool:
-        """Whether a backward pass is, or may be, the optimizer's step too, which nothing undoes."""
-        accelerator = self.accelerator
-        return accelerator.has_lomo_optimizer or accelerator.distributed_type == DistributedType.DEEPSPEED
+        """Whether a backward pass is the optimizer's step too, which nothing undoes."""
+        return self.accelerator.has_lomo_optimizer
 
     def _fixed_training_step(self, model, inputs, num_items) -> torch.Tensor:
         try:
@@ -162,13 +160,13 @@ class RecoversMemory(transformers.Trainer):
             said = self._said_so_far()
             state._set_sync_gradients(False)
             try:
-                self._add_gradients(model, number, watch)
+                self._add_gradients(model, number, False, watch)
             finally:
                 state._set_sync_gradients(ends_step)
             self._unsay(said)  # it was said when the micro-batch was at hand
-        return self._add_gradients(model, last, watch)
+        return self._add_gradients(model, last, ends_step, watch)
 
-    def _add_gradients(self, model, number: int, watch: Watch) -> torch.Tensor:
+    def _add_gradients(self, model, number: int, ends_step: bool, watch: Watch) -> torch.Tensor:
         batch = self._step_batches[number]
         self._watch, self._by_pass, self._place = watch, None, (self.state.global_step, number)
         try:
@@ -183,28 +181,28 @@ class RecoversMemory(transformers.Trainer):
                 if every is not None and self.state.global_step % every == 0:
                     clear_device_cache()
                 if self._by_pass is None:
-                    self._go_back(loss)
+                    self._go_back(loss, ends_step)
                 else:
                     loss.backward()  # as far as the log-probs
-                    self._go_back_by_pass(self._by_pass)
+                    self._go_back_by_pass(self._by_pass, ends_step)
         finally:
             self._watch = self._by_pass = None
         return loss.detach()
 
-    def _go_back(self, loss: torch.Tensor) -> None:
+    def _go_back(self, loss: torch.Tensor, last: bool) -> None:
         watch: Any = self._watch
         if is_sharded(self.accelerator):
             watch.enter()
-        self.accelerator.backward(loss)
+        add_gradients(self.accelerator, loss, last)
         watch.leave()
 
-    def _go_back_by_pass(self, passes: PassByPass) -> None:
+    def _go_back_by_pass(self, passes: PassByPass, ends_step: bool) -> None:
         watch: Any = self._watch
         for number in range(len(passes.groups)):
             values = passes.read(number)
             if is_sharded(self.accelerator):
                 watch.meet()
-            self._go_back(passes.pull(number, values))
+            self._go_back(passes.pull(number, values), ends_step and number == len(passes.groups) - 1)
             del values
             if is_sharded(self.accelerator):
                 watch.meet()

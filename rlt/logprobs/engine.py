@@ -107,7 +107,7 @@ def token_log_probs(
             passes are collective. Passes that are lacking are made on one token and count for nothing.
         guard: is told of the passes. Of a sharded model it also keeps this rank in step with the others: where a pass
             runs out of memory before or after its collective part, that and all later ones are made for nothing, and
-            so are the values returned. Not for ZeRO-3, which gathers the head in a call of its own.
+            so are the values returned.
 
     Returns:
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs (of K targets, with K columns), and
@@ -164,7 +164,8 @@ def _one_pass(causal, inputs: dict, read: Callable, guard: Guard | None) -> list
     if hidden_BTH is None:
         _pass_for_nothing(causal, inputs["input_ids"].device)
         return None
-    return guard(partial(read, hidden_BTH))
+    # Caught inside the head's call, whose end gives back what ZeRO-3 has gathered for it.
+    return _with_whole_head(causal, lambda hidden: guard(partial(read, hidden)), hidden_BTH)
 
 
 def _collective_trunk(causal, inputs: dict, guard: Guard) -> torch.Tensor:
@@ -184,16 +185,22 @@ def pass_members(model, sequences: list[list[int]], counted: list[list[int]], to
     return [members for _, members, _ in _forwards(causal, sequences, counted, token_budget, torch.device("cpu"))]
 
 
-def _with_whole_head(causal, read: Callable[[torch.Tensor], list[torch.Tensor]], hidden_BTH) -> list[torch.Tensor]:
+def _with_whole_head(causal, read: Callable, hidden_BTH) -> list[torch.Tensor] | None:
     """`read` of the hidden states, with a head that is whole.
 
     ZeRO-3 gathers the head at each call of it, together with all ranks: every rank calls it once a pass, however many
     tokens count on this rank. The call returns one tensor, as the head's own does in a pass for nothing.
     """
     head = causal.get_output_embeddings()
-    if type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id"):
-        return list(_ForwardRedirection()(head, head, lambda hidden: torch.stack(read(hidden)), hidden_BTH))
-    return read(hidden_BTH)
+    if not (type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id")):
+        return read(hidden_BTH)
+
+    def stacked(hidden_BTH) -> torch.Tensor | None:
+        values = read(hidden_BTH)
+        return None if values is None else torch.stack(values)
+
+    values = _ForwardRedirection()(head, head, stacked, hidden_BTH)
+    return None if values is None else list(values)
 
 
 def _counted_log_probs(causal, wanted, tokens, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
