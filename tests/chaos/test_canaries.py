@@ -63,7 +63,7 @@ def test_the_search_finds_a_copy_in_whatever_form(tmp_path):
     assert copies_below([tmp_path], canaries(["another"])) == ([], looked_into)
 
 
-SECRET = canaries(["key"])["key"]
+SECRET = "c0ffee" * 6  # the same in all processes that collect this test
 BELOW = "holds a secret, which would be written down"
 
 
