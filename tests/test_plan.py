@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, config_of, launch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rlt.commands.begin import show
@@ -18,7 +20,7 @@ from rlt.commands.train import check_sweep
 from rlt.jobs.pipeline import stages_of
 from rlt.planning import checks
 from rlt.planning.checks import known_keys
-from rlt.planning.configuration import GROUPS, as_value, options, rewrite_arguments
+from rlt.planning.configuration import GROUPS, as_value, options, quoted, rewrite_arguments
 from rlt.planning.plan import make_plan
 from rlt.planning.ranges import RANGES
 from rlt.planning.resolve import with_warmup
@@ -435,6 +437,12 @@ def test_a_run_that_began_with_a_checkpoint_needs_it_no_longer_once_it_has_its_o
 def test_a_value_is_read_again_by_hydra(value):
     override = OverridesParser.create().parse_override(f"key={as_value(value)}")
     assert override.value() == value or str(override.value()) == value
+
+
+@given(st.text(alphabet="\\'\"ab $,=", max_size=8))
+def test_text_of_quotes_and_backslashes_is_read_again_by_hydra(text):
+    override = OverridesParser.create().parse_override(f"key={quoted(text)}")
+    assert override.value() == text
 
 
 def test_a_stage_gets_nested_settings_with_the_folders_of_earlier_ones():

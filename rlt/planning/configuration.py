@@ -5,6 +5,7 @@ Also how keys are read (`read_overrides`, score.py's too).
 
 import difflib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,5 +154,8 @@ def as_value(value: Any) -> str:
 
 
 def quoted(path: str) -> str:
-    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign."""
-    return "'" + path.replace("'", "\\'") + "'"
+    """As Hydra reads it whatever characters it has; a sweep's folders have an equals sign.
+
+    A backslash counts only before a quote, and is written twice there.
+    """
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), path) + "'"
