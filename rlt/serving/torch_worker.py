@@ -20,6 +20,7 @@ from backends.protocol import ForwardOutput
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_policy, quiet_libraries
+from rlt.serving.merging import merge
 from rlt.serving.storage import local_files, put_files
 from rlt.serving.torch_sampler import TorchSampler
 from rlt.wire.json_form import SampleRequest
@@ -80,12 +81,19 @@ class TorchWorker:
         done = self._model(model_id).optim_step(BackendAdamParams(**asdict(params))).result()
         return {"grad_norm": done.grad_norm}
 
+    def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
+        found = self._model(model_id).hidden_means(sequences).result()
+        return ForwardBackwardOutput([{"embedding": each.numpy()} for each in found], {})
+
     def save(self, model_id: str, kind: str, address: str) -> int:
         """The whole state as backends/saved.py has it; else the adapter as PEFT has it."""
         model = self._model(model_id)
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as aside:
             if kind != "save_weights":
-                return put_files(model.export(Path(aside) / "adapter").result(), address)
+                adapter = model.export(Path(aside) / "adapter").result()
+                if kind == "save_weights_merged":
+                    adapter = merge(adapter, self._folder(model.base.name), Path(aside) / "merged")
+                return put_files(adapter, address)
             folder = model.save_state(STATE, overwrite=True).result()
             shutil.move(folder, aside)
             return put_files(Path(aside) / STATE, address)
