@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
-from cookbook import PUBLIC_NAME, RECIPES, environment, make_place, python_of_cookbook, run_recipe
+from cookbook import PUBLIC_NAME, RECIPES, Recipe, environment, make_place, python_of_cookbook, run_recipe
 
 pytest.importorskip("sqlalchemy")
 
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 KEY = "tml-aaaaaaaaaaaa"
 EMBEDDED = "embedded/smollm2-135m-instruct"
 STOP_S = 30
+STEPS, COMPARED = 24, 6
 logger = logging.getLogger("rlt")
 
 
@@ -62,3 +64,33 @@ def test_a_recipe_runs_to_its_end(place, name):
     logger.info("%s: python %s: %.0f s", name, " ".join(recipe.command(name)), time.monotonic() - began)
     assert len(rows) >= recipe.steps, rows
     assert "Traceback" not in (folder / "server.log").read_text()
+
+
+LEARNING = Recipe(
+    "math_rl.train",
+    (
+        *("env=arithmetic", "group_size=8", "groups_per_batch=8", "max_tokens=5", "loss_fn=importance_sampling"),
+        *("learning_rate=2e-4", f"max_steps={STEPS}", "save_every=0", "eval_every=0"),
+    ),
+    STEPS,
+)
+
+
+@pytest.mark.timeout(3000)
+def test_the_reward_of_arithmetic_rises(place):
+    """Sums of two numbers up to 100, each step other questions: the last steps against the first, in which nearly
+    nothing was learned."""
+    folder, variables = place
+    began = time.monotonic()
+    rewards = [row["env/all/reward/total"] for row in run_recipe("learning", LEARNING, folder, variables)]
+    low, high = bootstrap_interval(rewards[:COMPARED], rewards[-COMPARED:])
+    logger.info("rewards %s: interval %.3f to %.3f, %.0f s", rewards, low, high, time.monotonic() - began)
+    assert low > 0
+
+
+def bootstrap_interval(before: list[float], after: list[float]) -> tuple[float, float]:
+    """95 % of the difference of two means, over steps."""
+    chance = np.random.default_rng(0)
+    drawn = [chance.choice(each, (10_000, len(each))).mean(1) for each in (before, after)]
+    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
+    return float(low), float(high)

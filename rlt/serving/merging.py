@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,7 +15,7 @@ QUIET = r"Model (with|has) `tie_word_embeddings=True`|fan_in_fan_out is"  # the 
 
 def merge(adapter: Path, base: str, into: Path) -> Path:
     """A head that is tied to the embedding is untied where the adapter changes it: the embedding stays as it is."""
-    model = load_frozen(base, torch.float32)
+    model: Any = load_frozen(base, torch.float32)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight and _changes_head(adapter, model):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -27,7 +28,7 @@ def merge(adapter: Path, base: str, into: Path) -> Path:
     return into
 
 
-def _changes_head(adapter: Path, model: torch.nn.Module) -> bool:
+def _changes_head(adapter: Path, model: Any) -> bool:
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         return any(f".{head}." in name for name in file.keys())  # noqa: SIM118
