@@ -120,7 +120,7 @@ def build_service(settings: dict[str, Any]) -> "Service":
     storage = Storage(settings["tensors"] or str(folder / "tensors"))
     places = {name: place_of(each) for name, each in models.items()}
     work = partial(make_worker, {name: str(each) for name, each in models.items()})
-    return Service(Settings(database, storage, places), ProcessExecutor(work))
+    return Service(Settings(database, storage, places), ProcessExecutor(work, folder / "scratch"))
 
 
 async def serve(settings: dict[str, Any], keys: dict[str, str], made: bool) -> None:

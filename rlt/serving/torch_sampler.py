@@ -28,6 +28,7 @@ from rlt.wire.values import EMPTY_CELL, BestTokens, SampledSequence, SampleRespo
 ROWS = 64  # samples at once
 ADAPTERS = 16  # that are kept ready
 TOKEN_BUDGET = 8192
+LOGITS = 2**26  # held at once for tables of best tokens: 256 MiB
 QUIET = r"Model (with|has) `tie_word_embeddings=True`|fan_in_fan_out is"  # of a head that is never merged here
 
 
@@ -60,6 +61,10 @@ class TorchSampler:
             targets = self._score_targets(model, request) if request.targets is not None else None
         sequences = [_sequence(each, values) for each, values in zip(drawn, scored, strict=True)]
         return SampleResponse(sequences, prompt, best, target_prompt_logprobs=targets)
+
+    def forget(self, address: str) -> None:
+        if (inner := self._adapters.pop(address, None)) is not None:
+            self.model.delete_adapter(inner)
 
     def _check(self, request: SampleRequest) -> None:
         largest = request.prompt.max()
@@ -136,8 +141,13 @@ class TorchSampler:
         return [scored[0][len(prompt) - 1 :], *scored[1:]], values
 
     def _best_of_prompt(self, model: Any, request: SampleRequest) -> BestTokens:
-        ids_1N = torch.tensor(request.prompt[None], device=model.device)
-        ids_Nk, values_Nk = best_tokens(model(input_ids=ids_1N, use_cache=False).logits[0, :-1], request.best_of_prompt)
+        """The prompt is read in blocks, as logits of all its positions could be more than there is memory for."""
+        ids_1N, past, found = torch.tensor(request.prompt[None], device=model.device), None, []
+        for ids in ids_1N.split(max(1, LOGITS // self.vocabulary), dim=1):
+            read = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = read.past_key_values
+            found.append(best_tokens(read.logits[0], request.best_of_prompt))
+        ids_Nk, values_Nk = (torch.cat(each)[:-1] for each in zip(*found, strict=True))
         first = np.full((1, ids_Nk.shape[1]), EMPTY_CELL[0]), np.full((1, ids_Nk.shape[1]), EMPTY_CELL[1])
         ids, values = (np.concatenate([a, b.cpu().numpy()]) for a, b in zip(first, (ids_Nk, values_Nk), strict=True))
         return BestTokens(ids.astype(np.int32), values.astype(np.float32))

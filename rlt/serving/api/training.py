@@ -126,7 +126,7 @@ async def _submit_batch(request: Request, service: Service, tenant: str, key: st
     def work() -> tuple[bytes, dict[str, Any]]:
         if read is None:
             raise Refused(refusal)
-        return read[0], {}
+        return read[0], {"tokens": sum(datum.tokens.size for datum in read[1].data)}
 
     return await submit_training(service, model, kind, place[1], work)
 

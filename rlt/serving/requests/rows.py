@@ -68,23 +68,27 @@ def set_payload(connection: Connection, request_id: str, payload: bytes | None) 
     connection.execute(update(requests).where(requests.c.id == request_id).values(payload=payload))
 
 
-def finish(connection: Connection, request_id: str, result: bytes, now: float, again: bool) -> None:
+def finish(connection: Connection, request_id: str, result: bytes, now: float, tokens: int, again: bool) -> None:
     """`again`: the request may have to be executed once more, so its payload stays."""
-    change: dict[str, Any] = {"state": DONE, "result": result, "finished": now}
+    change: dict[str, Any] = {"state": DONE, "result": result, "finished": now, "tokens": tokens}
     if not again:
         change["payload"] = None
     connection.execute(update(requests).where(requests.c.id == request_id).values(change))
 
 
-def fail(connection: Connection, ids: list[str], error: str, category: str, now: float) -> None:
-    change = {"state": FAILED, "error": error, "category": category, "finished": now, "payload": None}
+def fail(connection: Connection, ids: list[str], error: str, category: str, now: float, again: bool = False) -> None:
+    """`again`: it changed its model all the same, so it may have to fail once more, and its payload stays."""
+    change: dict[str, Any] = {"state": FAILED, "error": error, "category": category, "finished": now}
+    if not again:
+        change["payload"] = None
     still = requests.c.id.in_(ids) & (requests.c.state == WAITING)
     connection.execute(update(requests).where(still).values(change))
 
 
 def waiting(connection: Connection) -> list[Row]:
     """What an earlier process of the server promised and did not answer."""
-    some = select(requests.c.id, requests.c.kind, requests.c.lane, requests.c.seq_id, requests.c.tenant)
+    size = func.coalesce(func.length(requests.c.payload), 0).label("size")
+    some = select(requests.c.id, requests.c.kind, requests.c.lane, requests.c.seq_id, requests.c.tenant, size)
     return list(connection.execute(some.where(requests.c.state == WAITING).order_by(requests.c.seq_id)))
 
 
@@ -98,7 +102,7 @@ def next_number(connection: Connection, lane: str) -> int:
 def journal(connection: Connection, lane: str, after: int, kinds: tuple[str, ...]) -> list[Row]:
     """The requests, in order, that changed a model since `after`, with their payloads."""
     changed = (requests.c.lane == lane) & (requests.c.seq_id > after) & requests.c.kind.in_(kinds)
-    rows = select(requests).where(changed, requests.c.state.in_((DONE, EXPIRED)), requests.c.payload.is_not(None))
+    rows = select(requests).where(changed, requests.c.state.in_(ENDED), requests.c.payload.is_not(None))
     return list(connection.execute(rows.order_by(requests.c.seq_id)))
 
 
