@@ -37,7 +37,9 @@ class Mortal:
 
     def __init__(self, folder: Path, base_model: str, flags: dict | None = None, key: str = KEY, words=(), **variables):
         self.folder, self.port = folder, free_port()
-        program = [str(ROOT / "serve.py")] if flags is None else [str(ROOT / "tests/serving_real.py"), json.dumps(flags)]
+        program = (
+            [str(ROOT / "serve.py")] if flags is None else [str(ROOT / "tests/serving_real.py"), json.dumps(flags)]
+        )
         own = [f"port={self.port}", f"state_dir={folder / 'state'}", f"base_models=[{base_model}]", *words]
         self.command = [sys.executable, *program, *own]
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
@@ -51,9 +53,7 @@ class Mortal:
 
     def begin(self) -> None:
         with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=self.environment, cwd=self.folder
-            )
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.environment, cwd=self.folder)
 
     def start(self) -> None:
         self.begin()

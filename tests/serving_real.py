@@ -20,5 +20,5 @@ def make_unigram(flags: dict, folders: dict[str, str]) -> Unigram:
 
 
 if __name__ == "__main__":
-    serve.make_worker = partial(make_unigram, json.loads(sys.argv.pop(1)))  # ty: ignore
+    serve.make_worker = partial(make_unigram, json.loads(sys.argv.pop(1)))  # pyrefly: ignore[bad-assignment]
     serve.main()

@@ -75,7 +75,7 @@ async def main(folder: Path, port: int, flags: dict) -> None:
         changes["patience"] = Patience(hold_s=flags["hold_s"], gap_s=flags.get("gap_s", 60))
     if "body_bytes" in flags:
         changes["limits"] = Limits(body_bytes=flags["body_bytes"])
-    for name in ("samples_waiting", "session_s", "sweep_s", "keep_every"):
+    for name in ("samples_waiting", "session_s", "sweep_s", "keep_every", "database", "tensors"):
         if name in flags:
             changes[name] = flags[name]
     service = service_in(folder, Unigram(flags.get("seconds", 0.0)), **changes)

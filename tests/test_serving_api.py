@@ -444,9 +444,12 @@ def test_a_poll_whose_client_vanished_is_answered_again(tmp_path):
 
 def test_figures_count_what_was_done(client):
     loss_of(client, read(client, new_model(client), 1, [5]))
+    assert httpx.get(f"{client.base_url}/metrics").status_code == 401
     text = client.get("/metrics").text
     assert 'rlt_requests_ended_total{kind="forward_backward",outcome="done"}' in text
     assert "rlt_process_memory_bytes" in text
+    assert 'rlt_tokens_per_second{kind="forward_backward"}' in text
+    assert "rlt_device_memory_used_bytes" in text  # its devices are none here
 
 
 def test_a_full_queue_of_samples_asks_to_come_again(tmp_path):

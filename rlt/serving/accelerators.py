@@ -31,7 +31,8 @@ def read_accelerators(lines: list[str]) -> list[Accelerator]:
         words = [word.strip() for word in line.split(",")]
         if len(words) == len(FIELDS):
             used, total, busy = (float(word) if word.replace(".", "").isdigit() else 0.0 for word in words[3:])
-            found.append(Accelerator(*words[:3], int(used * MIB), int(total * MIB), busy / 100))
+            index, uuid, name = words[:3]
+            found.append(Accelerator(index, uuid, name, int(used * MIB), int(total * MIB), busy / 100))
     return found
 
 

@@ -96,6 +96,7 @@ samplers = Table(
     text("model_id"),  # of unnamed weights
     Column("address", Text),  # of its weights; null: the base model's
     Column("inflight", Boolean, nullable=False, default=False),
+    Column("clients", BigInteger, nullable=False, default=0),  # that joined the one which made it
     Column("created", Float, nullable=False),
 )
 
@@ -148,9 +149,11 @@ requests = Table(
     text("category"),
     Column("created", Float, nullable=False),
     Column("finished", Float, index=True),
+    Column("ended", BigInteger),  # grows from one that ended to the next
     UniqueConstraint("lane", "seq_id"),
 )
 Index("requests_by_lane", requests.c.lane, requests.c.state)
+Index("requests_by_end", requests.c.lane, requests.c.ended)
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from rlt.errors import Refused
-from rlt.serving.database import checkpoints, metrics, models, requests, samplers
+from rlt.serving.database import checkpoints, metrics, models, requests, samplers, sessions
 from rlt.serving.errors import Gone, Missing
 from rlt.serving.requests.order import Kind
 from rlt.serving.requests.rows import WAITING
@@ -166,8 +166,10 @@ CHANGING = tuple(name for name, kind in KINDS.items() if kind.changes_model)
 def addresses(connection: Connection) -> set[str]:
     """All that something refers to, what waiting requests are to write included."""
     found: set[str | None] = set(connection.execute(select(checkpoints.c.address)).scalars())
-    for column in (samplers.c.address, models.c.kept_address, models.c.inflight_address):
-        found |= set(connection.execute(select(column)).scalars())
+    alive = models.c.session_id.in_(select(sessions.c.id).where(sessions.c.ended.is_(None)))
+    found |= set(connection.execute(select(samplers.c.address)).scalars())
+    found |= set(connection.execute(select(models.c.kept_address).where(models.c.unloaded.is_(False))).scalars())
+    found |= set(connection.execute(select(models.c.inflight_address).where(alive)).scalars())
     waiting = select(requests.c.details).where(requests.c.state == WAITING)
     found |= {details.get("address") for details in connection.execute(waiting).scalars()}
     return {address for address in found if address}

@@ -20,6 +20,7 @@ from rlt.errors import Refused
 from rlt.serving.database import Database, models, sessions
 from rlt.serving.errors import Busy, Unavailable
 from rlt.serving.kinds import CHANGING, KINDS, addresses, dump
+from rlt.serving.rates import Marks
 from rlt.serving.requests import rows
 from rlt.serving.requests.order import TRIES, Patience, Requests
 from rlt.serving.requests.rows import Submission
@@ -28,6 +29,7 @@ from rlt.serving.storage import Storage
 from rlt.serving.worker import Executor
 from rlt.wire.values import Limits
 
+MARK_S = 5.0
 FORGET_S = 24 * 3600.0  # after which a request of a session that is over is no longer known
 CURVES_S = 30 * 24 * 3600.0  # after which curves of a model that is not used are no longer drawn
 
@@ -69,9 +71,10 @@ class Service:
         self._reviving = asyncio.Lock()
         self._writing: set[str] = set()  # addresses of states that are being kept
         self.polls = 0  # that are held
+        self.rates = Marks()
         self.secret = b""  # of links to files and of signed-in browsers
         self._known_keys: dict[str, str] = {}
-        self._sweeper: asyncio.Task | None = None
+        self._own: list[asyncio.Task] = []
 
     async def start(self, keys: Mapping[str, str]) -> None:
         """Keys by tenant. Models come back first, then what was promised is gone on with."""
@@ -83,11 +86,11 @@ class Service:
         await self._tidy()
         await self._restore_all()
         await self.requests.resume()
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._own = [asyncio.create_task(work) for work in (self._sweep(), self._mark())]
 
     async def close(self) -> None:
-        if self._sweeper:
-            self._sweeper.cancel()
+        for task in self._own:
+            task.cancel()
         await self.requests.close()
         await asyncio.to_thread(self.executor.close)
         self.database.close()
@@ -203,6 +206,11 @@ class Service:
         kept = await self.database.run(addresses) | self._writing
         for address in found - kept:
             await asyncio.to_thread(self.storage.remove, address)
+
+    async def _mark(self) -> None:
+        while True:
+            self.rates.mark(time.monotonic(), self.requests.tokens, self.requests.busy_s)
+            await asyncio.sleep(MARK_S)
 
     async def _sweep(self) -> None:
         while True:

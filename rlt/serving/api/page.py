@@ -21,9 +21,8 @@ import rlt.reports
 from rlt.reports.lines import curve, number
 from rlt.reports.safe import policy, readable
 from rlt.serving.api.asking import Serving
-from rlt.serving.database import metrics, models, requests
+from rlt.serving.database import metrics, requests
 from rlt.serving.errors import WrongKey
-from rlt.serving.requests import rows
 from rlt.serving.service import Service
 from rlt.serving.sessions import checkpoints, listing
 from rlt.serving.sessions.curves import Curves, curves_of
@@ -112,9 +111,7 @@ async def signed_in(request: Request, service: Serving) -> Response:
         return sign_in("This key is not known here.", 401)
     answer = RedirectResponse("/", 303, HEADERS)
     secure = request.url.scheme == "https"
-    answer.set_cookie(
-        COOKIE, pass_of(service, tenant), SIGNED_IN_S, httponly=True, samesite="strict", secure=secure
-    )
+    answer.set_cookie(COOKIE, pass_of(service, tenant), SIGNED_IN_S, httponly=True, samesite="strict", secure=secure)
     return answer
 
 
@@ -157,7 +154,7 @@ def written(tenant: str, seen: dict[str, Any], queue: Counter) -> list[str]:
         "<form method=post action=/sign-out><button>Sign out</button></form>",
         table(("model", "base", "rank", "steps", "waiting", "used", "state"), [
             (model.id, model.base_model, model.adapter["rank"] or "all weights", seen["steps"].get(model.id, 0),
-             queue.get(model.id, 0), checkpoints.iso(model.used)[:19], "gone" if model.unloaded else "here")
+             queue.get(model.id, 0), str(checkpoints.iso(model.used))[:19], "gone" if model.unloaded else "here")
             for model, _ in seen["models"]]),
     ]  # fmt: skip
     for model, curves in seen["models"]:
@@ -185,5 +182,6 @@ def table(head: tuple[str, ...], body: list[tuple]) -> str:
 
 
 def cell(value: Any) -> str:
-    is_number = isinstance(value, int | float)
-    return f"<td{' class=number' if is_number else ''}>{number(value) if isinstance(value, float) else html.escape(str(value))}</td>"
+    shown = number(value) if isinstance(value, float) else html.escape(str(value))
+    kind = " class=number" if isinstance(value, int | float) else ""
+    return f"<td{kind}>{shown}</td>"

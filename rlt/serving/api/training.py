@@ -12,6 +12,7 @@ from sqlalchemy import Row
 from rlt.errors import Refused
 from rlt.serving.api.asking import Body, Serving, Tenant, sends_protobuf
 from rlt.serving.database import models
+from rlt.serving.errors import Missing
 from rlt.serving.kinds import ADAPTER_FIELDS, dump
 from rlt.serving.requests.rows import Submission
 from rlt.serving.service import Service
@@ -242,6 +243,11 @@ async def unload_model(service: Serving, tenant: Tenant, body: Body) -> dict[str
     seq_id = body.get("seq_id")
     number = await service.requests.last_number(model.id) + 1 if seq_id is None else whole(seq_id, "seq_id")
     return await submit_training(service, model, "unload_model", number, lambda: (b"{}", {}))
+
+
+@router.post("/create_custom_loss")
+async def create_custom_loss(tenant: Tenant) -> None:
+    raise Missing("losses of clients are computed by clients: forward_backward_custom of the SDK does it without this")
 
 
 @router.post("/weights_info")

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,6 @@ from rlt.serving.errors import Gone, Missing
 from rlt.serving.requests import rows
 from rlt.serving.requests.rows import SERVER, USER, Submission
 from rlt.serving.worker import Executor
-
 
 SETTLE_S = 0.01
 TRIES = 3  # of something with which the worker is lost
@@ -86,6 +86,7 @@ class Requests:
         self._futures: dict[str, asyncio.Future[bytes]] = {}  # of requests that are executed, or wait for the worker
         self._answering: set[str] = set()  # requests that were executed, and whose answers are not kept yet
         self._tasks: set[asyncio.Task] = set()
+        self._sampled = asyncio.Event()  # set when a sample ends, and another one takes its place
 
     async def submit(self, submission: Submission) -> str:
         """The id to poll for; that of the first, where a client repeats itself."""
@@ -206,7 +207,7 @@ class Requests:
 
     async def _work(self, row: Row, payload: bytes) -> asyncio.Future[bytes]:
         """What became of it; a worker that is lost has done nothing, so the next one is asked, a few times."""
-        for number in range(TRIES):
+        for _ in range(TRIES):
             await self.whole.wait()
             life = self.lives
             future = self._futures[row.id] = asyncio.wrap_future(self.executor.submit(row.kind, row.lane, payload))
@@ -215,12 +216,10 @@ class Requests:
             self.busy_s[row.kind] = self.busy_s.get(row.kind, 0.0) + time.monotonic() - begun
             del self._futures[row.id]
             if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
-                break
+                return future
             if self.kinds[row.kind].ordered and self.revive:
                 await self.revive(life)
-            if number == TRIES - 1:
-                break
-        return future
+        return future  # pyrefly: ignore[unbound-name]
 
     async def _fail(self, ids: str | list[str], error: str, category: str, again: bool = False) -> None:
         """One request, or several at once: after a restart all have failed, or none."""
@@ -234,6 +233,21 @@ class Requests:
         pending = self.pending.pop(request_id)
         self.counts[pending.kind, outcome] = self.counts.get((pending.kind, outcome), 0) + 1
         pending.ended.set()
+        if not self.kinds[pending.kind].ordered:
+            self._sampled.set()
+            self._sampled = asyncio.Event()
+
+    async def ended_samples(self, lane: str, clone: int, cursor: int, limit_s: float | None) -> tuple[list[Row], int]:
+        """Samples that have ended since a cursor, and the next cursor; none when the time is over first."""
+        end = time.monotonic() + min(self.patience.hold_s, self.patience.hold_s if limit_s is None else limit_s)
+        while True:
+            sampled = self._sampled
+            found = await self.database.run(rows.ended_since, lane, clone, cursor)
+            left = end - time.monotonic()
+            if found or left <= 0:
+                return found, found[-1].ended if found else cursor
+            with suppress(TimeoutError):
+                await asyncio.wait_for(sampled.wait(), left)
 
     async def poll(self, request_id: str, tenant: str) -> Row | None:
         """The request when it has ended; None when the holding time is over first.
