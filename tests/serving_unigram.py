@@ -63,7 +63,8 @@ def loss_of(name: str, lp: np.ndarray, inputs: Mapping[str, np.ndarray]) -> tupl
 
 
 class Unigram:
-    def __init__(self, seconds: float = 0.0, log: str | None = None) -> None:
+    def __init__(self, seconds: float = 0.0, log: str | None = None, fail_rate: float | None = None) -> None:
+        self.fail_rate = fail_rate  # a step of this learning rate finds gradients that are not finite
         self.seconds = seconds  # that each request takes at least
         self.log = log  # a file that gets a line for each request as it is executed
         self.models: dict[str, Numbers] = {}
@@ -109,6 +110,9 @@ class Unigram:
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         model = self._model(model_id)
         norm = float(np.linalg.norm(model.gradient))
+        if params.learning_rate == self.fail_rate:
+            model.gradient = np.zeros(VOCABULARY)
+            raise Refused("the norm of the gradients is not finite: they were dropped")
         if params.grad_clip_norm and norm > params.grad_clip_norm:
             model.gradient *= params.grad_clip_norm / norm
         model.steps += 1

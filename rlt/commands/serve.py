@@ -66,7 +66,7 @@ def read_settings(words: list[str]) -> dict[str, Any]:
     assert isinstance(given, dict)
     if unknown := sorted(str(key) for key in given.keys() - USAGE.keys()):
         raise Refused(f"{', '.join(unknown)}: the keys are {', '.join(USAGE)}")
-    settings = {**USAGE, **{str(key): value for key, value in given.items()}}
+    settings: dict[str, Any] = {**USAGE, **{str(key): value for key, value in given.items()}}
     port = settings["port"]
     if not isinstance(port, int) or not 0 <= port < 2**16:
         raise Refused(f"port is {port!r}: give 1 to 65535, or 0 for a free one")
