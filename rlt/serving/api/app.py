@@ -1,8 +1,9 @@
 """The application: routes, errors and limits around a service."""
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from rlt.errors import Refused
 from rlt.serving.api import downloads, extras, figures, futures, page, runs, sampling, start, training
@@ -30,6 +31,11 @@ async def unfit(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "; ".join(places)}, 422)
 
 
+async def vanished(request: Request, error: Exception) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=400)
+
+
 def create_app(service: Service) -> FastAPI:
     """The service was started, and is closed, by who made it."""
     app = FastAPI(title="Training API", openapi_url=None)
@@ -42,6 +48,7 @@ def create_app(service: Service) -> FastAPI:
     for kind in CODES:
         app.add_exception_handler(kind, said)
     app.add_exception_handler(RequestValidationError, unfit)
+    app.add_exception_handler(ClientDisconnect, vanished)
     settings = service.settings
     app.add_middleware(BodyLimit, most=settings.limits.body_bytes, most_in_all=settings.bodies_bytes)
     return app
