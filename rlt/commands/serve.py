@@ -151,10 +151,14 @@ async def serve_until_asked(service: "Service", settings: dict[str, Any], keys: 
     import uvicorn
 
     from rlt.serving.api.app import create_app
+    from rlt.serving.errors import Unavailable
 
     try:
         listener = socket.create_server((settings["host"], settings["port"]))
-        await service.start(keys)
+        try:
+            await service.start(keys)
+        except Unavailable as error:
+            raise Refused(str(error)) from error
         host, port = listener.getsockname()[:2]  # it takes connections from here on
         key = f", key {keys[TENANT]}" if made else ""
         sys.stdout.write(f"serving http://{host}:{port}{key}\n")

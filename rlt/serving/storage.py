@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PULLED = "pulled"  # below a process's folder for temporary files: what it reads
 PART = ".part"
 PROBE = "probe"
 BLOCK = 8 * 2**20  # bytes of one read
+RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=45)}
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,17 @@ class Storage:
             found = system.ls(path, detail=False) if system.exists(path) else []
         return sorted(each.rpartition("/")[2] for each in found)
 
-    def read(self, address: str, name: str) -> bytes:
+    def size(self, address: str, name: str) -> int:
         if name not in self.files(address):
             raise Missing(f"the file {name!r} is not known")
         with opened(address) as (system, path):
-            return system.cat_file(f"{path}/{name}")
+            return system.info(f"{path}/{name}")["size"]
+
+    def read(self, address: str, name: str, size: int) -> Iterator[bytes]:
+        """A file of a size, in blocks."""
+        for start in range(0, size, BLOCK):
+            with opened(address) as (system, path):
+                yield system.cat_file(f"{path}/{name}", start=start, end=min(size, start + BLOCK))
 
 
 @contextmanager
@@ -88,7 +96,7 @@ def opened(address: str) -> Iterator[tuple[Any, str]]:
     register("s3")
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     try:
-        yield url_to_fs(address, **({"client_options": {"allow_http": True}} if plain else {}))
+        yield url_to_fs(address, retry_config=RETRY, **({"client_options": {"allow_http": True}} if plain else {}))
     except (BaseError, FileNotFoundError) as error:
         raise OSError(f"{address}: {str(error).partition(' Debug')[0].splitlines()[0]}") from None
 

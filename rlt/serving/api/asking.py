@@ -1,5 +1,6 @@
 """Who asks, and for what: what routes take from a request."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -7,6 +8,7 @@ from fastapi import Depends, Request
 from rlt.serving.service import Service
 from rlt.wire import form
 
+LARGE = 2**18  # bytes
 PROTOBUF = "application/x-protobuf"
 
 
@@ -22,7 +24,9 @@ async def tenant_of(request: Request) -> str:
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    return form.parse(await request.body())
+    """Large ones are read beside the event loop."""
+    body = await request.body()
+    return form.parse(body) if len(body) < LARGE else await asyncio.to_thread(form.parse, body)
 
 
 def reads_protobuf(request: Request) -> bool:

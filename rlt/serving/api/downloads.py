@@ -2,11 +2,12 @@
 
 import hashlib
 import hmac
-import io
 import tarfile
 import time
+from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
 
 from rlt.serving.api.asking import Serving
 from rlt.serving.errors import Missing
@@ -14,6 +15,7 @@ from rlt.serving.service import Service
 
 router = APIRouter()
 ARCHIVE = "archive.tar"
+BYTES = "application/octet-stream"
 
 
 def _signature(service: Service, folder: str, name: str, expires: int) -> str:
@@ -33,16 +35,19 @@ def download(expires: int, signature: str, folder: str, name: str, service: Serv
     if not right or expires < time.time():
         raise Missing("the link is not known, or its time is over")
     address = f"{service.storage.root.rstrip('/')}/{folder}"
-    raw = _archive(service, address) if name == ARCHIVE else service.storage.read(address, name)
-    return Response(raw, media_type="application/octet-stream")
+    if name == ARCHIVE:
+        sizes = {each: service.storage.size(address, each) for each in service.storage.files(address)}
+        return StreamingResponse(_archive(service, address, sizes), media_type=BYTES)
+    size = service.storage.size(address, name)
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(service.storage.read(address, name, size), headers=headers, media_type=BYTES)
 
 
-def _archive(service: Service, address: str) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in service.storage.files(address):
-            raw = service.storage.read(address, name)
-            member = tarfile.TarInfo(name)
-            member.size = len(raw)
-            tar.addfile(member, io.BytesIO(raw))
-    return buffer.getvalue()
+def _archive(service: Service, address: str, sizes: dict[str, int]) -> Iterator[bytes]:
+    for name, size in sizes.items():
+        member = tarfile.TarInfo(name)
+        member.size = size
+        yield member.tobuf()
+        yield from service.storage.read(address, name, size)
+        yield bytes(-size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)

@@ -1,5 +1,6 @@
 """Routes of training runs and checkpoints."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -89,7 +90,8 @@ async def set_ttl(run_id: str, kind: str, name: str, service: Serving, tenant: T
 async def external_urls(run_id: str, name: str, request: Request, service: Serving, tenant: Tenant) -> dict[str, Any]:
     row = await service.database.run(checkpoints.find, path_of(run_id, "external_weights", name), tenant)
     expires = time.time() + LINKS_S
-    urls = {each: link(request, service, row.address, each, expires) for each in service.storage.files(row.address)}
+    names = await asyncio.to_thread(service.storage.files, row.address)
+    urls = {each: link(request, service, row.address, each, expires) for each in names}
     return {"urls": urls, "expires": iso(expires)}
 
 

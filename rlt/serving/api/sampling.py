@@ -1,9 +1,10 @@
 """Routes of samplers, and the one request that is not a model's."""
 
+import asyncio
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from rlt.errors import Refused
 from rlt.serving.api.asking import Body, Serving, Tenant
@@ -14,7 +15,7 @@ from rlt.serving.requests.rows import Submission
 from rlt.serving.service import Service
 from rlt.serving.sessions import lives
 from rlt.serving.sessions.checkpoints import find, parse_path
-from rlt.wire import form, json_form
+from rlt.wire import json_form
 from rlt.wire.form import text, text_or_none, whole
 
 router = APIRouter()
@@ -22,8 +23,7 @@ NUMBERS_OF_SAMPLERS = 2**62
 
 
 @router.post("/create_sampling_session")
-async def create_sampling_session(request: Request, service: Serving, tenant: Tenant) -> dict[str, str]:
-    body = form.parse(await request.body())
+async def create_sampling_session(service: Serving, tenant: Tenant, body: Body) -> dict[str, str]:
     session_id, base_model, path = text(body, "session_id"), text_or_none(body, "base_model"), body.get("model_path")
     await service.database.run(lives.living, session_id, tenant)
     number = whole(body.get("sampling_session_seq_id"), "sampling_session_seq_id", most=NUMBERS_OF_SAMPLERS)
@@ -63,8 +63,7 @@ async def get_sampler(sampler_id: str, service: Serving, tenant: Tenant) -> dict
 
 
 @router.post("/asample")
-async def asample(request: Request, service: Serving, tenant: Tenant) -> dict[str, Any]:
-    body = form.parse(await request.body())
+async def asample(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
     sampler_id, seq_id = json_form.read_sample_place(body)
     sampler = await service.database.run(lives.living_sampler, sampler_id, tenant)
 
@@ -79,7 +78,7 @@ async def asample(request: Request, service: Serving, tenant: Tenant) -> dict[st
             )
         return dump(body)
 
-    payload, refusal = answered(work)
+    payload, refusal = await asyncio.to_thread(answered, work)
     asked = Submission(tenant, sampler.session_id, "sample", sampler_id, seq_id, payload, {}, refusal)
     request_id = await service.submit(asked)
     count = body.get("num_samples", 1)
