@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from rlt.errors import Refused
 from rlt.serving.database import Database
@@ -195,6 +196,9 @@ class Requests:
             tokens = await self.database.surely(_complete, kind, row, result)
         except Refused as error:
             await self._fail(request_id, str(error), USER)
+            return False
+        except SQLAlchemyError as error:  # such as an answer that is larger than the database keeps
+            await self._fail(request_id, f"the answer cannot be kept: {error}", SERVER, kind.changes_model)
             return False
         self.tokens[row.kind] = self.tokens.get(row.kind, 0) + tokens
         self._end(request_id, rows.DONE)
