@@ -137,11 +137,13 @@ class Service:
         address = self.storage.new_address()
         self._writing.add(address)
         await self.requests.whole.wait()
+        self.requests.answering.add(address)  # what is brought back rests on whether it is kept
         error = await self._failure("save_weights", model_id, dump({"address": address}))
         if error:  # training goes on: more is executed again after a restart
             logger.warning("the state of %s could not be kept: %s", model_id, error)
         else:
             await self.database.surely(_kept, model_id, seq_id, address)
+        self.requests.answering.discard(address)
         self._writing.discard(address)
 
     async def _revive(self, life: int) -> None:
@@ -150,8 +152,8 @@ class Service:
             if self.requests.lives != life:
                 return
             self.requests.whole.clear()
-            await self.requests.settled()
             logger.warning("the worker is lost: another takes its place, and models are brought back")
+            await self.requests.settled()
             self.executor.revive()
             await self._restore_all()
             self.requests.lives += 1
@@ -226,15 +228,18 @@ class Service:
         await self.database.run(rows.expire, now - self.settings.patience.keep_s)
         await self.database.run(rows.forget, now - FORGET_S)
         await self.database.run(curves.forget, now - CURVES_S)
-        await self.requests.whole.wait()
+        await self.database.run(checkpoints.forget_expired)
+        async with self._reviving:  # not while models are brought back from what would be removed
+            await self._let_all_go()
+            await self._tidy()
+
+    async def _let_all_go(self) -> None:
         for model_id in await self.database.run(lives.left_behind):
             await self._let_go("unload_model", model_id, {})
             await self.database.run(rows.drop_payloads, model_id)
             self.requests.lanes.pop(model_id, None)
-        await self.database.run(checkpoints.forget_expired)
         for sampler in await self.database.run(lives.abandoned_samplers):
             await self._let_go("unload_sampler", sampler.id, {"address": sampler.address})
-        await self._tidy()
 
     async def _let_go(self, kind: str, name: str, form: Mapping[str, Any]) -> None:
         if error := await self._failure(kind, name, dump(form)):

@@ -79,13 +79,13 @@ class Requests:
         self.counts: dict[tuple[str, str], int] = {}  # ended requests by kind and outcome
         self.tokens: dict[str, int] = {}  # read or made, by kind
         self.busy_s: dict[str, float] = {}  # in which the worker was at something, by kind
+        self.answering: set[str] = set()  # requests that were executed, and whose answers are not kept yet
         self.lives = 0  # how often the worker was lost and replaced
         self.whole = asyncio.Event()  # cleared while models are brought back
         self.whole.set()
         self.revive: Callable[[int], Any] | None = None  # awaited when the worker of that life is lost
         self.after: Callable[[Row], Any] | None = None  # awaited when a request of a lane was executed
         self._futures: dict[str, asyncio.Future[bytes]] = {}  # of requests that are executed, or wait for the worker
-        self._answering: set[str] = set()  # requests that were executed, and whose answers are not kept yet
         self._tasks: set[asyncio.Task] = set()
         self._sampled = asyncio.Event()  # set when a sample ends, and another one takes its place
 
@@ -173,7 +173,7 @@ class Requests:
         try:
             done = await self._answer(row, kind, payload)
         finally:
-            self._answering.discard(request_id)
+            self.answering.discard(request_id)
         if done and self.after:
             await self.after(row)
 
@@ -182,7 +182,7 @@ class Requests:
         request_id, result = row.id, b"{}"
         if payload is not None:
             future = await self._work(row, payload)
-            self._answering.add(request_id)
+            self.answering.add(request_id)
             if future.cancelled():
                 await self._fail(request_id, "the client cancelled it", USER)
                 return False
@@ -206,7 +206,7 @@ class Requests:
 
     async def settled(self) -> None:
         """Until answers of a worker that is lost are kept: they are part of what is brought back."""
-        while self._answering or any(future.done() for future in self._futures.values()):
+        while self.answering or any(future.done() for future in self._futures.values()):
             await asyncio.sleep(SETTLE_S)
 
     async def _work(self, row: Row, payload: bytes) -> asyncio.Future[bytes]:
@@ -292,7 +292,7 @@ class Requests:
         return count if count > self.patience.crowd else 0
 
     def waiting_samples(self) -> int:
-        return sum(each.lane not in self.lanes for each in self.pending.values())
+        return sum(not self.kinds[each.kind].ordered for each in self.pending.values())
 
     def waiting_bytes(self, tenant: str) -> int:
         return sum(each.size for each in self.pending.values() if each.tenant == tenant)
