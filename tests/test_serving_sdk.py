@@ -26,10 +26,10 @@ INSTALL_S, RUN_S = 600, 240
 def environment_of(version: str) -> Path:
     """Its Python."""
     folder = CACHE / f"tinker-{version}"
-    python, done = folder / "bin" / "python", folder / "installed"
+    python, done = folder / "bin" / "python", folder / "installed_with_torch"  # custom losses need it
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True, timeout=INSTALL_S)
-        command = [python, "-m", "pip", "install", "--quiet", f"tinker=={version}"]
+        command = [python, "-m", "pip", "install", "--quiet", f"tinker=={version}", "torch==2.13.0"]
         if subprocess.run(command, timeout=INSTALL_S).returncode:
             pytest.skip(f"tinker {version} cannot be installed here")
         done.touch()
