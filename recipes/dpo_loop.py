@@ -79,9 +79,7 @@ def main(words: Sequence[str]) -> list[float]:
         rows, params = pairs_of(client, given.model, given.pairs), AdamParams(given.learning_rate)
         loss = partial(dpo, reference=log_probs_of(base, rows), rows=rows, beta=given.beta)
         for step in range(1, given.steps + 1):
-            losses.append(
-                custom_step(model, rows, partial(dpo, reference=reference, rows=rows, beta=given.beta), params)
-            )
+            losses.append(custom_step(model, rows, loss, params))
             say(f"step {step} loss {losses[-1]:.4f} seconds {time.monotonic() - began:.0f}")
     return losses
 

@@ -28,6 +28,8 @@ from rlt.serving.client import datum
 from rlt.wire.values import AdamParams, Datum, SamplingParams
 
 STD_FLOOR = 1e-4
+DEFAULTS = {"base_url": "http://127.0.0.1:8000", "model": EMBEDDED, "student": EMBEDDED, "data": None, "steps": 3}
+DEFAULTS |= {"questions": 2, "samples": 4, "beta": 0.04, "learning_rate": 1e-4, "rank": 16, "max_tokens": 64, "seed": 0}
 
 
 def log_probs_of(model: TrainingClient):
@@ -76,21 +78,7 @@ def sample(teacher: TrainingClient, prompts: list[list[int]], samples: int, most
 
 def main(words: Sequence[str]) -> list[float]:
     """Mean rewards of its steps."""
-    given = arguments(
-        words,
-        base_url="http://127.0.0.1:8000",
-        model=EMBEDDED,
-        student=EMBEDDED,
-        data=None,
-        steps=3,
-        questions=2,
-        samples=4,
-        beta=0.04,
-        learning_rate=1e-4,
-        rank=16,
-        max_tokens=64,
-        seed=0,
-    )
+    given = arguments(words, **DEFAULTS)
     tokenizer = load_tokenizer(resolve_model_path(given.model))
     rows, means, began = rows_of(given.data, 64), [], time.monotonic()
     with connect(given.base_url) as client:
