@@ -46,7 +46,7 @@ def log_probs_of(model: TrainingClient):
 
 
 def make_reward(tokenizer, teacher: TrainingClient, student: TrainingClient, style: str = "stratos") -> TeacherReward:
-    config = replace(pick(TeacherRewardConfig, compose_config(["run_cfg=teacher_rlt_tiny"])[0]),
+    config = replace(pick(compose_config(["run_cfg=teacher_rlt_tiny"])[0], TeacherRewardConfig),
                      unbias_student_log_probs_temp=1.0)  # fmt: skip
     return TeacherReward(tokenizer, load_format(style), config, 1.0, log_probs_of(teacher), log_probs_of(student))
 

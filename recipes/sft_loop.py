@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from common import EMBEDDED, LIMIT_S, arguments, connect, rows_of, run, say, shifted
 
-from backends import AdamParams, AdapterSpec, Datum, SharedBase, load_hf_model
 from rlt.models.loading import load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.serving.client import datum
-from rlt.wire.values import AdamParams as WireAdamParams
+from rlt.wire.values import AdamParams
 
 Pair = tuple[list[int], dict[str, list]]  # tokens, and inputs of the loss
 Step = Callable[[list[Pair]], float]  # a batch to its loss, and the weights after it
@@ -36,6 +35,8 @@ def batches_of(tokenizer, rows: list[dict], size: int, steps: int) -> list[list[
 
 
 def local_step(model: str, folder: str, rank: int, seed: int, learning_rate: float) -> tuple[Step, Callable]:
+    from backends import AdamParams, AdapterSpec, Datum, SharedBase, load_hf_model  # a client does without
+
     base = SharedBase(load_hf_model(model), folder)
     backend = base.create("sft", AdapterSpec(rank=rank, seed=seed)).result(LIMIT_S)
 
@@ -56,7 +57,7 @@ def remote_step(client, model: str, rank: int, seed: int, learning_rate: float) 
 
     def step(batch: list[Pair]) -> float:
         data = [datum(ids, **inputs) for ids, inputs in batch]
-        return training.train_batch(data, "cross_entropy", WireAdamParams(learning_rate))["loss:sum"]
+        return training.train_batch(data, "cross_entropy", AdamParams(learning_rate))["loss:sum"]
 
     def save(name: str) -> str:
         return training.save_state(name, overwrite=True).result(LIMIT_S)["path"]

@@ -42,15 +42,17 @@ OWN_FAULTS = {  # of the client, with every server
 
 
 def table_of(version: str, folder: Path) -> dict[str, dict[str, str]]:
-    folder.mkdir()
-    for name in TOKENIZER_FILES:  # of the numpy worker's model, which clients load by the folder that the server says
-        shutil.copy(Path(resolve_model_path(EMBEDDED)) / name, folder / name)
+    # Clients load a tokenizer from the folder that the server says, or from one of the base model's name.
+    for place in (folder, folder / "unigram"):
+        place.mkdir()
+        for name in TOKENIZER_FILES:
+            shutil.copy(Path(resolve_model_path(EMBEDDED)) / name, place / name)
     variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     variables |= {"TINKER_API_KEY": KEYS["a"], "TINKER_TELEMETRY": "0", "TINKER_PROJECT_ID": "p", "HF_HUB_OFFLINE": "1"}
     with server(folder) as (_, client):
         variables["TINKER_BASE_URL"] = str(client.base_url)
         command = [environment_of(version), ROOT / "tests" / "sdk_table.py", "unigram"]
-        ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=RUN_S)
+        ended = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=RUN_S)
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads(ended.stdout)
     assert said["version"] == version

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import numpy as np
 
 from rlt.serving.client.connection import Connection
 from rlt.serving.client.futures import ServerFuture
@@ -72,7 +73,11 @@ class Session:
         return self._asked("tokenize", "tokens", **form)
 
     def _texts_of(self, base_model: str, tokens: Sequence[Sequence[int]], special: bool) -> ServerFuture[list[str]]:
-        form = {"base_model": base_model, "tokens": [list(ids) for ids in tokens], "skip_special_tokens": not special}
+        form = {
+            "base_model": base_model,
+            "tokens": [np.asarray(ids).tolist() for ids in tokens],
+            "skip_special_tokens": not special,
+        }
         return self._asked("detokenize", "texts", **form)
 
     def _chat_of(self, base_model: str, messages: Sequence[dict[str, Any]], generation: bool) -> ServerFuture[Any]:

@@ -76,7 +76,8 @@ class TrainingClient:
     def embeddings(self, sequences: Sequence[Sequence[int]]) -> ServerFuture[np.ndarray]:
         """(sequences, hidden size) float32: the mean of each one's last hidden states, with the weights as all requests
         so far leave them. A model that was not trained gives those of its base."""
-        form = {"model_id": self.model_id, "seq_id": next(self._numbers), "sequences": [list(ids) for ids in sequences]}
+        lists = [np.asarray(ids, int).tolist() for ids in sequences]
+        form = {"model_id": self.model_id, "seq_id": next(self._numbers), "sequences": lists}
         return self.connection.request(lambda: self.connection.post("embeddings", form), _read_embeddings)
 
     def save_state(self, name: str, **more: Any) -> ServerFuture[dict[str, Any]]:
