@@ -175,6 +175,21 @@ def test_embeddings_are_numbered_as_training_is(address):
         assert not before.result(20).any() and after.result(20).any()
 
 
+def test_a_client_that_is_closed_leaves_no_thread_and_no_file(address):
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    counts = []
+    for _ in range(4):
+        with Client(address, KEYS["a"]) as service:
+            service.create_model("unigram").forward(data(1), "cross_entropy")  # never waited for
+        with pytest.raises(Refused, match="401"):
+            Client(address, "tml-wrong-key")
+        counts.append((threading.active_count(), open_files()))
+    assert counts[1:] == counts[:1] * 3
+    service.close()  # once more does nothing
+
+
 def test_clients_need_no_torch():
     heavy = "{'torch', 'sqlalchemy', 'fastapi'}"
     code = f"import sys; from rlt.serving import Client; assert not {heavy} & sys.modules.keys()"

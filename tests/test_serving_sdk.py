@@ -63,6 +63,7 @@ def test_a_program_of_the_sdk_runs_unchanged(tmp_path, version):
     assert "context of unigram is 64" in said["long"]
     assert said["next"][0] == said["next"][1]
     assert said["after"][0] == said["after"][1] < said["next"][0]  # the optimizer's state came along
+    assert said["custom"][0] == pytest.approx(said["custom"][1], abs=1e-6)
     assert said["named"] == 1
     assert said["run"] == [{"note": "x"}]
     assert said["saved"] == ["sampler_weights/named", "weights/state"]
