@@ -27,9 +27,7 @@ RUN_S = 500
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 # Each refusal: a part of what the client is told, and what the page says of it.
 NOT_KEPT = ("404", "refused (404): the service's own administration, not kept here")
-COPIES = ("weights are not copied here", "refused (400): load the path where it is")
 REFUSED = {
-    "copy_weights": COPIES,
     "export_session_trace": NOT_KEPT,
     "get_audit_log": NOT_KEPT,
     "get_billing_usage": NOT_KEPT,
