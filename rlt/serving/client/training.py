@@ -27,7 +27,8 @@ class TrainingClient:
         self.session, self.connection, self.model_id = session, session.connection, model_id
         self._numbers = itertools.count(1)
 
-    def _submit(self, route: str, **form: Any) -> ServerFuture[Any]:
+    def request(self, route: str, **form: Any) -> ServerFuture[Any]:
+        """A numbered request of a route; its answer is JSON."""
         form |= {"model_id": self.model_id, "seq_id": next(self._numbers)}
         return self.connection.request(lambda: self.connection.post(route, form), httpx.Response.json)
 
@@ -50,7 +51,7 @@ class TrainingClient:
         return self.forward_backward(data, loss_fn, config, forward_only=True)
 
     def optim_step(self, params: AdamParams) -> ServerFuture[dict[str, Any]]:
-        return self._submit("optim_step", adam_params=asdict(params))
+        return self.request("optim_step", adam_params=asdict(params))
 
     def train_batch(
         self, data: list[Datum], loss_fn: str, params: AdamParams, loss_config: LossConfig | None = None
@@ -82,10 +83,10 @@ class TrainingClient:
 
     def save_state(self, name: str, **more: Any) -> ServerFuture[dict[str, Any]]:
         """Weights and optimizer under a `tinker://` path; `more`: ttl_seconds, overwrite."""
-        return self._submit("save_weights", path=name, **more)
+        return self.request("save_weights", path=name, **more)
 
     def load_state(self, path: str, optimizer: bool = True) -> ServerFuture[dict[str, Any]]:
-        return self._submit("load_weights", path=path, optimizer=optimizer)
+        return self.request("load_weights", path=path, optimizer=optimizer)
 
     def save_for_sampling(self) -> SamplingClient:
         """A frozen copy of the weights as all requests so far leave them."""
@@ -95,7 +96,7 @@ class TrainingClient:
         return self._sampler(await self._saved_for_sampling())
 
     def _saved_for_sampling(self) -> ServerFuture[dict[str, Any]]:
-        return self._submit("save_weights_for_sampler", sampling_session_seq_id=self.session.next_sampler())
+        return self.request("save_weights_for_sampler", sampling_session_seq_id=self.session.next_sampler())
 
     def _sampler(self, made: dict[str, Any]) -> SamplingClient:
         return SamplingClient(self.connection, made["sampling_session_id"])
@@ -121,7 +122,7 @@ class TrainingClient:
         return push_folder(self, repository, merged, **hub)
 
     def unload(self) -> ServerFuture[dict[str, Any]]:
-        return self._submit("unload_model")
+        return self.request("unload_model")
 
 
 def datum(tokens: Sequence[int], **loss_inputs: Any) -> Datum:
