@@ -20,7 +20,7 @@ from serving_server import server  # noqa: E402
 from rlt.errors import Refused  # noqa: E402
 from rlt.serving import AsyncClient, Client, FutureGroup  # noqa: E402
 from rlt.serving.client import RequestFailed, datum  # noqa: E402
-from rlt.wire.values import AdamParams, SamplingParams  # noqa: E402
+from rlt.wire.values import AdamParams, Datum, SamplingParams  # noqa: E402
 
 RATE = AdamParams(learning_rate=0.1)
 
@@ -122,6 +122,10 @@ def test_what_is_given_up_before_it_was_sent_leaves_no_gap(address):
         training = service.create_model("unigram")
         for number in range(5):
             training.forward_backward(data(number), "cross_entropy").cancel()
+        with pytest.raises(TypeError):
+            training.save_state("a", ttl_seconds=object())
+        with pytest.raises(ValueError):
+            training.forward_backward([Datum(np.array(["x"]), {})], "cross_entropy")
         assert training.optim_step(RATE).result(20)["metrics"]["grad_norm"] > 0
 
 
