@@ -17,7 +17,6 @@ from rlt.serving.client.sampling import SamplingClient
 from rlt.wire import protobuf
 from rlt.wire.values import AdamParams, Datum, ForwardBackwardOutput, ForwardBackwardRequest, LossConfig, tensor_of
 
-
 if TYPE_CHECKING:
     from rlt.serving.client.session import Session
 
