@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from rlt.errors import Refused
 
@@ -21,7 +22,7 @@ def mean_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> list[t
             raise Refused(f"tokens must be from 0 to {config.vocab_size - 1}, and at least one")
         if len(ids) > config.max_position_embeddings:
             raise Refused(f"{len(ids)} tokens are more than the {config.max_position_embeddings} that the model reads")
-    body = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+    body: Any = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     training = body.training
     body.eval()
     try:

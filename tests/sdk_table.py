@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 from datetime import UTC, datetime
+from functools import partial
 
 import tinker
 from tinker import types

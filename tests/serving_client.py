@@ -28,6 +28,23 @@ def train(client, steps: int) -> list[float]:
     return losses
 
 
+def own_loss(data: list, logprobs: list) -> tuple:
+    """The cross entropy, as a user writes it: the client sends its gradients for the log-probs."""
+    return -sum(each.sum() for each in logprobs), {"data:sum": float(len(data))}
+
+
+def after_one_step(service, path: str, custom: bool) -> float:
+    """The loss after a step on the batch."""
+    client = service.create_training_client_from_state(path)
+    data = [datum(each) for each in BATCH]
+    if custom:
+        client.forward_backward_custom(data, own_loss).result()
+    else:
+        client.forward_backward(data, "cross_entropy").result()
+    client.optim_step(types.AdamParams(learning_rate=0.1)).result()
+    return client.forward(data, "cross_entropy").result().metrics["loss:sum"]
+
+
 def refused(call) -> str:
     try:
         call()
@@ -66,6 +83,7 @@ def main(base_model: str) -> None:
     again = service.create_training_client_from_state_with_optimizer(path)
     said["next"] = [train(each, 1)[0] for each in (client, again)]
     said["after"] = [train(each, 1)[0] for each in (client, again)]
+    said["custom"] = [after_one_step(service, path, custom) for custom in (False, True)]
     named = client.save_weights_for_sampler("named").result().path
     base = service.create_sampling_client(model_path=named)
     said["named"] = len(base.sample(prompt, num_samples=1, sampling_params=params).result().sequences)

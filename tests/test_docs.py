@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from rlt.commands import serve
 from rlt.launching.environment import SHARDINGS
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
@@ -34,9 +35,11 @@ NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?")
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SETTING = re.compile(r"^[+]*([a-z][a-z0-9_]*)=")
+OF_RECIPES = {"base_url", "steps", "questions", "samples", "max_tokens", "held_out", "folder", "name"}
+OF_CLIENTS = {"merged", "loss_fn"}
 OF_SCORE = {"input", "output", "teacher_model", "student_model", "temperature", "dtype"}
 TREE = re.compile(
-    r"^(?:rlt|trainers|backends|cfgs|docs|tests|benchmarks|scripts|accelerate_configs|\.github)/[\w./-]*$"
+    r"^(?:rlt|trainers|backends|cfgs|docs|tests|benchmarks|recipes|scripts|accelerate_configs|\.github)/[\w./-]*$"
 )
 FILE = re.compile(r"^[\w-]+\.(?:py|sh|md|ipynb|toml|cff|txt)$")
 TUTORIAL_LIMIT_S, README_LIMIT_S, PLAN_LIMIT_S = 3600, 3 * 3600, 120
@@ -142,6 +145,12 @@ def test_the_tutorial_runs_as_it_is_written(clone):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TUTORIAL_LIMIT_S)
+def test_the_page_of_the_training_api_runs_as_it_is_written(clone):
+    run_page("docs/training_api.md", clone, TUTORIAL_LIMIT_S)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(README_LIMIT_S)
 def test_the_readme_runs_as_it_is_written(clone):
     run_page("README.md", clone, README_LIMIT_S)
@@ -188,7 +197,14 @@ def commands_of(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_a_page_names_is_a_key(page):
     groups = {path.name for path in CFGS.iterdir() if path.is_dir()} | {"reward_cfg"}
-    known = key_names() | groups | OF_SCORE | {field.name for field in fields(TeacherRewardConfig)}
+    known = (
+        key_names()
+        | groups
+        | OF_SCORE
+        | set(serve.USAGE)
+        | OF_RECIPES
+        | {field.name for field in fields(TeacherRewardConfig)}
+    )
     named = {word for command in commands_of(page) for word in command}
     named |= {word for text in INLINE.findall(text_of(page)) for word in text.split()}
     settings = {match.group(1) for word in named if (match := SETTING.match(word))}

@@ -20,7 +20,7 @@ from serving_server import server  # noqa: E402
 from rlt.errors import Refused  # noqa: E402
 from rlt.serving import AsyncClient, Client, FutureGroup  # noqa: E402
 from rlt.serving.client import RequestFailed, datum  # noqa: E402
-from rlt.wire.values import AdamParams, SamplingParams  # noqa: E402
+from rlt.wire.values import AdamParams, Datum, SamplingParams  # noqa: E402
 
 RATE = AdamParams(learning_rate=0.1)
 
@@ -122,6 +122,10 @@ def test_what_is_given_up_before_it_was_sent_leaves_no_gap(address):
         training = service.create_model("unigram")
         for number in range(5):
             training.forward_backward(data(number), "cross_entropy").cancel()
+        with pytest.raises(TypeError):
+            training.save_state("a", ttl_seconds=object())
+        with pytest.raises(ValueError):
+            training.forward_backward([Datum(np.array(["x"]), {})], "cross_entropy")
         assert training.optim_step(RATE).result(20)["metrics"]["grad_norm"] > 0
 
 
@@ -173,6 +177,21 @@ def test_embeddings_are_numbered_as_training_is(address):
         step, after = training.optim_step(RATE), training.embeddings([[1]])
         assert step.result(20) and before.result(20).shape == (2, 4)
         assert not before.result(20).any() and after.result(20).any()
+
+
+def test_a_client_that_is_closed_leaves_no_thread_and_no_file(address):
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    counts = []
+    for _ in range(4):
+        with Client(address, KEYS["a"]) as service:
+            service.create_model("unigram").forward(data(1), "cross_entropy")  # never waited for
+        with pytest.raises(Refused, match="401"):
+            Client(address, "tml-wrong-key")
+        counts.append((threading.active_count(), open_files()))
+    assert counts[1:] == counts[:1] * 3
+    service.close()  # once more does nothing
 
 
 def test_clients_need_no_torch():

@@ -73,8 +73,7 @@ def _template(place: Path, settings: Mapping[str, Any]) -> Template | None:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_complain, strftime_now=_now)
-    return environment.from_string(source)
+    return environment.from_string(source, globals={"raise_exception": _complain, "strftime_now": _now})
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

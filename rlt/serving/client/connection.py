@@ -22,7 +22,8 @@ REPEATED = (408, 429, 500, 502, 503, 504)
 class Connection:
     def __init__(self, base_url: str, key: str) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="training-api", daemon=True).start()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="training-api", daemon=True)
+        self._thread.start()
         limits = httpx.Limits(max_connections=None)
         timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
         self.http = httpx.AsyncClient(
@@ -92,8 +93,21 @@ class Connection:
         return ServerFuture(self.start(work()), lambda: self.start(cancel()))
 
     def close(self) -> None:
-        self.start(self.http.aclose()).result(CONNECT_S)
+        """What is on its way is given up."""
+        if self.loop.is_closed():
+            return
+        self.start(self._end()).result(CONNECT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(CONNECT_S)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.http.aclose()
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

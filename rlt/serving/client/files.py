@@ -20,7 +20,7 @@ def download_files(model: "TrainingClient", folder: Path, merged: bool) -> Path:
         raise Refused(f"{folder} has files: download to another folder")
     route = "save_weights_merged" if merged else "save_weights_external"
     name = f"download-{uuid.uuid4().hex[:12]}"
-    model._submit(route, path=name, ttl_seconds=3600).result()
+    model.request(route, path=name, ttl_seconds=3600).result()
     place = f"training_runs/{model.model_id}/checkpoints/external_weights/{name}"
     _wait(model, _fetch(model, f"{place}/external_weights_urls", folder))
     _wait(model, model.connection.ask("DELETE", place))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import httpx
+import numpy as np
 
 from rlt.serving.client.connection import Connection
 from rlt.serving.client.futures import ServerFuture
@@ -26,7 +27,7 @@ class SamplingClient:
     ) -> ServerFuture[SampleResponse]:
         """`more`: prompt_logprobs, topk_prompt_logprobs and other fields of the route `asample`."""
         given = {key: value for key, value in asdict(params or SamplingParams()).items() if value is not None}
-        chunks = [{"type": "encoded_text", "tokens": list(prompt)}]
+        chunks = [{"type": "encoded_text", "tokens": np.asarray(prompt, int).tolist()}]
         form = {"sampling_session_id": self.sampler_id, "seq_id": next(self._numbers), "num_samples": num_samples}
         form |= {"prompt": {"chunks": chunks}, "sampling_params": given, **more}
         return self.connection.request(lambda: self.connection.post("asample", form), _read_sample)

@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
+import numpy as np
 
 from rlt.serving.client.connection import Connection
 from rlt.serving.client.futures import ServerFuture
@@ -23,14 +25,20 @@ class Session:
         """`named`: tags, user_metadata, display_name, project_id."""
         self.connection = Connection(base_url, key)
         self._models, self._samplers = itertools.count(), itertools.count()
-        opened = self.connection.start(self.connection.post("create_session", named)).result()
+        try:
+            opened = self.connection.start(self.connection.post("create_session", named)).result()
+        except BaseException:
+            self.connection.close()
+            raise
         self.session_id = opened["session_id"]
         self._heart = self.connection.start(self._beat())
 
     async def _beat(self) -> None:
+        """Until the session is over."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            await self.connection.post("session_heartbeat", {"session_id": self.session_id})
+            with suppress(ConnectionError):  # the server may come back
+                await self.connection.post("session_heartbeat", {"session_id": self.session_id})
 
     def next_sampler(self) -> int:
         return next(self._samplers)
@@ -72,7 +80,11 @@ class Session:
         return self._asked("tokenize", "tokens", **form)
 
     def _texts_of(self, base_model: str, tokens: Sequence[Sequence[int]], special: bool) -> ServerFuture[list[str]]:
-        form = {"base_model": base_model, "tokens": [list(ids) for ids in tokens], "skip_special_tokens": not special}
+        form = {
+            "base_model": base_model,
+            "tokens": [np.asarray(ids).tolist() for ids in tokens],
+            "skip_special_tokens": not special,
+        }
         return self._asked("detokenize", "texts", **form)
 
     def _chat_of(self, base_model: str, messages: Sequence[dict[str, Any]], generation: bool) -> ServerFuture[Any]:
@@ -86,6 +98,9 @@ class Session:
         return ServerFuture(self.connection.start(work()), lambda: None)
 
     def close(self) -> None:
+        """End the session; what is on its way is given up."""
+        if self.connection.loop.is_closed():
+            return
         self._heart.cancel()
         body = b'{"reason": {"type": "success"}}'
         self.connection.start(self.connection.ask("POST", f"sessions/{self.session_id}/finish", body)).result()

@@ -1,7 +1,8 @@
 """One model that the server trains."""
 
-import itertools
-from collections.abc import Iterable, Sequence
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,37 +21,55 @@ if TYPE_CHECKING:
     from rlt.serving.client.session import Session
 
 
+JSON = "application/json"
+
+
 class TrainingClient:
     """One model. Requests are numbered when they are made, and executed in that order, however they arrive."""
 
     def __init__(self, session: "Session", model_id: str) -> None:
         self.session, self.connection, self.model_id = session, session.connection, model_id
-        self._numbers = itertools.count(1)
+        self._last, self._numbering = 0, threading.Lock()
 
-    def _submit(self, route: str, **form: Any) -> ServerFuture[Any]:
-        form |= {"model_id": self.model_id, "seq_id": next(self._numbers)}
-        return self.connection.request(lambda: self.connection.post(route, form), httpx.Response.json)
+    def request(
+        self, route: str, read: Callable[[httpx.Response], Any] = httpx.Response.json, **form: Any
+    ) -> ServerFuture[Any]:
+        """A numbered request of a route."""
+        return self._numbered(route, lambda number: json.dumps(form | self._place(number)).encode(), read)
+
+    def _place(self, number: int) -> dict[str, Any]:
+        return {"model_id": self.model_id, "seq_id": number}
+
+    def _numbered(
+        self, route: str, write: Callable[[int], bytes], read: Callable[[httpx.Response], Any], kind: str = JSON
+    ) -> ServerFuture[Any]:
+        """What cannot be written takes no number: later requests would wait for it."""
+        with self._numbering:
+            body = write(self._last + 1)
+            self._last += 1
+
+        async def submit() -> dict[str, Any]:
+            return (await self.connection.ask("POST", route, body, **{"content-type": kind})).json()
+
+        return self.connection.request(submit, read)
 
     def forward_backward(
         self, data: list[Datum], loss_fn: str, loss_config: LossConfig | None = None, forward_only: bool = False
     ) -> ServerFuture[ForwardBackwardOutput]:
         """Gradients add up until `optim_step`."""
-        number = next(self._numbers)
-        request = ForwardBackwardRequest(self.model_id, number, data, loss_fn, loss_config or {}, forward_only)
-        body = protobuf.write_request(request)
 
-        async def submit() -> dict[str, Any]:
-            answer = await self.connection.ask("POST", "forward_backward", body, **{"content-type": PROTOBUF})
-            return answer.json()
+        def write(number: int) -> bytes:
+            asked = ForwardBackwardRequest(self.model_id, number, data, loss_fn, loss_config or {}, forward_only)
+            return protobuf.write_request(asked)
 
-        return self.connection.request(submit, _read_output)
+        return self._numbered("forward_backward", write, _read_output, PROTOBUF)
 
     def forward(self, data: list[Datum], loss_fn: str, **config: Any) -> ServerFuture[ForwardBackwardOutput]:
         """Neither gradients nor weights change."""
         return self.forward_backward(data, loss_fn, config, forward_only=True)
 
     def optim_step(self, params: AdamParams) -> ServerFuture[dict[str, Any]]:
-        return self._submit("optim_step", adam_params=asdict(params))
+        return self.request("optim_step", adam_params=asdict(params))
 
     def train_batch(
         self, data: list[Datum], loss_fn: str, params: AdamParams, loss_config: LossConfig | None = None
@@ -76,15 +95,15 @@ class TrainingClient:
     def embeddings(self, sequences: Sequence[Sequence[int]]) -> ServerFuture[np.ndarray]:
         """(sequences, hidden size) float32: the mean of each one's last hidden states, with the weights as all requests
         so far leave them. A model that was not trained gives those of its base."""
-        form = {"model_id": self.model_id, "seq_id": next(self._numbers), "sequences": [list(ids) for ids in sequences]}
-        return self.connection.request(lambda: self.connection.post("embeddings", form), _read_embeddings)
+        lists = [np.asarray(ids, int).tolist() for ids in sequences]
+        return self.request("embeddings", _read_embeddings, sequences=lists)
 
     def save_state(self, name: str, **more: Any) -> ServerFuture[dict[str, Any]]:
         """Weights and optimizer under a `tinker://` path; `more`: ttl_seconds, overwrite."""
-        return self._submit("save_weights", path=name, **more)
+        return self.request("save_weights", path=name, **more)
 
     def load_state(self, path: str, optimizer: bool = True) -> ServerFuture[dict[str, Any]]:
-        return self._submit("load_weights", path=path, optimizer=optimizer)
+        return self.request("load_weights", path=path, optimizer=optimizer)
 
     def save_for_sampling(self) -> SamplingClient:
         """A frozen copy of the weights as all requests so far leave them."""
@@ -94,7 +113,7 @@ class TrainingClient:
         return self._sampler(await self._saved_for_sampling())
 
     def _saved_for_sampling(self) -> ServerFuture[dict[str, Any]]:
-        return self._submit("save_weights_for_sampler", sampling_session_seq_id=self.session.next_sampler())
+        return self.request("save_weights_for_sampler", sampling_session_seq_id=self.session.next_sampler())
 
     def _sampler(self, made: dict[str, Any]) -> SamplingClient:
         return SamplingClient(self.connection, made["sampling_session_id"])
@@ -120,7 +139,7 @@ class TrainingClient:
         return push_folder(self, repository, merged, **hub)
 
     def unload(self) -> ServerFuture[dict[str, Any]]:
-        return self._submit("unload_model")
+        return self.request("unload_model")
 
 
 def datum(tokens: Sequence[int], **loss_inputs: Any) -> Datum:
