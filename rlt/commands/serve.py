@@ -2,9 +2,12 @@
 
     python serve.py [port=8000] [host=127.0.0.1] [base_models=[embedded/smollm2-135m-instruct]]
         [state_dir=results/serving] [database=sqlite:///...] [tensors=s3://bucket/folder]
+        [sampler=vllm] [full_finetuning=false]
 
 Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer. One process
-trains, another one samples; each loads a model with the first request for it.
+trains, another one samples; each loads a model with the first request for it. `sampler=torch` samples by the trainer's
+own forward pass, as what vLLM does not run is in any case. With `full_finetuning=true` a client may train all weights
+(a rank of null), in a copy of the base.
 
 Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
 two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
@@ -40,7 +43,10 @@ USAGE = {
     "database": None,  # a URL; null: SQLite in state_dir
     "tensors": None,  # an address that fsspec opens, such as s3://bucket/folder; null: in state_dir
     "base_models": ["embedded/smollm2-135m-instruct"],  # that clients may name
+    "sampler": "vllm",  # or torch
+    "full_finetuning": False,  # whether clients may train all weights
 }
+SAMPLERS = ("vllm", "torch")
 TENANT = "owner"
 STOP_S = 5  # for answers that are on their way
 
@@ -57,6 +63,10 @@ def read_settings(words: list[str]) -> dict[str, Any]:
     port = settings["port"]
     if not isinstance(port, int) or not 0 <= port < 2**16:
         raise Refused(f"port is {port!r}: give 1 to 65535, or 0 for a free one")
+    if settings["sampler"] not in SAMPLERS:
+        raise Refused(f"sampler is {settings['sampler']!r}: {' or '.join(SAMPLERS)} would do")
+    if not isinstance(settings["full_finetuning"], bool):
+        raise Refused(f"full_finetuning is {settings['full_finetuning']!r}: give true or false")
     return settings
 
 
@@ -73,11 +83,11 @@ def read_keys() -> tuple[dict[str, str], bool]:
     return pairs, False
 
 
-def make_worker(folders: Mapping[str, str]) -> "Worker":
+def make_worker(folders: Mapping[str, str], sampler: str, full_finetuning: bool) -> "Worker":
     """In a process of the worker's own: the server's does without torch."""
     from rlt.serving.torch_worker import TorchWorker
 
-    return TorchWorker(folders)
+    return TorchWorker(folders, sampler, full_finetuning)
 
 
 def find_models(names: Any) -> dict[str, Path]:
@@ -117,7 +127,8 @@ def build_service(settings: dict[str, Any]) -> "Service":
     database = settings["database"] or f"sqlite:///{folder / 'state.db'}"
     storage = Storage(settings["tensors"] or str(folder / "tensors"))
     places = {name: place_of(each) for name, each in models.items()}
-    work = partial(make_worker, {name: str(each) for name, each in models.items()})
+    named = {name: str(each) for name, each in models.items()}
+    work = partial(make_worker, named, settings["sampler"], settings["full_finetuning"])
     return Service(Settings(database, storage, places), ProcessExecutor(work))
 
 
