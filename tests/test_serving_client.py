@@ -18,7 +18,8 @@ from serving_process import KEYS  # noqa: E402
 from serving_server import server  # noqa: E402
 
 from rlt.errors import Refused  # noqa: E402
-from rlt.serving.client import AsyncClient, Client, FutureGroup, RequestFailed, datum  # noqa: E402
+from rlt.serving import AsyncClient, Client, FutureGroup  # noqa: E402
+from rlt.serving.client import RequestFailed, datum  # noqa: E402
 from rlt.wire.values import AdamParams, SamplingParams  # noqa: E402
 
 RATE = AdamParams(learning_rate=0.1)
@@ -115,7 +116,67 @@ def test_a_client_goes_on_when_the_server_comes_back(tmp_path):
     assert back.is_set()
 
 
+def test_what_is_given_up_before_it_was_sent_leaves_no_gap(address):
+    """Later requests of a model wait for every number before theirs."""
+    with Client(address, KEYS["a"]) as service:
+        training = service.create_model("unigram")
+        for number in range(5):
+            training.forward_backward(data(number), "cross_entropy").cancel()
+        assert training.optim_step(RATE).result(20)["metrics"]["grad_norm"] > 0
+
+
+def test_a_coroutines_time_limit_cancels_on_the_server(tmp_path):
+    async def story(address: str) -> float:
+        async with AsyncClient(address, KEYS["a"]) as service:
+            sampler = await service.sampler(base_model="unigram")
+            for each in [sampler.sample([1]) for _ in range(20)]:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(each, 0.01)
+            began = time.monotonic()
+            await sampler.sample([1])
+            return time.monotonic() - began
+
+    with server(tmp_path / "state", seconds=0.3) as (_, http):
+        assert asyncio.run(story(str(http.base_url))) < 3
+
+
+def test_a_stream_that_is_left_early_cancels_the_rest(tmp_path):
+    async def story(address: str) -> float:
+        async with AsyncClient(address, KEYS["a"]) as service:
+            sampler = await service.sampler(base_model="unigram")
+            stream = sampler.stream([[1]] * 20, SamplingParams(max_tokens=2))
+            assert (await anext(stream))[0] == 0
+            await stream.aclose()
+            began = time.monotonic()
+            await sampler.sample([1])
+            return time.monotonic() - began
+
+    with server(tmp_path / "state", seconds=0.3) as (_, http):
+        assert asyncio.run(story(str(http.base_url))) < 3
+
+
+def test_figures_of_the_server_are_read_by_name(address):
+    with Client(address, KEYS["a"]) as service:
+        training = service.create_model("unigram")
+        training.train_batch(data(1), "cross_entropy", RATE)
+        figures = service.get_metrics()
+        assert figures['rlt_requests_ended_total{kind="optim_step",outcome="done"}'] >= 1
+        assert figures["rlt_process_memory_bytes"] > 2**20
+        assert service.models() == ["unigram", "other"]
+
+
+def test_embeddings_are_numbered_as_training_is(address):
+    with Client(address, KEYS["a"]) as service:
+        training = service.create_model("unigram")
+        before, step, after = training.embeddings([[1], [2, 3]]), None, None
+        training.forward_backward(data(1), "cross_entropy")
+        step, after = training.optim_step(RATE), training.embeddings([[1]])
+        assert step.result(20) and before.result(20).shape == (2, 4)
+        assert not before.result(20).any() and after.result(20).any()
+
+
 def test_clients_need_no_torch():
-    code = "import sys, rlt.serving.client; assert not {'torch', 'sqlalchemy', 'fastapi'} & sys.modules.keys()"
+    heavy = "{'torch', 'sqlalchemy', 'fastapi'}"
+    code = f"import sys; from rlt.serving import Client; assert not {heavy} & sys.modules.keys()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)

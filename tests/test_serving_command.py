@@ -47,12 +47,24 @@ def test_each_tenant_has_a_key_of_its_own(tmp_path):
     process.communicate(timeout=LIMIT_S)
 
 
+def test_a_model_is_served_by_the_name_that_clients_know(tmp_path):
+    name = "Qwen/Qwen3-4B-Instruct-2507"
+    process = serve(tmp_path, f"base_models=[{name}=embedded/smollm2-135m-instruct]", key="tml-aaaaaaaaaaaa")
+    address = process.stdout.readline().split()[1]
+    headers = {"X-API-Key": "tml-aaaaaaaaaaaa"}
+    said = httpx.get(f"{address}/api/v1/get_server_capabilities", headers=headers).json()
+    assert [each["model_name"] for each in said["supported_models"]] == [name]
+    process.kill()
+    process.communicate(timeout=LIMIT_S)
+
+
 @pytest.mark.parametrize(
     ("words", "key", "said"),
     [
         (["prot=1"], None, "prot"),
         (["port=70000"], None, "70000"),
         (["base_models=[x]"], None, "'x'"),
+        (["base_models=[x=/nowhere]"], None, "/nowhere"),
         (["base_models=embedded/gpt"], None, "base_models"),
         (["base_models=[embedded/gpt]"], None, "embedded/smollm2-135m-instruct"),
         ([], "abc", "tml-"),

@@ -4,10 +4,10 @@
         [state_dir=results/serving] [database=sqlite:///...] [tensors=s3://bucket/folder]
         [sampler=vllm] [full_finetuning=false]
 
-Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer. One process
-trains, another one samples; each loads a model with the first request for it. `sampler=torch` samples by the trainer's
-own forward pass, as what vLLM does not run is in any case. With `full_finetuning=true` a client may train all weights
-(a rank of null), in a copy of the base.
+Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer; `name=folder`
+gives it a name that clients know. One process trains, another one samples; each loads a model with the first request
+for it. `sampler=torch` samples by the trainer's own forward pass, as what vLLM does not run is in any case. With
+`full_finetuning=true` a client may train all weights (a rank of null), in a copy of the base.
 
 Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
 two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
@@ -98,10 +98,11 @@ def find_models(names: Any) -> dict[str, Path]:
     """
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise Refused(f"base_models is {names}: give a list of models, such as {USAGE['base_models']}")
-    folders = {name: Path(resolve_model_path(name)).absolute() for name in names}
+    places = {name: place or name for name, _, place in (each.partition("=") for each in names)}
+    folders = {name: Path(resolve_model_path(place)).absolute() for name, place in places.items()}
     for name, folder in folders.items():
         if not (folder / "config.json").is_file():
-            raise Refused(f"base_models holds {name!r}: give embedded/... or the folder of a model")
+            raise Refused(f"base_models holds {name!r}: give embedded/..., the folder of a model, or name=folder")
     return folders
 
 

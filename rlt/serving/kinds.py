@@ -128,6 +128,8 @@ KINDS = {
     "save_weights": SAVE,
     "save_weights_for_sampler": SAVE,
     "save_weights_external": SAVE,
+    "save_weights_merged": SAVE,
+    "embed": Kind(protobuf=True, prepare=_trained),
     "sample": Kind(protobuf=True, ordered=False, prepare=_to_sample),
     "unload_model": Kind(complete=_unloaded),
 }

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from backends.adapters import AdapterBackend, AdapterSpec, SharedBase
 from backends.create import create_adamw_optimizer
@@ -25,7 +26,7 @@ from backends.pytorch import PyTorchTrainingBackend
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_policy, quiet_libraries
-from rlt.serving.scratch import scratch_folder
+from rlt.serving.merging import merge
 from rlt.serving.storage import local_files, put_files
 from rlt.serving.torch_sampler import TorchSampler
 from rlt.wire.json_form import SampleRequest
@@ -53,7 +54,7 @@ class TorchWorker:
         self._bases: dict[str, SharedBase] = {}
         self._samplers: dict[str, Any] = {}
         self._building = threading.Lock()
-        self._scratch = scratch_folder("worker")
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlt-worker-")
 
     def _model(self, model_id: str) -> PyTorchTrainingBackend:
         if model_id not in self.models:
@@ -101,6 +102,10 @@ class TorchWorker:
         done = self._model(model_id).optim_step(BackendAdamParams(**asdict(params))).result()
         return {"grad_norm": done.grad_norm}
 
+    def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
+        found = self._model(model_id).hidden_means(sequences).result()
+        return ForwardBackwardOutput([{"embedding": each.numpy()} for each in found], {})
+
     def save(self, model_id: str, kind: str, address: str) -> int:
         """The whole state as backends/saved.py has it; else the adapter as PEFT has it, or the model as transformers
         does."""
@@ -109,12 +114,16 @@ class TorchWorker:
             if kind == "save_weights":
                 shutil.move(model.save_state(STATE, overwrite=True).result(), aside)
                 return put_files(Path(aside) / STATE, address)
-            exported = Path(aside) / "exported"
-            if isinstance(model, AdapterBackend):
-                model.export(exported).result()
-            else:
-                model.model.save_pretrained(exported)
-            return put_files(exported, address)
+            return put_files(self._export(model, kind, Path(aside)), address)
+
+    def _export(self, model: PyTorchTrainingBackend, kind: str, aside: Path) -> Path:
+        if not isinstance(model, AdapterBackend):
+            cast(PreTrainedModel, model.model).save_pretrained(aside / "whole")
+            return aside / "whole"
+        adapter = model.export(aside / "adapter").result()
+        if kind == "save_weights_merged":
+            return merge(adapter, self._folder(model.base.name), aside / "merged")
+        return adapter
 
     def load_weights(self, model_id: str, address: str, optimizer: bool) -> None:
         with local_files(address) as folder:

@@ -8,6 +8,7 @@ reads prompts with an adapter on the output head wrongly, and gives no log-probs
 import logging
 import secrets
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_tokenizer
 from rlt.serving.held import ADAPTER_FILE
 from rlt.serving.scores import PromptScores, asks_about_prompt, best_tokens_of, check_request
-from rlt.serving.scratch import scratch_folder
 from rlt.serving.storage import local_files
 from rlt.serving.torch_sampler import TorchSampler, response
 from rlt.wire.json_form import SampleRequest
@@ -54,7 +54,7 @@ class VLLMSampler:
         ends = config.try_get_generation_config().get("eos_token_id")
         self.ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
         self._adapters: dict[str, LoRARequest | None] = {}  # by addresses; None: the engine does not take it
-        self._copies = scratch_folder("adapters")
+        self._copies = tempfile.TemporaryDirectory(prefix="rlt-adapters-")
         self._scorer: TorchSampler | None = None
         self._lock = threading.Lock()
 

@@ -5,7 +5,8 @@
 | create_model | JSON base_model, adapter; of a checkpoint also address, optimizer | JSON {} |
 | forward, forward_backward | protobuf ForwardBackwardRequest | protobuf ForwardBackwardOutput |
 | optim_step | JSON adam_params | JSON metrics |
-| save_weights, save_weights_for_sampler, save_weights_external | JSON address | JSON size_bytes |
+| save_weights, save_weights_for_sampler, save_weights_external, save_weights_merged | JSON address | JSON size_bytes |
+| embed | JSON sequences | protobuf ForwardBackwardOutput, `embedding` of each |
 | load_weights | JSON address, optimizer | JSON {} |
 | sample | JSON body of `asample`, with address (null: no adapter) and base_model | protobuf SampleResponse |
 | unload_model, unload_sampler | JSON {} | JSON {} |
@@ -56,6 +57,10 @@ class Worker(Protocol):
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]: ...
 
+    def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
+        """The mean of the last hidden states of each sequence, as `embedding`."""
+        ...
+
     def save(self, model_id: str, kind: str, address: str) -> int:
         """Bytes written. `kind` is the request's: the whole state, an adapter to sample from, or files to download."""
         ...
@@ -72,6 +77,8 @@ def answer(worker: Worker, kind: str, model_id: str, payload: bytes) -> bytes:
     if kind in ("forward", "forward_backward"):
         return protobuf.write_output(worker.forward_backward(protobuf.read_request(payload)))
     form = json.loads(payload)
+    if kind == "embed":
+        return protobuf.write_output(worker.embed(model_id, form["sequences"]))
     if kind == "sample":
         request = json_form.read_sample_request(form)
         return protobuf.write_sample(worker.sample(request, form["base_model"], form["address"]))

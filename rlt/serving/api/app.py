@@ -5,7 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from rlt.errors import Refused
-from rlt.serving.api import downloads, figures, futures, runs, sampling, start, training
+from rlt.serving.api import downloads, extras, figures, futures, runs, sampling, start, training
 from rlt.serving.api.limits import BodyLimit, TooLarge
 from rlt.serving.errors import Busy, Gone, Missing, WrongKey
 from rlt.serving.service import Service
@@ -32,7 +32,7 @@ def create_app(service: Service) -> FastAPI:
     """The service was started, and is closed, by who made it."""
     app = FastAPI(title="Training API", openapi_url=None)
     app.state.service = service
-    for part in (start, training, sampling, futures, runs, downloads, figures):
+    for part in (start, training, sampling, futures, runs, downloads, figures, extras):
         app.include_router(part.router, prefix=PREFIX)
     app.include_router(figures.router)
     app.add_api_route("/healthz", start.healthz)

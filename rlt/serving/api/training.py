@@ -155,7 +155,7 @@ async def optim_step(service: Serving, tenant: Tenant, body: Body) -> dict[str, 
     return await submit_training(service, model, "optim_step", seq_id, work)
 
 
-def _named(service: Service, body: Mapping[str, Any], kind: str, name: Any) -> tuple[bytes, dict[str, Any]]:
+def named(service: Service, body: Mapping[str, Any], kind: str, name: Any) -> tuple[bytes, dict[str, Any]]:
     ttl, address = check_ttl(body.get("ttl_seconds")), service.storage.new_address()
     details = {"kind": kind, "name": check_name(name), "overwrite": flag(body, "overwrite", False)}
     details |= {
@@ -171,7 +171,7 @@ def _named(service: Service, body: Mapping[str, Any], kind: str, name: Any) -> t
 async def save_weights(service: Serving, tenant: Tenant, body: Body) -> dict[str, str]:
     model, seq_id = await model_asked(service, tenant, body)
     name = body.get("path") if body.get("path") is not None else f"{seq_id:06d}"
-    return await submit_training(service, model, "save_weights", seq_id, lambda: _named(service, body, "weights", name))
+    return await submit_training(service, model, "save_weights", seq_id, lambda: named(service, body, "weights", name))
 
 
 @router.post("/save_weights_external")
@@ -179,7 +179,7 @@ async def save_weights_external(service: Serving, tenant: Tenant, body: Body) ->
     model, seq_id = await model_asked(service, tenant, body)
 
     def work() -> tuple[bytes, dict[str, Any]]:
-        return _named(service, body, "external_weights", body.get("path"))
+        return named(service, body, "external_weights", body.get("path"))
 
     return await submit_training(service, model, "save_weights_external", seq_id, work)
 
@@ -190,7 +190,7 @@ async def save_weights_for_sampler(service: Serving, tenant: Tenant, body: Body)
 
     def work() -> tuple[bytes, dict[str, Any]]:
         if body.get("path") is not None:
-            return _named(service, {**body, "overwrite": True}, "sampler_weights", body["path"])
+            return named(service, {**body, "overwrite": True}, "sampler_weights", body["path"])
         number = whole(body.get("sampling_session_seq_id"), "sampling_session_seq_id")
         address = service.storage.new_address()
         details = {

@@ -9,8 +9,10 @@ Every operation returns at once with a future, so that several are on their way;
 making models and samplers is awaited too.
 """
 
-from rlt.serving.client.clients import AsyncClient, Client, SamplingClient, TrainingClient, datum
 from rlt.serving.client.futures import FutureGroup, RequestFailed, ServerFuture
+from rlt.serving.client.sampling import SamplingClient
+from rlt.serving.client.session import AsyncClient, Client
+from rlt.serving.client.training import TrainingClient, datum
 
 __all__ = [
     "AsyncClient",

@@ -56,6 +56,9 @@ class Connection:
     async def post(self, route: str, form: dict[str, Any]) -> Any:
         return (await self.ask("POST", route, json.dumps(form).encode())).json()
 
+    async def post_nothing(self, route: str, form: dict[str, Any]) -> None:
+        await self.ask("POST", route, json.dumps(form).encode())
+
     async def wait_for(self, request_id: str) -> httpx.Response:
         """The answer to a request, polled for until it is there."""
         form = json.dumps({"request_id": request_id}).encode()
@@ -72,18 +75,21 @@ class Connection:
     def request(
         self, submit: Callable[[], Coroutine[Any, Any, dict[str, Any]]], read: Callable[[httpx.Response], R]
     ) -> ServerFuture[R]:
-        """Send it, and read its answer when it comes."""
-        sent: dict[str, str] = {}
+        """Send it, and read its answer when it comes.
+
+        What is given up is sent all the same: later requests of its model wait for its number.
+        """
+        submitted = self.start(submit())
 
         async def work() -> R:
-            sent.update(await submit())
+            sent = await asyncio.shield(asyncio.wrap_future(submitted))
             return read(await self.wait_for(sent["request_id"]))
 
-        def give_up() -> None:
-            if "request_id" in sent:
-                self.start(self.ask("POST", "cancel_future", json.dumps({"request_id": sent["request_id"]}).encode()))
+        async def cancel() -> None:
+            sent = await asyncio.wrap_future(submitted)
+            await self.post_nothing("cancel_future", {"request_id": sent["request_id"]})
 
-        return ServerFuture(self.start(work()), give_up)
+        return ServerFuture(self.start(work()), lambda: self.start(cancel()))
 
     def close(self) -> None:
         self.start(self.http.aclose()).result(CONNECT_S)

@@ -22,6 +22,7 @@ class ServerFuture(Generic[R]):
 
     def __init__(self, answer: "concurrent.futures.Future[R]", give_up: Callable[[], Any]) -> None:
         self.answer, self._give_up = answer, give_up
+        self._given_up = False
 
     def result(self, timeout: float | None = None) -> R:
         """Raises: RequestFailed, TimeoutError, `rlt.errors.Refused`."""
@@ -32,13 +33,22 @@ class ServerFuture(Generic[R]):
             raise TimeoutError(f"no answer within {timeout} s: the request was cancelled") from error
 
     def __await__(self) -> Generator[Any, None, R]:
-        return asyncio.wrap_future(self.answer).__await__()
+        return self._wait().__await__()
+
+    async def _wait(self) -> R:
+        """A coroutine that is cancelled while it waits (`asyncio.timeout`) gives up on the answer."""
+        try:
+            return await asyncio.wrap_future(self.answer)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def done(self) -> bool:
         return self.answer.done()
 
     def cancel(self) -> None:
-        if self.answer.cancel():
+        if self.answer.cancel() and not self._given_up:
+            self._given_up = True
             self._give_up()
 
 

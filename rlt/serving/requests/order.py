@@ -60,6 +60,7 @@ class Pending:
     lane: str
     kind: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    given_up: bool = False  # by the client, before the worker was asked
 
 
 class Requests:
@@ -154,6 +155,9 @@ class Requests:
             await self._fail(request_id, str(error), SERVER if isinstance(error, Gone) else USER)
             return
         result = b"{}"
+        if self.pending[request_id].given_up:
+            await self._fail(request_id, "the client cancelled it", USER)
+            return
         if payload is not None:
             future = await self._work(row, payload)
             if future.cancelled():
@@ -219,8 +223,12 @@ class Requests:
     async def cancel(self, request_id: str, tenant: str) -> None:
         """A sample that was not begun fails; anything else goes on, as later numbers build on it."""
         row = await self.database.run(rows.read_of, request_id, tenant)
-        if not self.kinds[row.kind].ordered and (future := self._futures.get(request_id)):
+        if self.kinds[row.kind].ordered:
+            return
+        if future := self._futures.get(request_id):
             future.cancel()
+        elif request_id in self.pending:
+            self.pending[request_id].given_up = True
 
     async def last_number(self, name: str) -> int:
         """The highest number that a model's requests have so far."""

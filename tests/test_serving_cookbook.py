@@ -1,0 +1,96 @@
+"""Recipes of tinker-cookbook, unchanged, train the embedded model through `serve.py` to their end.
+
+    pytest -m slow tests/test_serving_cookbook.py        # half an hour on two cores, without a hub and without a GPU
+
+Each one's command and seconds are in the log (`-s` shows them).
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from cookbook import PUBLIC_NAME, RECIPES, Recipe, environment, make_place, python_of_cookbook, run_recipe
+
+pytest.importorskip("sqlalchemy")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+KEY = "tml-aaaaaaaaaaaa"
+EMBEDDED = "embedded/smollm2-135m-instruct"
+STOP_S = 30
+STEPS, COMPARED = 24, 6
+logger = logging.getLogger("rlt")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder that recipes run in, and their variables; the server runs as long."""
+    from rlt.models.paths import resolve_model_path
+
+    python_of_cookbook()
+    folder = tmp_path_factory.mktemp("cookbook")
+    make_place(folder, Path(resolve_model_path(EMBEDDED)))
+    command = [sys.executable, str(ROOT / "serve.py"), "port=0", f"state_dir={folder / 'state'}"]
+    command += [f"base_models=[{PUBLIC_NAME}={EMBEDDED}]"]
+    variables = {**os.environ, "RLT_API_KEY": KEY, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables)
+    address = process.stdout.readline().split()[1]
+    try:
+        yield folder, environment(folder, address, KEY)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_to_its_end(place, name):
+    folder, variables = place
+    recipe, began = RECIPES[name], time.monotonic()
+    if recipe.after and not (folder / "runs" / recipe.after / "checkpoints.jsonl").exists():
+        run_recipe(recipe.after, RECIPES[recipe.after], folder, variables)
+    rows = run_recipe(name, recipe, folder, variables)
+    logger.info("%s: python %s: %.0f s", name, " ".join(recipe.command(name)), time.monotonic() - began)
+    assert len(rows) >= recipe.steps, rows
+    assert "Traceback" not in (folder / "server.log").read_text()
+
+
+LEARNING = Recipe(
+    "math_rl.train",
+    (
+        *("env=arithmetic", "group_size=8", "groups_per_batch=8", "max_tokens=5", "loss_fn=importance_sampling"),
+        *("learning_rate=2e-4", f"max_steps={STEPS}", "save_every=0", "eval_every=0"),
+    ),
+    STEPS,
+)
+
+
+@pytest.mark.timeout(3000)
+def test_the_reward_of_arithmetic_rises(place):
+    """Sums of two numbers up to 100, each step other questions: the last steps against the first, in which nearly
+    nothing was learned."""
+    folder, variables = place
+    began = time.monotonic()
+    rewards = [row["env/all/reward/total"] for row in run_recipe("learning", LEARNING, folder, variables)]
+    low, high = bootstrap_interval(rewards[:COMPARED], rewards[-COMPARED:])
+    logger.info("rewards %s: interval %.3f to %.3f, %.0f s", rewards, low, high, time.monotonic() - began)
+    assert low > 0
+
+
+def bootstrap_interval(before: list[float], after: list[float]) -> tuple[float, float]:
+    """95 % of the difference of two means, over steps."""
+    chance = np.random.default_rng(0)
+    drawn = [chance.choice(each, (10_000, len(each))).mean(1) for each in (before, after)]
+    low, high = np.quantile(drawn[1] - drawn[0], [0.025, 0.975])
+    return float(low), float(high)
