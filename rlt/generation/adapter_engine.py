@@ -7,6 +7,7 @@ one number for good, so that neither the engine's prefix cache nor its adapter c
 import os
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,6 +24,7 @@ from rlt.generation.cpu import adapters as cpu_adapters
 from rlt.generation.cpu import norms as cpu_norms
 from rlt.generation.cpu import sampling as cpu_sampling
 from rlt.generation.cpu import settings as cpu_settings
+from rlt.generation.ended import EngineEnded
 from rlt.generation.vllm_engine import unchanged_process
 
 MAX_SEQUENCES = 256  # that run at once
@@ -31,16 +33,18 @@ AT_ONCE, KEPT = 4, 8  # adapters in one batch, and in memory
 GPU_SHARE = 0.4  # of a GPU's memory: the trainer's process has the rest
 
 
-class EngineEnded(RuntimeError):
-    """The engine has failed amid its work, and does no more."""
-
-
 @dataclass
 class _Job:
-    ids: list[int]
-    params: SamplingParams | None  # None: the adapter is to be loaded, and no more
-    adapter: LoRARequest | None
-    answer: Future[RequestOutput | None] = field(default_factory=Future)
+    """What the engine's thread does.
+
+    Attributes:
+        begin: is given the engine and a new request's name.
+        waits: whether that request's output is the answer.
+    """
+
+    begin: Callable[[Any, str], Any]
+    waits: bool
+    answer: Future = field(default_factory=Future)
 
 
 class AdapterEngine:
@@ -95,10 +99,14 @@ class AdapterEngine:
     def try_adapter(self, adapter: LoRARequest) -> str:
         """Why the engine does not take an adapter; nothing where it does, and has it in memory."""
         try:
-            self._ask(_Job([], None, adapter))
+            self._ask(_Job(lambda engine, _: engine.add_lora(adapter), waits=False))
         except Refused as error:
             return str(error)
         return ""
+
+    def forget(self, adapter: LoRARequest) -> None:
+        """No request that names it may come any more."""
+        self._ask(_Job(lambda engine, _: engine.remove_lora(adapter.lora_int_id), waits=False))
 
     def generate(self, ids: list[int], params: SamplingParams, adapter: LoRARequest | None = None) -> RequestOutput:
         """Waits for its own answer; may be called from many threads.
@@ -108,7 +116,10 @@ class AdapterEngine:
             EngineEnded.
         """
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        return self._ask(_Job(ids, params, adapter))
+        prompt = {"prompt_token_ids": ids}
+        return self._ask(
+            _Job(lambda engine, name: engine.add_request(name, prompt, params, lora_request=adapter), True)
+        )
 
     def _ask(self, job: _Job) -> Any:
         self._jobs.put(job)
@@ -141,12 +152,11 @@ class AdapterEngine:
             name = f"{step}-{place}"
             place += 1
             try:
-                if job.params is None:
-                    self._engine.add_lora(job.adapter)
-                    job.answer.set_result(None)
-                    continue
-                self._engine.add_request(name, {"prompt_token_ids": job.ids}, job.params, lora_request=job.adapter)
+                job.begin(self._engine, name)
             except (ValueError, OSError) as error:
                 job.answer.set_exception(Refused(f"vLLM does not take it: {error}"))
             else:
-                self._running[name] = job
+                if job.waits:
+                    self._running[name] = job
+                else:
+                    job.answer.set_result(None)

@@ -47,6 +47,19 @@ class HeldModel:
             else:
                 yield self._with(address)
 
+    def forget(self, address: str) -> None:
+        with self._lock:
+            self._whole.pop(address, None)
+            if (inner := self._adapters.pop(address, None)) is not None:
+                self._delete(inner)
+
+    def _delete(self, inner: str) -> None:
+        if self._adapters:
+            self._base.set_adapter(next(iter(self._adapters.values())))
+            self._base.delete_adapter(inner)
+        else:
+            self._base = self._base.unload()  # PEFT goes on naming the last adapter that it has deleted
+
     def _with(self, address: str) -> Any:
         if address not in self._adapters and address not in self._whole:
             with local_files(address) as folder:
@@ -63,8 +76,7 @@ class HeldModel:
         if (folder / ADAPTER_FILE).is_file():
             self._adapters[address] = self._load_adapter(folder)
             if len(self._adapters) > ADAPTERS:
-                self._base.set_adapter(self._adapters[address])
-                self._base.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
+                self._delete(self._adapters.pop(next(iter(self._adapters))))
             return
         while len(self._whole) >= WHOLE:
             del self._whole[next(iter(self._whole))]

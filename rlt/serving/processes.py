@@ -5,12 +5,15 @@ Whatever ends such a process ends no more than it: `revive` starts another, with
 
 import os
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
 from rlt.launching.lifetime import end_with
+from rlt.serving.threads import ProcessOfThreads
 from rlt.serving.worker import SAMPLING, Worker, answer
+
+SAMPLES_AT_ONCE = 256  # requests: a sampler draws them in one batch
 
 worker: Worker | None = None  # of the process that this module was imported in, if it is one of these
 
@@ -26,8 +29,10 @@ def _answer(kind: str, model_id: str, payload: bytes) -> bytes:
     return answer(worker, kind, model_id, payload)
 
 
-def _pool(make_worker: Callable[[], Worker]) -> ProcessPoolExecutor:
+def _pool(make_worker: Callable[[], Worker], at_once: int = 1) -> Executor:
     begin = partial(_begin, make_worker, os.getpid())
+    if at_once > 1:
+        return ProcessOfThreads(begin, at_once)
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin)
 
 
@@ -39,18 +44,18 @@ class ProcessExecutor:
 
     def __init__(self, make_worker: Callable[[], Worker]) -> None:
         self.make_worker = make_worker
-        self._training, self._sampling = _pool(make_worker), _pool(make_worker)
+        self._training, self._sampling = _pool(make_worker), _pool(make_worker, SAMPLES_AT_ONCE)
 
     def submit(self, kind: str, model_id: str, payload: bytes) -> Future[bytes]:
         if kind not in SAMPLING:
             return self._send(self._training, kind, model_id, payload)
         sent = self._send(self._sampling, kind, model_id, payload)
         if sent.done() and isinstance(sent.exception(), BrokenExecutor):  # it holds nothing that could be lost
-            self._sampling = _pool(self.make_worker)
+            self._sampling = _pool(self.make_worker, SAMPLES_AT_ONCE)
             sent = self._send(self._sampling, kind, model_id, payload)
         return sent
 
-    def _send(self, pool: ProcessPoolExecutor, kind: str, model_id: str, payload: bytes) -> Future[bytes]:
+    def _send(self, pool: Executor, kind: str, model_id: str, payload: bytes) -> Future[bytes]:
         try:
             return pool.submit(_answer, kind, model_id, payload)
         except BrokenExecutor as error:  # it died before: the same as while it works

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlt.errors import Refused
 from rlt.logprobs import best_next_tokens, token_log_probs

@@ -53,6 +53,9 @@ class TorchSampler:
         with self.model.weights(address) as model:
             return score_prompt(model, request)
 
+    def forget(self, address: str) -> None:
+        self.model.forget(address)
+
     def _draw(self, model: Any, request: SampleRequest) -> list[Drawn]:
         params, prompt = request.params, request.prompt.tolist()
         stops = Stops(params.stop, self.ends, self.tokenizer)

@@ -86,7 +86,7 @@ class TorchWorker:
 
     def _create_whole(self, model_id: str, base_model: str) -> None:
         if not self.full_finetuning:
-            raise Refused("all weights are not trained here: give a rank, or start the server with full_finetuning=true")
+            raise Refused("all weights are not trained here: give a rank, or serve with full_finetuning=true")
         model: Any = load_policy(self._folder(base_model))
         self.unload(model_id)
         place = Path(self._scratch.name) / "whole" / model_id
@@ -103,7 +103,10 @@ class TorchWorker:
         return {"grad_norm": done.grad_norm}
 
     def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
-        found = self._model(model_id).hidden_means(sequences).result()
+        model = self._model(model_id)
+        if not isinstance(model, AdapterBackend):
+            raise Refused("embeddings are of adapters: this model trains all weights")
+        found = model.hidden_means(sequences).result()
         return ForwardBackwardOutput([{"embedding": each.numpy()} for each in found], {})
 
     def save(self, model_id: str, kind: str, address: str) -> int:
@@ -152,6 +155,10 @@ class TorchWorker:
             model.base.remove(model_id).result()
         elif model is not None:
             model.close()
+
+    def forget(self, address: str) -> None:
+        for sampler in self._samplers.values():
+            sampler.forget(address)
 
 
 def _read(datum: Datum) -> BackendDatum:

@@ -19,7 +19,6 @@ from fsspec.implementations.local import LocalFileSystem
 from vllm import SamplingParams as EngineParams
 from vllm.lora.request import LoRARequest
 
-from rlt.errors import Refused
 from rlt.generation.decoding import Stops
 from rlt.generation.sampler import build_adapter_engine
 from rlt.generation.seeds import request_seed
@@ -73,6 +72,14 @@ class VLLMSampler:
             sequences *= request.num_samples
         about = self._torch().score(request, address) if asks_about_prompt(request) else PromptScores()
         return response(sequences, about, min(output.num_cached_tokens or 0, request.prompt.size))
+
+    def forget(self, address: str) -> None:
+        with self._lock:
+            adapter, scorer = self._adapters.pop(address, None), self._scorer
+        if adapter is not None:
+            self.engine.forget(adapter)
+        if scorer is not None:
+            scorer.forget(address)
 
     def _params(self, request: SampleRequest) -> EngineParams:
         params = request.params

@@ -59,6 +59,6 @@ def _of_sequences(function: Callable) -> Callable:
 
 def install() -> None:
     """For every engine of this process."""
-    punica_cpu.bgmv_shrink, punica_cpu.sgmv_shrink = shrink, _of_sequences(shrink)
-    punica_cpu.bgmv_expand, punica_cpu.sgmv_expand = expand, _of_sequences(expand)
-    punica_cpu.bgmv_expand_slice, punica_cpu.sgmv_expand_slice = expand_slice, _of_sequences(expand_slice)
+    for kind, function in (("shrink", shrink), ("expand", expand), ("expand_slice", expand_slice)):
+        setattr(punica_cpu, f"bgmv_{kind}", function)
+        setattr(punica_cpu, f"sgmv_{kind}", _of_sequences(function))
