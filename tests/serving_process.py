@@ -27,7 +27,8 @@ KEYS = {"a": "tml-aaaaaaaaaaaa", "b": "tml-bbbbbbbbbbbb"}
 
 def settings(folder: Path, **changes) -> Settings:
     changes = {"base_models": {"unigram": ModelPlace(context=64)}} | changes
-    return Settings(f"sqlite:///{folder}/state.db", Storage(str(folder / "tensors")), **changes)
+    database = changes.pop("database", f"sqlite:///{folder}/state.db")
+    return Settings(database, Storage(changes.pop("tensors", str(folder / "tensors"))), **changes)
 
 
 def service_in(folder: Path, worker: Unigram, **changes) -> Service:

@@ -75,10 +75,11 @@ async def main(folder: Path, port: int, flags: dict) -> None:
         changes["patience"] = Patience(hold_s=flags["hold_s"], gap_s=flags.get("gap_s", 60))
     if "body_bytes" in flags:
         changes["limits"] = Limits(body_bytes=flags["body_bytes"])
-    for name in ("samples_waiting", "session_s", "sweep_s", "keep_every"):
+    for name in ("samples_waiting", "bodies_bytes", "session_s", "sweep_s", "keep_every", "database", "tensors"):
         if name in flags:
             changes[name] = flags[name]
-    service = service_in(folder, Unigram(flags.get("seconds", 0.0)), **changes)
+    named = {name: flags[name] for name in ("seconds", "log", "fail_rate") if name in flags}
+    service = service_in(folder, Unigram(**named), **changes)
     listener = socket.create_server(("127.0.0.1", port))
     await service.start(KEYS)
     aside = folder / "port.tmp"

@@ -5,15 +5,17 @@ tests of everything that lies between a client and a worker.
 """
 
 import io
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fsspec.core import url_to_fs
 
 from rlt.errors import Refused
+from rlt.serving.storage import local_files, put_files
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import (
     AdamParams,
@@ -61,8 +63,10 @@ def loss_of(name: str, lp: np.ndarray, inputs: Mapping[str, np.ndarray]) -> tupl
 
 
 class Unigram:
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, log: str | None = None, fail_rate: float | None = None) -> None:
+        self.fail_rate = fail_rate  # a step of this learning rate finds gradients that are not finite
         self.seconds = seconds  # that each request takes at least
+        self.log = log  # a file that gets a line for each request as it is executed
         self.models: dict[str, Numbers] = {}
         self.executed: list[tuple[str, int]] = []  # numbers of requests as they came
 
@@ -75,7 +79,7 @@ class Unigram:
 
     def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardOutput:
         model = self._model(request.model_id)
-        self.executed.append((request.model_id, request.seq_id))
+        self._note(request.model_id, request.seq_id)
         lps, outputs, gradient, total = log_softmax(model.logits), [], np.zeros(VOCABULARY), 0.0
         for datum in request.data:
             targets = self._targets(datum)
@@ -89,6 +93,12 @@ class Unigram:
             model.gradient += gradient
         return ForwardBackwardOutput(outputs, {"loss:sum": total})
 
+    def _note(self, model_id: str, seq_id: int) -> None:
+        self.executed.append((model_id, seq_id))
+        if self.log:
+            with open(self.log, "a") as file:
+                file.write(f"{model_id} {seq_id}\n")
+
     def _targets(self, datum: Datum) -> np.ndarray:
         if "target_tokens" not in datum.loss_inputs:
             raise Refused("target_tokens is missing")
@@ -100,6 +110,9 @@ class Unigram:
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         model = self._model(model_id)
         norm = float(np.linalg.norm(model.gradient))
+        if params.learning_rate == self.fail_rate:
+            model.gradient = np.zeros(VOCABULARY)
+            raise Refused("the norm of the gradients is not finite: they were dropped")
         if params.grad_clip_norm and norm > params.grad_clip_norm:
             model.gradient *= params.grad_clip_norm / norm
         model.steps += 1
@@ -122,10 +135,10 @@ class Unigram:
         if kind == "save_weights":
             state |= {"mean": model.mean, "square": model.square, "steps": np.array(model.steps)}
         np.savez(buffer, **state)
-        system, folder = url_to_fs(address)
-        system.makedirs(folder, exist_ok=True)
-        system.pipe_file(f"{folder}/{FILE}", buffer.getvalue())
-        return len(buffer.getvalue())
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / FILE).write_bytes(buffer.getvalue())
+            time.sleep(self.seconds)
+            return put_files(Path(folder), address)
 
     def load_weights(self, model_id: str, address: str, optimizer: bool) -> None:
         state = _read(address)
@@ -155,10 +168,13 @@ class Unigram:
     def unload(self, model_id: str) -> None:
         self.models.pop(model_id, None)
 
+    def forget(self, address: str) -> None:
+        """It keeps no weights that it sampled from."""
+
 
 def _read(address: str) -> Mapping[str, np.ndarray]:
-    system, folder = url_to_fs(address)
-    return np.load(io.BytesIO(system.cat_file(f"{folder}/{FILE}")))
+    with local_files(address) as folder:
+        return dict(np.load(folder / FILE))
 
 
 def _sample(request: SampleRequest, logits: np.ndarray, lps: np.ndarray, number: int) -> SampledSequence:

@@ -14,7 +14,8 @@ import yaml
 from conftest import config_of
 
 from rlt.reports.completion_table import completion_table, named, order, thinned
-from rlt.reports.page import sum_of, write_report
+from rlt.reports.page import write_report
+from rlt.reports.safe import sum_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER_LIMIT_S = 120

@@ -1,9 +1,11 @@
 """The training API over HTTP: routes, forms, refusals, tenants, and a server that is killed and comes back."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -259,6 +261,7 @@ def test_no_form_brings_the_server_to_an_error_of_its_own(client):
         ("weights_info", 404, {"content": b'{"tinker_path": "tinker://x/weights/y"}'}),
         ("weights_info", 400, {"content": b'{"tinker_path": "tinker://x/y"}'}),
         ("copy_weights", 400, {"content": b'{"source_path": "tinker://x/weights/y"}'}),
+        ("create_session", 400, {"content": b'{"tags": [NaN]}'}),
         ("create_custom_loss", 404, {}),
         ("sessions/search", 400, {"content": b'{"limit": 1000}'}),
     ],
@@ -444,9 +447,14 @@ def test_a_poll_whose_client_vanished_is_answered_again(tmp_path):
 
 def test_figures_count_what_was_done(client):
     loss_of(client, read(client, new_model(client), 1, [5]))
+    assert httpx.get(f"{client.base_url}/metrics").status_code == 401
+    bearer = {"Authorization": f"Bearer {KEYS['b']}"}
+    assert httpx.get(f"{client.base_url}/metrics", headers=bearer).status_code == 200
     text = client.get("/metrics").text
     assert 'rlt_requests_ended_total{kind="forward_backward",outcome="done"}' in text
     assert "rlt_process_memory_bytes" in text
+    assert 'rlt_tokens_per_second{kind="forward_backward"}' in text
+    assert "rlt_device_memory_used_bytes" in text  # its devices are none here
 
 
 def test_a_full_queue_of_samples_asks_to_come_again(tmp_path):
@@ -477,6 +485,178 @@ def test_many_clients_at_once_lose_nothing(client):
     with ThreadPoolExecutor(8) as pool:
         norms = np.array(list(pool.map(story, range(8))))
     assert np.ptp(norms) < 1e-12
+
+
+def test_sixty_four_calls_in_flight_keep_their_order_and_are_executed_once(tmp_path):
+    """Eight clients share two adapters; chunks of every batch come in any order, and each twice."""
+    log, per_model = tmp_path / "executed", 256
+    with server(tmp_path / "state", log=str(log)) as (_, client):
+        models = [new_model(client) for _ in range(2)]
+        steps = {number for number in range(1, per_model + 1) if number % 8 == 0}  # after seven chunks
+        calls = [(model_id, number) for number in range(1, per_model + 1) for model_id in models] * 2
+        chance = random.Random(64)
+        for start in range(0, len(calls), 64):  # what is in flight at a time comes in any order
+            calls[start : start + 64] = chance.sample(calls[start : start + 64], len(calls[start : start + 64]))
+        clients = [httpx.Client(base_url=client.base_url, headers=client.headers, timeout=60) for _ in range(8)]
+
+        def call(number: int) -> tuple[str, int, str]:
+            model_id, seq_id = calls[number]
+            http = clients[number % 8]
+            sent = step(http, model_id, seq_id) if seq_id in steps else read(http, model_id, seq_id, [seq_id % 256])
+            assert "error" not in (result(http, sent) if seq_id in steps else {})
+            return model_id, seq_id, sent["request_id"]
+
+        with ThreadPoolExecutor(64) as pool:
+            ids = list(pool.map(call, range(len(calls))))
+        assert len({each[2] for each in ids}) == len({each[:2] for each in ids}) == 2 * per_model
+        losses = [loss_of(client, {"request_id": each}) for _, seq_id, each in ids if seq_id not in steps]
+        assert np.isfinite(losses).all()
+        for each in clients:
+            each.close()
+    executed = [line.split() for line in log.read_text().splitlines()]
+    for model_id in models:
+        order = [int(number) for name, number in executed if name == model_id]
+        assert order == [number for number in range(1, per_model + 1) if number not in steps]
+
+
+def test_weights_are_copied_into_a_project_or_a_session(client):
+    model_id = new_model(client)
+    path = save(client, "save_weights_for_sampler", model_id, 1, path="named")["path"]
+    copied = post(client, "copy_weights", {"source_path": path, "destination_project_id": "p2", "ttl_seconds": 3600})
+    assert copied["tinker_path"].endswith("/sampler_weights/named")
+    listed = client.get("/api/v1/training_runs", params={"project_id": "p2"}).json()["training_runs"]
+    assert [each["last_sampler_checkpoint"]["tinker_path"] for each in listed] == [copied["tinker_path"]]
+    session_id = new_session(client)
+    into = {"source_path": path, "session_id": session_id, "model_seq_id": 3}
+    again = [post(client, "copy_weights", into)["tinker_path"] for _ in range(2)]
+    assert again == [f"tinker://{session_id}:train:3/sampler_weights/named"] * 2
+    post(client, "optim_step", {"model_id": f"{session_id}:train:3", "seq_id": 1}, 410)
+    assert client.delete(f"/api/v1/training_runs/{model_id}/checkpoints/sampler_weights/named").status_code == 204
+    time.sleep(1)  # what nobody refers to is removed by then
+    form = {"session_id": session_id, "sampling_session_seq_id": 0, "model_path": again[0]}
+    sampler_id = post(client, "create_sampling_session", form)["sampling_session_id"]
+    assert "sequences" in result(client, post(client, "asample", ask(sampler_id)))
+    for bad in (
+        {"source_path": path},
+        {**into, "destination_project_id": "p"},
+        {"source_path": path, "session_id": "x"},
+    ):
+        post(client, "copy_weights", bad, 400)
+
+
+def test_samples_of_a_sampler_are_asked_for_together(tmp_path):
+    with server(tmp_path / "state", seconds=0.2, hold_s=5) as (_, client):
+        form = {"session_id": new_session(client), "sampling_session_seq_id": 0, "base_model": "unigram"}
+        sampler_id = post(client, "create_sampling_session", form)["sampling_session_id"]
+        join = {"sampling_session_id": sampler_id, "type": "join_sampling_session"}
+        assert [post(client, "join_sampling_session", join)["client_counter"] for _ in range(2)] == [1, 2]
+        own = [post(client, "asample", ask(sampler_id, number))["request_id"] for number in range(3)]
+        own.append(post(client, "asample", ask(sampler_id, 3, params={"max_tokens": 999}))["request_id"])
+        other = post(client, "asample", ask(sampler_id, 10**9))["request_id"]
+        seen, cursor = {}, 0
+        while len(seen) < 4:
+            body = {"target": {"sampling_session_id": sampler_id, "cloned_sampler_id": 0}, "prev_cursor": cursor}
+            answer = post(client, "retrieve_futures", body)
+            assert answer["completions"]
+            assert not seen.keys() & {each["request_id"] for each in answer["completions"]}
+            seen |= {each["request_id"]: each for each in answer["completions"]}
+            cursor = answer["cursor"]
+        assert [seen[each]["state"] for each in own] == ["finished"] * 3 + ["failed"]
+        assert seen[own[0]]["response_payload_uncompressed_size"] > 0
+        began = time.monotonic()
+        assert post(client, "retrieve_futures", body | {"prev_cursor": cursor, "timeout": 0.3})["completions"] == []
+        assert 0.25 < time.monotonic() - began < 2
+        post(client, "retrieve_futures", body | {"retrieved_request_ids": own, "timeout": 0, "prev_cursor": cursor})
+        post(client, "retrieve_future", {"request_id": own[0]}, 410)
+        clone = {"target": {"sampling_session_id": sampler_id, "cloned_sampler_id": 1}}
+        assert [each["request_id"] for each in post(client, "retrieve_futures", clone)["completions"]] == [other]
+        post(client, "retrieve_futures", {"target": {"sampling_session_id": "x"}}, 404)
+
+
+def test_a_sample_that_was_not_begun_is_cancelled(tmp_path):
+    with server(tmp_path / "state", seconds=0.5) as (_, client):
+        form = {"session_id": new_session(client), "sampling_session_seq_id": 0, "base_model": "unigram"}
+        sampler_id = post(client, "create_sampling_session", form)["sampling_session_id"]
+        sent = [post(client, "asample", ask(sampler_id, number)) for number in range(3)]
+        post(client, "cancel_future", {"request_id": sent[2]["request_id"]}, 204)
+        assert "cancelled" in result(client, sent[2])["error"]
+        assert "sequences" in result(client, sent[0])
+
+
+def test_the_page_shows_a_tenant_its_own_runs(client):
+    """Signed in by a form, without a script, and with nothing from elsewhere."""
+    model_id = new_model(client, user_metadata={"note": "<script>"})
+    for number in range(1, 9, 2):
+        read(client, model_id, number, [5])
+        result(client, step(client, model_id, number + 1))
+    with httpx.Client(base_url=client.base_url, follow_redirects=True) as browser:
+        assert browser.get("/").status_code == 401
+        assert model_id not in browser.get("/").text
+        assert browser.post("/sign-in", data={"key": "tml-wrong-key"}).status_code == 401
+        page = browser.post("/sign-in", data={"key": KEYS["a"]})
+        cookie = next(iter(browser.cookies.jar))
+        assert cookie.has_nonstandard_attr("HttpOnly")
+        assert cookie.get_nonstandard_attr("SameSite") == "strict"
+        assert KEYS["a"] not in cookie.value
+        assert model_id in page.text
+        assert "loss per token" in page.text
+        assert "<polyline" in page.text
+        assert "<script" not in page.text
+        assert "http" not in page.text.split("<body>")[-1].replace("http-equiv", "")
+        assert "script-src 'none'" in page.headers["content-security-policy"]
+        browser.post("/sign-out")
+        assert browser.get("/").status_code == 401
+        expires, signature, name = cookie.value.split(".")
+        for forged in (
+            f"{int(expires) + 1}.{signature}.{name}",
+            f"{expires}.{signature}.{b'b'.hex()}",
+            "a.b.c",
+            "x",
+            "...",
+        ):
+            assert httpx.get(client.base_url, headers={"Cookie": f"rlt-page={forged}"}).status_code == 401
+    other = httpx.get(client.base_url, headers={"X-API-Key": KEYS["b"]})
+    assert other.status_code == 200
+    assert model_id not in other.text
+
+
+def test_many_large_bodies_at_once_are_asked_to_come_again(tmp_path):
+    size = 200_000
+    with server(tmp_path / "state", bodies_bytes=3 * size) as (process, client):
+        key = KEYS["a"]  # without one, nothing of a body is read
+        head = (
+            f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nContent-Length: {size}\r\n\r\n"
+        )
+        place = (client.base_url.host, client.base_url.port)
+        with contextlib.ExitStack() as open_bodies:
+            for _ in range(3):
+                open_bodies.enter_context(socket.create_connection(place)).sendall(head.encode())
+            time.sleep(0.5)
+            refused = client.post("/api/v1/forward_backward", content=b"x" * size, headers=PROTOBUF)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert loss_of(client, read(client, new_model(client), 1, [5])) > 0  # small ones are always read
+        time.sleep(0.5)
+        post(client, "forward_backward", code=400, content=b"x" * size, headers=PROTOBUF)
+
+
+def test_a_step_that_failed_is_failed_again_after_a_restart(tmp_path):
+    """A step without finite gradients drops them: a model that is brought back has dropped them too."""
+    losses = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        with server(folder, fail_rate=9.0) as (_, client):
+            port, model_id = client.base_url.port, new_model(client)
+            read(client, model_id, 1, [5])
+            assert result(client, step(client, model_id, 2, rate=9.0))["category"] == "user"
+            read(client, model_id, 3, [7])
+            if not killed:
+                step(client, model_id, 4)
+                losses.append(loss_of(client, read(client, model_id, 5, [5, 7])))
+        if killed:
+            with server(folder, port=port, fail_rate=9.0) as (_, client):
+                step(client, model_id, 4)
+                losses.append(loss_of(client, read(client, model_id, 5, [5, 7])))
+    assert losses[0] == losses[1]
 
 
 def test_a_server_that_is_killed_comes_back_with_what_it_promised(tmp_path):

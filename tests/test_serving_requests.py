@@ -251,7 +251,7 @@ def test_a_worker_that_is_lost_is_replaced_and_nothing_is_lost_with_it(tmp_path)
         last = await service.requests.poll(await service.submit(work(model_id, 13)), "a")
         return states, protobuf.read_output(last.result).metrics["loss:sum"]
 
-    executor = ProcessExecutor(partial(Unigram, 0.05))
+    executor = ProcessExecutor(partial(Unigram, 0.05), tmp_path / "scratch")
     states, loss = served(tmp_path, story, executor=executor, keep_every=4)
     assert states == ["done"] * 12
     (tmp_path / "calm").mkdir()

@@ -80,3 +80,15 @@ def test_chunks_change_nothing_and_both_versions_see_the_same(tmp_path):
     for other in seen[1:]:
         assert other["losses"] == pytest.approx(seen[0]["losses"], abs=1e-9)
         assert other["samples"] == seen[0]["samples"]
+
+
+def test_the_current_client_asks_for_many_samples_at_once(tmp_path):
+    flags = {"sample_use_retrieve_futures": True, "sample_join_sampling_session": True}
+    seen = []
+    for client_flags in ({}, flags):
+        folder = tmp_path / str(len(client_flags))
+        folder.mkdir()
+        with server(folder / "state", client=client_flags) as (_, client):
+            seen.append(run_client(VERSIONS[0], client, folder))
+    assert seen[0]["samples"] == seen[1]["samples"]
+    assert seen[0]["best"] == seen[1]["best"]

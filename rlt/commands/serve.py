@@ -1,8 +1,8 @@
 """A server that clients train and sample through, on this machine's own address.
 
     python serve.py [port=8000] [host=127.0.0.1] [base_models=[embedded/smollm2-135m-instruct]]
-        [state_dir=results/serving] [database=sqlite:///...] [tensors=s3://bucket/folder]
-        [sampler=vllm] [full_finetuning=false]
+        [state_dir=results/serving] [database=postgresql://...] [tensors=s3://bucket/folder] [sampler=vllm]
+        [full_finetuning=false] [body_mib=32] ...
 
 Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer; `name=folder`
 gives it a name that clients know. One process trains, another one samples; each loads a model with the first request
@@ -31,20 +31,32 @@ from rlt.errors import Refused, fail
 from rlt.models.paths import resolve_model_path
 from rlt.places import API_KEY_VARIABLE
 from rlt.planning.versions import need_group
+from rlt.runs.folder import folder_lock
 
 if TYPE_CHECKING:
     from rlt.serving.service import ModelPlace, Service
     from rlt.serving.worker import Worker
 
+LIMITS = {
+    "body_mib": 32,  # of one request
+    "datums": 1100,  # of one request; clients cut at 1024
+    "tokens": 131072,  # of one datum or prompt
+    "sessions": 1000,  # of one tenant that are open
+    "session_s": 600,  # without a heartbeat until a session is over; clients send one every 10 s
+    "samples_waiting": 256,  # above, clients are told to come again
+    "keep_every": 200,  # requests of a model until its state is kept: what a restart executes again at most
+    "sweep_s": 30,  # until what nobody needs is removed
+}
 USAGE = {
     "host": "127.0.0.1",
     "port": 8000,  # 0: whichever is free
     "state_dir": "results/serving",
-    "database": None,  # a URL; null: SQLite in state_dir
+    "database": None,  # a URL, such as postgresql://USER:PASSWORD@HOST/NAME; null: SQLite in state_dir
     "tensors": None,  # an address that fsspec opens, such as s3://bucket/folder; null: in state_dir
     "base_models": ["embedded/smollm2-135m-instruct"],  # that clients may name
     "sampler": "vllm",  # or torch
     "full_finetuning": False,  # whether clients may train all weights
+    **LIMITS,
 }
 SAMPLERS = ("vllm", "torch")
 TENANT = "owner"
@@ -59,7 +71,7 @@ def read_settings(words: list[str]) -> dict[str, Any]:
     assert isinstance(given, dict)
     if unknown := sorted(str(key) for key in given.keys() - USAGE.keys()):
         raise Refused(f"{', '.join(unknown)}: the keys are {', '.join(USAGE)}")
-    settings = {**USAGE, **{str(key): value for key, value in given.items()}}
+    settings: dict[str, Any] = {**USAGE, **{str(key): value for key, value in given.items()}}
     port = settings["port"]
     if not isinstance(port, int) or not 0 <= port < 2**16:
         raise Refused(f"port is {port!r}: give 1 to 65535, or 0 for a free one")
@@ -67,6 +79,9 @@ def read_settings(words: list[str]) -> dict[str, Any]:
         raise Refused(f"sampler is {settings['sampler']!r}: {' or '.join(SAMPLERS)} would do")
     if not isinstance(settings["full_finetuning"], bool):
         raise Refused(f"full_finetuning is {settings['full_finetuning']!r}: give true or false")
+    for key in LIMITS:
+        if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
+            raise Refused(f"{key} is {settings[key]!r}: give a whole number from 1 on")
     return settings
 
 
@@ -117,28 +132,36 @@ def place_of(folder: Path) -> "ModelPlace":
     return ModelPlace(context, str(folder) if str(folder).count("/") != 2 else f"/.{folder}")
 
 
-def build_service(settings: dict[str, Any]) -> "Service":
+def build_service(settings: dict[str, Any], folder: Path) -> "Service":
     from rlt.serving.processes import ProcessExecutor
     from rlt.serving.service import Service, Settings
     from rlt.serving.storage import Storage
+    from rlt.wire.values import Limits
 
     models = find_models(settings["base_models"])
-    folder = Path(settings["state_dir"]).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     database = settings["database"] or f"sqlite:///{folder / 'state.db'}"
     storage = Storage(settings["tensors"] or str(folder / "tensors"))
     places = {name: place_of(each) for name, each in models.items()}
-    named = {name: str(each) for name, each in models.items()}
-    work = partial(make_worker, named, settings["sampler"], settings["full_finetuning"])
-    return Service(Settings(database, storage, places), ProcessExecutor(work))
+    folders = {name: str(each) for name, each in models.items()}
+    work = partial(make_worker, folders, settings["sampler"], settings["full_finetuning"])
+    limits = Limits(settings["body_mib"] * 2**20, settings["datums"], settings["tokens"])
+    named = {key: settings[key] for key in ("session_s", "samples_waiting", "keep_every", "sweep_s")}
+    named |= {"limits": limits, "sessions_of_a_tenant": settings["sessions"]}
+    return Service(Settings(database, storage, places, **named), ProcessExecutor(work, folder / "scratch"))
 
 
 async def serve(settings: dict[str, Any], keys: dict[str, str], made: bool) -> None:
+    folder = Path(settings["state_dir"]).expanduser().absolute()
+    with folder_lock(folder, "state_dir"):
+        service = build_service(settings, folder)
+        await serve_until_asked(service, settings, keys, made)
+
+
+async def serve_until_asked(service: "Service", settings: dict[str, Any], keys: dict[str, str], made: bool) -> None:
     import uvicorn
 
     from rlt.serving.api.app import create_app
 
-    service = build_service(settings)
     try:
         listener = socket.create_server((settings["host"], settings["port"]))
         await service.start(keys)

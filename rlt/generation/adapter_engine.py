@@ -18,6 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlt.errors import Refused
 from rlt.generation.cpu import adapters as cpu_adapters
@@ -42,7 +43,7 @@ class _Job:
         waits: whether that request's output is the answer.
     """
 
-    begin: Callable[[Any, str], Any]
+    begin: Callable[[LLMEngine, str], object]
     waits: bool
     answer: Future = field(default_factory=Future)
 

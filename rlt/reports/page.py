@@ -1,7 +1,6 @@
 """One HTML page of one or several runs, with nothing from outside, and its curves as a PNG beside it."""
 
 import base64
-import hashlib
 import html
 import os
 from pathlib import Path
@@ -12,13 +11,13 @@ from rlt.reports.completion_table import completion_table
 from rlt.reports.completions import completions
 from rlt.reports.curves import draw_curves
 from rlt.reports.result import summary
+from rlt.reports.safe import policy, readable
 from rlt.reports.tables import configuration, evaluation
 from rlt.runs.durable import write_whole
 from rlt.runs.folder import CARD, run_in, saved_configuration
 from rlt.schema import profile_of
 
 HERE = Path(__file__).parent
-TURNS = {code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def write_report(folders: list[Path], path: Path) -> None:
@@ -45,22 +44,6 @@ def write_report(folders: list[Path], path: Path) -> None:
         f"<title>{html.escape(name)}</title><style>{style}</style>{''.join(parts)}<script>{script}</script></html>"
     )
     write_whole(path, readable(page))
-
-
-def policy(script: str) -> str:
-    """What a browser may do for the page: nothing from outside, and no script but the page's own, whatever else has
-    come into it (https://www.w3.org/TR/CSP3/)."""
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{sum_of(script)}'"
-
-
-def sum_of(script: str) -> str:
-    """By which a browser knows a script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def readable(page: str) -> str:
-    """Characters that turn the direction of what follows are shown as numbers, halves of characters as `?`."""
-    return page.translate(TURNS).encode("utf-8", "replace").decode()
 
 
 def runs_of(folder: Path) -> list[Path]:

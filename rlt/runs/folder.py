@@ -178,8 +178,8 @@ def prepare_output(config: dict) -> None:
 
 
 @contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Hold a folder, which is made where it is missing; whatever ends the process lets go of it.
+def folder_lock(folder: str | Path, key: str = "output_dir") -> Iterator[None]:
+    """Hold a folder, which is made where it is missing; whatever ends the process lets go of it. `key` names it.
 
     It is a file that is locked: on a network file system a folder's lock is one machine's alone.
 
@@ -189,12 +189,12 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK, effective_ids=True):
-            raise Refused(f"output_dir={folder} cannot be written to: choose another")
+            raise Refused(f"{key}={folder} cannot be written to: choose another")
         handle = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise Refused(f"output_dir={folder} cannot be made or opened ({error}): choose another") from error
+        raise Refused(f"{key}={folder} cannot be made or opened ({error}): choose another") from error
     try:
-        _lock(handle, folder)
+        _lock(handle, f"{key}={folder}")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
         yield
@@ -202,13 +202,11 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(handle: int, folder: str | Path) -> None:
+def _lock(handle: int, named: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "one that has just begun"
-        raise Refused(
-            f"output_dir={folder} is in use by another run ({holder}): wait for it, or choose another"
-        ) from None
+        raise Refused(f"{named} is in use by another run ({holder}): wait for it, or choose another") from None
     except OSError as error:  # a file system may have no locks
-        logger.warning("output_dir=%s cannot be locked (%s): no second run is kept out of it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): no second run is kept out of it", named, error.strerror)

@@ -1,9 +1,12 @@
 """The tables of a server, and the one thread that works on them.
 
-SQLite by default, another database by its URL. What was committed outlives a killed process and a power cut.
+SQLite by default, PostgreSQL by its URL. What was committed outlives a killed process and a power cut. A transaction
+that a lost connection or a full disk undid is begun again.
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -25,7 +28,17 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+
+from rlt.errors import Refused
+from rlt.serving.errors import Unavailable
+
+AGAIN_S = (0.1, 0.4, 1.5, 3.0)  # waits between tries of a transaction
+SURELY_S = 2.0
+POSTGRESQL = "postgresql+psycopg"
+
+logger = logging.getLogger("rlt")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +96,7 @@ samplers = Table(
     text("model_id"),  # of unnamed weights
     Column("address", Text),  # of its weights; null: the base model's
     Column("inflight", Boolean, nullable=False, default=False),
+    Column("clients", BigInteger, nullable=False, default=0),  # that joined the one which made it
     Column("created", Float, nullable=False),
 )
 
@@ -104,6 +118,19 @@ checkpoints = Table(
     Column("user_metadata", JSON),
 )
 
+# What each pass and step of a model said of itself, for curves.
+metrics = Table(
+    "metrics",
+    TABLES,
+    text("model_id", primary_key=True),
+    Column("seq_id", BigInteger, primary_key=True),
+    text("kind", nullable=False),
+    Column("figures", JSON, nullable=False),
+)
+
+# Single texts of the server's own, such as what its links are signed with.
+notes = Table("notes", TABLES, text("name", primary_key=True), Column("text", Text, nullable=False))
+
 requests = Table(
     "requests",
     TABLES,
@@ -117,13 +144,16 @@ requests = Table(
     Column("details", JSON, nullable=False),  # what the worker is not told
     text("state", nullable=False, index=True),  # waiting, done, failed, expired
     Column("result", LargeBinary),
+    Column("tokens", BigInteger, nullable=False, default=0),  # that were read or made
     Column("error", Text),
     text("category"),
     Column("created", Float, nullable=False),
     Column("finished", Float, index=True),
+    Column("ended", BigInteger),  # grows from one that ended to the next
     UniqueConstraint("lane", "seq_id"),
 )
 Index("requests_by_lane", requests.c.lane, requests.c.state)
+Index("requests_by_end", requests.c.lane, requests.c.ended)
 
 
 def _tune_sqlite(connection: Any, _: Any) -> None:
@@ -133,13 +163,39 @@ def _tune_sqlite(connection: Any, _: Any) -> None:
     cursor.close()
 
 
+def read_url(url: str) -> URL:
+    """
+    Raises:
+        Refused: it is none, of which nothing is shown, as it may hold a password.
+    """
+    try:
+        read = make_url(url)
+    except ArgumentError:
+        raise Refused("database is no URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME would do") from None
+    return read.set(drivername=POSTGRESQL) if read.drivername in ("postgres", "postgresql") else read
+
+
 def open_engine(url: str) -> Engine:
-    """The database with its tables, which are made where they are not there yet."""
-    engine = create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _tune_sqlite)
-    TABLES.create_all(engine)
+    """The database with its tables, which are made where they are not there yet.
+
+    Raises:
+        Refused: there is no such database, or it does not answer.
+    """
+    read = read_url(url)
+    try:
+        engine = create_engine(read, pool_pre_ping=True, hide_parameters=True)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _tune_sqlite)
+        TABLES.create_all(engine)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise Refused(f"database is of {read.drivername}: sqlite and {POSTGRESQL} are known here") from error
+    except DBAPIError as error:
+        raise Refused(f"database={read}: {said_by(error)}") from error
     return engine
+
+
+def said_by(error: DBAPIError) -> str:
+    return " ".join(str(error.orig).split())
 
 
 class Database:
@@ -150,13 +206,33 @@ class Database:
         self._thread = ThreadPoolExecutor(1, "database")
 
     def _transact(self, work: Callable[..., R], *args: Any, **named: Any) -> R:
-        with self.engine.begin() as connection:
-            return work(connection, *args, **named)
+        for wait in (*AGAIN_S, None):
+            try:
+                with self.engine.begin() as connection:
+                    return work(connection, *args, **named)
+            except (OperationalError, InterfaceError) as error:
+                if wait is None:
+                    raise Unavailable(f"the database says: {said_by(error)}") from error
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
     async def run(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **named: P.kwargs) -> R:
-        """The result of `work(connection, ...)`; committed when this returns, undone when it raises."""
+        """The result of `work(connection, ...)`; committed when this returns, undone when it raises.
+
+        Raises:
+            Unavailable: the database did not answer within some seconds, or has no room.
+        """
         future = self._thread.submit(self._transact, work, *args, **named)
         return await asyncio.shield(asyncio.wrap_future(future))  # a client that leaves does not stop a transaction
+
+    async def surely(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **named: P.kwargs) -> R:
+        """The same, however long it takes: for what must not be left half done."""
+        while True:
+            try:
+                return await self.run(work, *args, **named)
+            except Unavailable as error:
+                logger.warning("%s", error)
+                await asyncio.sleep(SURELY_S)
 
     def close(self) -> None:
         self._thread.shutdown()

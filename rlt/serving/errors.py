@@ -14,4 +14,8 @@ class WrongKey(PermissionError):
 
 
 class Busy(RuntimeError):
-    """The queue is full: come again (429)."""
+    """A queue is full: come again (429)."""
+
+
+class Unavailable(RuntimeError):
+    """The database does not answer, or has no room: come again (503)."""

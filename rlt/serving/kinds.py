@@ -1,18 +1,20 @@
 """What each kind of request needs before it is executed, and what its answer changes in the tables."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from rlt.errors import Refused
-from rlt.serving.database import checkpoints, models, requests, samplers
+from rlt.serving.database import checkpoints, metrics, models, requests, samplers, sessions
 from rlt.serving.errors import Gone, Missing
 from rlt.serving.requests.order import Kind
 from rlt.serving.requests.rows import WAITING
 from rlt.serving.sessions.checkpoints import Place, check_free, find, record
 from rlt.serving.sessions.lives import add_sampler
+from rlt.wire import protobuf
 
 ADAPTER_FIELDS = ("rank", "seed", "train_mlp", "train_attn", "train_unembed")
 
@@ -114,23 +116,48 @@ def _unloaded(connection: Connection, row: Row, _: bytes) -> bytes:
     return dump({"type": "unload_model", "model_id": row.lane})
 
 
-def _typed(connection: Connection, row: Row, result: bytes) -> bytes:
-    return dump({"type": row.kind, **json.loads(result)})
+def _note(connection: Connection, row: Row, figures: Mapping[str, Any]) -> None:
+    finite = {name: value for name, value in figures.items() if isinstance(value, int | float) and math.isfinite(value)}
+    this = (metrics.c.model_id == row.lane) & (metrics.c.seq_id == row.seq_id)
+    connection.execute(delete(metrics).where(this))
+    connection.execute(insert(metrics).values(model_id=row.lane, seq_id=row.seq_id, kind=row.kind, figures=finite))
+
+
+def _passed(connection: Connection, row: Row, result: bytes) -> bytes:
+    _note(connection, row, protobuf.read_metrics(result) | {"tokens": row.details.get("tokens", 0)})
+    return result
+
+
+def _stepped(connection: Connection, row: Row, result: bytes) -> bytes:
+    form = json.loads(result)
+    _note(connection, row, form["metrics"])
+    return dump({"type": row.kind, **form})
+
+
+def _tokens_read(row: Row, _: bytes) -> int:
+    return row.details.get("tokens", 0)
+
+
+def _tokens_made(row: Row, result: bytes) -> int:
+    return sum(each.tokens.size for each in protobuf.read_sample(result).sequences)
 
 
 SAVE = Kind(prepare=_to_save, complete=_saved)
 KINDS = {
     "create_model": Kind(changes_model=True, prepare=_to_create, complete=_created),
-    "forward_backward": Kind(protobuf=True, changes_model=True, prepare=_trained),
-    "forward": Kind(protobuf=True, prepare=_trained),
-    "optim_step": Kind(changes_model=True, prepare=_trained, complete=_typed),
+    "forward_backward": Kind(
+        protobuf=True, changes_model=True, prepare=_trained, complete=_passed, tokens=_tokens_read
+    ),
+    "forward": Kind(protobuf=True, prepare=_trained, tokens=_tokens_read),
+    # A step whose gradients are not finite fails, and drops them.
+    "optim_step": Kind(changes_model=True, changes_by_failing=True, prepare=_trained, complete=_stepped),
     "load_weights": Kind(changes_model=True, prepare=_to_load, complete=_loaded),
     "save_weights": SAVE,
     "save_weights_for_sampler": SAVE,
     "save_weights_external": SAVE,
     "save_weights_merged": SAVE,
     "embed": Kind(protobuf=True, prepare=_trained),
-    "sample": Kind(protobuf=True, ordered=False, prepare=_to_sample),
+    "sample": Kind(protobuf=True, ordered=False, prepare=_to_sample, tokens=_tokens_made),
     "unload_model": Kind(complete=_unloaded),
 }
 CHANGING = tuple(name for name, kind in KINDS.items() if kind.changes_model)
@@ -139,8 +166,10 @@ CHANGING = tuple(name for name, kind in KINDS.items() if kind.changes_model)
 def addresses(connection: Connection) -> set[str]:
     """All that something refers to, what waiting requests are to write included."""
     found: set[str | None] = set(connection.execute(select(checkpoints.c.address)).scalars())
-    for column in (samplers.c.address, models.c.kept_address, models.c.inflight_address):
-        found |= set(connection.execute(select(column)).scalars())
+    alive = models.c.session_id.in_(select(sessions.c.id).where(sessions.c.ended.is_(None)))
+    found |= set(connection.execute(select(samplers.c.address)).scalars())
+    found |= set(connection.execute(select(models.c.kept_address).where(models.c.unloaded.is_(False))).scalars())
+    found |= set(connection.execute(select(models.c.inflight_address).where(alive)).scalars())
     waiting = select(requests.c.details).where(requests.c.state == WAITING)
     found |= {details.get("address") for details in connection.execute(waiting).scalars()}
     return {address for address in found if address}

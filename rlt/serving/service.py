@@ -8,6 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
@@ -17,17 +18,20 @@ from sqlalchemy import Connection, Row, select, update
 
 from rlt.errors import Refused
 from rlt.serving.database import Database, models, sessions
-from rlt.serving.errors import Busy
+from rlt.serving.errors import Busy, Unavailable
 from rlt.serving.kinds import CHANGING, KINDS, addresses, dump
+from rlt.serving.rates import Marks
 from rlt.serving.requests import rows
-from rlt.serving.requests.order import Patience, Requests
+from rlt.serving.requests.order import TRIES, Patience, Requests
 from rlt.serving.requests.rows import Submission
-from rlt.serving.sessions import checkpoints, lives, tenants
+from rlt.serving.sessions import checkpoints, curves, lives, tenants
 from rlt.serving.storage import Storage
 from rlt.serving.worker import Executor
 from rlt.wire.values import Limits
 
+MARK_S = 5.0
 FORGET_S = 24 * 3600.0  # after which a request of a session that is over is no longer known
+CURVES_S = 30 * 24 * 3600.0  # after which curves of a model that is not used are no longer drawn
 
 logger = logging.getLogger("rlt")
 
@@ -49,7 +53,9 @@ class Settings:
     patience: Patience = field(default_factory=Patience)
     session_s: float = 600.0  # without a heartbeat; clients send one every 10 s
     sweep_s: float = 30.0
-    samples_waiting: int = 256  # above, clients are told to come again
+    samples_waiting: int = 256  # above, clients are told to come again, as they are
+    waiting_bytes: int = 4 * 2**30  # above this in one tenant's waiting requests,
+    bodies_bytes: int = 512 * 2**20  # and above this in bodies that are being read
     sessions_of_a_tenant: int = 1000
     keep_every: int = 200  # requests, or
     keep_bytes: int = 256 * 2**20  # of requests, until a model's state is kept
@@ -65,23 +71,26 @@ class Service:
         self._reviving = asyncio.Lock()
         self._writing: set[str] = set()  # addresses of states that are being kept
         self.polls = 0  # that are held
-        self.secret = secrets.token_bytes()  # of links to files
+        self.rates = Marks()
+        self.secret = b""  # of links to files and of signed-in browsers
         self._known_keys: dict[str, str] = {}
-        self._sweeper: asyncio.Task | None = None
+        self._own: list[asyncio.Task] = []
 
     async def start(self, keys: Mapping[str, str]) -> None:
         """Keys by tenant. Models come back first, then what was promised is gone on with."""
         for tenant, key in keys.items():
             await self.database.run(tenants.add_tenant, tenant, key)
+        self.secret = bytes.fromhex(await self.database.run(tenants.secret, secrets.token_hex()))
         await self.database.run(lives.greet_all, time.time())
+        await asyncio.to_thread(self.storage.check)
         await self._tidy()
         await self._restore_all()
         await self.requests.resume()
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._own = [asyncio.create_task(work) for work in (self._sweep(), self._mark())]
 
     async def close(self) -> None:
-        if self._sweeper:
-            self._sweeper.cancel()
+        for task in self._own:
+            task.cancel()
         await self.requests.close()
         await asyncio.to_thread(self.executor.close)
         self.database.close()
@@ -103,6 +112,9 @@ class Service:
         """
         if submission.kind == "sample" and self.requests.waiting_samples() >= self.settings.samples_waiting:
             raise Busy(f"{self.settings.samples_waiting} samples wait already")
+        most, waits = self.settings.waiting_bytes, self.requests.waiting_bytes(submission.tenant)
+        if submission.payload and waits and waits + len(submission.payload) > most:
+            raise Busy(f"{waits} bytes of requests wait already: {most} at most")
         return await self.requests.submit(submission)
 
     async def _failure(self, kind: str, model_id: str, payload: bytes) -> BaseException | None:
@@ -115,20 +127,21 @@ class Service:
         """After a request of a model: its state is kept where much would have to be executed again."""
         loaded = row.kind == "load_weights" or bool(row.kind == "create_model" and row.details.get("path"))
         if row.kind == "unload_model":
-            await self.database.run(rows.drop_payloads, row.lane)
+            await self.database.surely(rows.drop_payloads, row.lane)
         if not loaded and row.kind != "optim_step":  # gradients that are not applied yet are no part of the state
             return
-        if loaded or await self.database.run(_much_to_repeat, row, self.settings):
+        if loaded or await self.database.surely(_much_to_repeat, row, self.settings):
             await self.keep_state(row.lane, row.seq_id)
 
     async def keep_state(self, model_id: str, seq_id: int) -> None:
         address = self.storage.new_address()
         self._writing.add(address)
+        await self.requests.whole.wait()
         error = await self._failure("save_weights", model_id, dump({"address": address}))
         if error:  # training goes on: more is executed again after a restart
             logger.warning("the state of %s could not be kept: %s", model_id, error)
         else:
-            await self.database.run(_kept, model_id, seq_id, address)
+            await self.database.surely(_kept, model_id, seq_id, address)
         self._writing.discard(address)
 
     async def _revive(self, life: int) -> None:
@@ -137,6 +150,7 @@ class Service:
             if self.requests.lives != life:
                 return
             self.requests.whole.clear()
+            await self.requests.settled()
             logger.warning("the worker is lost: another takes its place, and models are brought back")
             self.executor.revive()
             await self._restore_all()
@@ -144,12 +158,24 @@ class Service:
             self.requests.whole.set()
 
     async def _restore_all(self) -> None:
-        """Models that lose the worker while they are brought back are given up, and the others begin again."""
-        for model in await self.database.run(_living_models):
-            if isinstance(await self._restore(model), BrokenExecutor):
-                self.executor.revive()
-                await self._restore_all()
-                return
+        """All begin again where the worker is lost once more; a model that it is lost with each time is given up."""
+        losses = Counter[str]()
+        while (lost := await self._restore_each()) is not None:
+            model_id, error = lost
+            losses[model_id] += 1
+            if losses[model_id] == TRIES:
+                await self._lose(model_id, error)
+            self.executor.revive()
+
+    async def _restore_each(self) -> tuple[str, BaseException] | None:
+        """The model whose worker was lost while it was brought back, and the error."""
+        for model in await self.database.surely(_living_models):
+            error = await self._restore(model)
+            if isinstance(error, BrokenExecutor):
+                return model.id, error
+            if error:
+                await self._lose(model.id, error)
+        return None
 
     async def _restore(self, model: Row) -> BaseException | None:
         """Bring a model back to where its last answered request left it; the error where it is lost."""
@@ -159,16 +185,17 @@ class Service:
             error = await self._failure("create_model", model.id, dump(form | {"address": model.kept_address}))
             after = model.kept_seq
             if error:
-                return await self._lose(model.id, error)
-        for row in await self.database.run(rows.journal, model.id, after, CHANGING):
-            if error := await self._failure(row.kind, model.id, row.payload):
-                return await self._lose(model.id, error)
+                return error
+        for row in await self.database.surely(rows.journal, model.id, after, CHANGING):
+            error = await self._failure(row.kind, model.id, row.payload)
+            as_before = row.category is not None and isinstance(error, Refused)
+            if error and not as_before:
+                return error
         return None
 
-    async def _lose(self, model_id: str, error: BaseException) -> BaseException:
+    async def _lose(self, model_id: str, error: BaseException) -> None:
         logger.warning("the model %s could not be brought back: %s", model_id, error)
-        await self.database.run(_give_up, model_id)
-        return error
+        await self.database.surely(_give_up, model_id)
 
     async def _tidy(self) -> None:
         """Remove what nothing refers to, such as what a killed process left half written.
@@ -180,27 +207,37 @@ class Service:
         for address in found - kept:
             await asyncio.to_thread(self.storage.remove, address)
 
+    async def _mark(self) -> None:
+        while True:
+            self.rates.mark(time.monotonic(), self.requests.tokens, self.requests.busy_s)
+            await asyncio.sleep(MARK_S)
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_s)
-            await self.sweep()
+            try:
+                await self.sweep()
+            except (Unavailable, OSError) as error:
+                logger.warning("what is no longer needed could not be removed: %s", error)
 
     async def sweep(self) -> None:
         now = time.time()
         await self.database.run(lives.end_silent, now - self.settings.session_s)
         await self.database.run(rows.expire, now - self.settings.patience.keep_s)
         await self.database.run(rows.forget, now - FORGET_S)
+        await self.database.run(curves.forget, now - CURVES_S)
+        await self.requests.whole.wait()
         for model_id in await self.database.run(lives.left_behind):
-            await self._let_go("unload_model", model_id)
+            await self._let_go("unload_model", model_id, {})
             await self.database.run(rows.drop_payloads, model_id)
             self.requests.lanes.pop(model_id, None)
         await self.database.run(checkpoints.forget_expired)
         for sampler in await self.database.run(lives.abandoned_samplers):
-            await self._let_go("unload_sampler", sampler.id)
+            await self._let_go("unload_sampler", sampler.id, {"address": sampler.address})
         await self._tidy()
 
-    async def _let_go(self, kind: str, name: str) -> None:
-        if error := await self._failure(kind, name, b"{}"):
+    async def _let_go(self, kind: str, name: str, form: Mapping[str, Any]) -> None:
+        if error := await self._failure(kind, name, dump(form)):
             logger.warning("%s was not let go: %s", name, error)
 
 

@@ -9,7 +9,8 @@
 | embed | JSON sequences | protobuf ForwardBackwardOutput, `embedding` of each |
 | load_weights | JSON address, optimizer | JSON {} |
 | sample | JSON body of `asample`, with address (null: no adapter) and base_model | protobuf SampleResponse |
-| unload_model, unload_sampler | JSON {} | JSON {} |
+| unload_model | JSON {} | JSON {} |
+| unload_sampler | JSON address | JSON {} |
 
 An adapter is {rank, seed, train_mlp, train_attn, train_unembed}; a rank of null trains all weights. An address is a
 folder of the state's place (a path, or `s3://...`) that nothing else is written to. What `save_weights` writes is the
@@ -26,6 +27,7 @@ from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import AdamParams, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 SAMPLING = ("sample", "unload_sampler")  # kinds that need not wait for training
+UNLOADING = ("unload_model", "unload_sampler")  # need no worker where none was needed so far
 
 
 class Executor(Protocol):
@@ -71,6 +73,10 @@ class Worker(Protocol):
 
     def unload(self, model_id: str) -> None: ...
 
+    def forget(self, address: str) -> None:
+        """Nobody samples from these weights any more."""
+        ...
+
 
 def answer(worker: Worker, kind: str, model_id: str, payload: bytes) -> bytes:
     """One request, from bytes to bytes."""
@@ -94,8 +100,10 @@ def _answer_json(worker: Worker, kind: str, model_id: str, form: Mapping[str, An
         return {"metrics": worker.optim_step(model_id, json_form.read_adam(form["adam_params"]))}
     elif kind == "load_weights":
         worker.load_weights(model_id, form["address"], form["optimizer"])
-    elif kind in ("unload_model", "unload_sampler"):
+    elif kind == "unload_model":
         worker.unload(model_id)
+    elif kind == "unload_sampler":
+        worker.forget(form["address"])
     else:
         return {"size_bytes": worker.save(model_id, kind, form["address"])}
     return {}

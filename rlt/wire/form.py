@@ -14,9 +14,13 @@ UNFIT = re.compile("[\0\ud800-\udfff]")  # characters that no database keeps
 
 def parse(body: bytes) -> dict[str, Any]:
     try:
-        return mapping(json.loads(body or b"{}"), "the body")
+        return mapping(json.loads(body or b"{}", parse_constant=_no_number), "the body")
     except (ValueError, RecursionError) as error:
         raise Refused("the body is no JSON object") from error
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:

@@ -183,6 +183,11 @@ def read_output(raw: bytes) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(outputs, dict(message.metrics), message.loss_fn_output_type)
 
 
+def read_metrics(raw: bytes) -> dict[str, float]:
+    """What a pass said of itself, without its arrays."""
+    return dict(_parse("ForwardBackwardOutput", raw).metrics)
+
+
 def _write_best(message: Any, best: BestTokens) -> None:
     message.token_ids = _bytes_of(best.token_ids, "i4")
     message.logprobs = _bytes_of(best.logprobs, "f4")

@@ -12,6 +12,7 @@ from rlt.errors import Refused
 
 NUMBER_TYPES = ("float32", "int64")  # of a loss's inputs once they are read
 EMPTY_CELL = (0, -99999.0)  # of a table of best tokens
+ADAM_MOST = 1e30  # float32 holds what a step makes of it
 LossConfig = dict[str, float | str]
 StopReason = Literal["stop", "length"]
 
@@ -120,8 +121,8 @@ class AdamParams:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
-                raise Refused(f"{name} is {value}: give a finite number from 0 on")
+            if not 0 <= value <= ADAM_MOST:
+                raise Refused(f"{name} is {value}: give a number from 0 to {ADAM_MOST:g}")
         if not (self.beta1 < 1 and self.beta2 < 1):
             raise Refused(f"beta1 and beta2 are {self.beta1} and {self.beta2}: both must be below 1")
 

@@ -15,7 +15,10 @@ def service_of(request: Request) -> Service:
 
 
 async def tenant_of(request: Request) -> str:
-    return await service_of(request).tenant_of(request.headers.get("x-api-key"))
+    """By X-API-Key, or as Prometheus and curl send keys, `Authorization: Bearer KEY`."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else None)
+    return await service_of(request).tenant_of(given)
 
 
 async def body_of(request: Request) -> dict[str, Any]:

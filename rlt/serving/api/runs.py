@@ -4,15 +4,16 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from rlt.errors import Refused
 from rlt.serving.api.asking import Body, Serving, Tenant
 from rlt.serving.api.downloads import link
 from rlt.serving.database import models
-from rlt.serving.sessions import checkpoints, lives
+from rlt.serving.sessions import checkpoints, copies, lives
 from rlt.serving.sessions.checkpoints import Place, checkpoint_form, iso, parse_path, run_form
+from rlt.serving.sessions.copies import Destination
 from rlt.serving.sessions.listing import window
+from rlt.wire.form import text_or_none, whole
 
 router = APIRouter()
 CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
@@ -101,5 +102,15 @@ async def archive(run_id: str, kind: str, name: str, request: Request, service: 
 
 
 @router.post("/copy_weights")
-async def copy_weights(tenant: Tenant, body: Body) -> JSONResponse:
-    raise Refused(f"weights are not copied here: load {body.get('source_path')!r} where it is")
+async def copy_weights(service: Serving, tenant: Tenant, body: Body) -> dict[str, str]:
+    """A checkpoint under a new training run, of a session or of a project; both share the files."""
+    if body.get("weights_access_token") is not None:
+        raise Refused("weights_access_token is not known here: a tenant copies its own weights and published ones")
+    project, session_id = text_or_none(body, "destination_project_id"), text_or_none(body, "session_id")
+    number = None if body.get("model_seq_id") is None else whole(body["model_seq_id"], "model_seq_id", most=2**31)
+    if (session_id is None) != (number is None) or (session_id is None) == (project is None):
+        raise Refused("give destination_project_id, or session_id and model_seq_id")
+    seconds = checkpoints.check_ttl(body.get("ttl_seconds"))
+    expires = None if seconds is None else time.time() + seconds
+    source, target = parse_path(body.get("source_path")).path, Destination(tenant, project, session_id, number)
+    return {"tinker_path": await service.database.run(copies.copy, source, target, expires)}

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from rlt.errors import Refused
-from rlt.serving.api.asking import Serving, Tenant
+from rlt.serving.api.asking import Body, Serving, Tenant
 from rlt.serving.api.training import answered
 from rlt.serving.database import samplers
 from rlt.serving.kinds import dump
@@ -45,6 +45,13 @@ async def _of_weights(service: Service, tenant: str, path: Any) -> dict[str, Any
         raise Refused(f"{place.path} is a training state: sample from a path with /sampler_weights/")
     saved = await service.database.run(find, place.path, tenant, reading=True)
     return {"base_model": saved.base_model, "model_path": saved.path, "address": saved.address}
+
+
+@router.post("/join_sampling_session")
+async def join_sampling_session(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
+    """Another client of a sampler, told which numbers are its own: those that begin with its counter."""
+    counter = await service.database.run(lives.join_sampler, text(body, "sampling_session_id"), tenant)
+    return {"type": "join_sampling_session", "client_counter": counter}
 
 
 @router.get("/samplers/{sampler_id}")

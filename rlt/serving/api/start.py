@@ -42,7 +42,7 @@ async def capabilities(service: Serving, tenant: Tenant) -> dict[str, Any]:
 @router.post("/create_session")
 async def create_session(service: Serving, tenant: Tenant, body: Body) -> dict[str, Any]:
     form = {name: text_or_none(body, name) for name in TEXTS}
-    tags = None if body.get("tags") is None else sequence(body["tags"], "tags")
+    tags = None if body.get("tags") is None else [text({"tag": each}, "tag") for each in sequence(body["tags"], "tags")]
     form |= {"tags": tags, "user_metadata": texts_or_none(body, "user_metadata")}
     living = await service.database.run(listing.living_sessions, tenant)
     if living >= service.settings.sessions_of_a_tenant:

@@ -12,6 +12,7 @@ from sqlalchemy import Row
 from rlt.errors import Refused
 from rlt.serving.api.asking import Body, Serving, Tenant, sends_protobuf
 from rlt.serving.database import models
+from rlt.serving.errors import Missing
 from rlt.serving.kinds import ADAPTER_FIELDS, dump
 from rlt.serving.requests.rows import Submission
 from rlt.serving.service import Service
@@ -32,7 +33,8 @@ def read_adapter(given: Any) -> dict[str, Any]:
     read = {name: flag(adapter, name, True) for name in ("train_mlp", "train_attn", "train_unembed")}
     if not any(read.values()):
         raise Refused("train_mlp, train_attn and train_unembed are all false: nothing would be trained")
-    rank = whole(adapter.get("rank", 32), "rank", *RANKS)
+    rank = adapter.get("rank", 32)
+    rank = None if rank is None else whole(rank, "rank", *RANKS)  # null: all weights are trained
     return {"rank": rank, "seed": None if seed is None else whole(seed, "seed"), **read}
 
 
@@ -126,7 +128,7 @@ async def _submit_batch(request: Request, service: Service, tenant: str, key: st
     def work() -> tuple[bytes, dict[str, Any]]:
         if read is None:
             raise Refused(refusal)
-        return read[0], {}
+        return read[0], {"tokens": sum(datum.tokens.size for datum in read[1].data)}
 
     return await submit_training(service, model, kind, place[1], work)
 
@@ -242,6 +244,11 @@ async def unload_model(service: Serving, tenant: Tenant, body: Body) -> dict[str
     seq_id = body.get("seq_id")
     number = await service.requests.last_number(model.id) + 1 if seq_id is None else whole(seq_id, "seq_id")
     return await submit_training(service, model, "unload_model", number, lambda: (b"{}", {}))
+
+
+@router.post("/create_custom_loss")
+async def create_custom_loss(tenant: Tenant) -> None:
+    raise Missing("losses of clients are computed by clients: forward_backward_custom of the SDK does it without this")
 
 
 @router.post("/weights_info")

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from rlt.serving.requests import rows
 from rlt.serving.requests.rows import SERVER, USER, Submission
 from rlt.serving.worker import Executor
 
+SETTLE_S = 0.01
+TRIES = 3  # of something with which the worker is lost
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -28,6 +32,8 @@ class Kind:
     protobuf: bool = False  # the form of its result
     ordered: bool = True  # by the numbers of its model
     changes_model: bool = False  # must be executed again where the model's state was lost
+    changes_by_failing: bool = False  # and so must those that the worker refused
+    tokens: Callable[[Row, bytes], int] = lambda row, result: 0  # that were read or made
     prepare: Callable[[Connection, Row], bytes | None] = lambda connection, row: row.payload  # None: without a worker
     complete: Callable[[Connection, Row, bytes], bytes] = lambda connection, row, result: result
 
@@ -59,6 +65,7 @@ class Pending:
     tenant: str
     lane: str
     kind: str
+    size: int = 0  # bytes
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     given_up: bool = False  # by the client, before the worker was asked
 
@@ -69,13 +76,17 @@ class Requests:
         self.pending: dict[str, Pending] = {}
         self.lanes: dict[str, Lane] = {}
         self.counts: dict[tuple[str, str], int] = {}  # ended requests by kind and outcome
+        self.tokens: dict[str, int] = {}  # read or made, by kind
+        self.busy_s: dict[str, float] = {}  # in which the worker was at something, by kind
         self.lives = 0  # how often the worker was lost and replaced
         self.whole = asyncio.Event()  # cleared while models are brought back
         self.whole.set()
         self.revive: Callable[[int], Any] | None = None  # awaited when the worker of that life is lost
         self.after: Callable[[Row], Any] | None = None  # awaited when a request of a lane was executed
         self._futures: dict[str, asyncio.Future[bytes]] = {}  # of requests that are executed, or wait for the worker
+        self._answering: set[str] = set()  # requests that were executed, and whose answers are not kept yet
         self._tasks: set[asyncio.Task] = set()
+        self._sampled = asyncio.Event()  # set when a sample ends, and another one takes its place
 
     async def submit(self, submission: Submission) -> str:
         """The id to poll for; that of the first, where a client repeats itself."""
@@ -86,11 +97,12 @@ class Requests:
         request_id, new = await self.database.run(rows.keep, submission, time.time())
         if new:
             sent = submission
-            self._take(request_id, sent.tenant, sent.lane, sent.kind, sent.seq_id, lane)
+            pending = Pending(sent.tenant, sent.lane, sent.kind, len(sent.payload or b""))
+            self._take(request_id, pending, sent.seq_id, lane)
         return request_id
 
-    def _take(self, request_id: str, tenant: str, name: str, kind: str, seq_id: int, lane: Lane | None) -> None:
-        self.pending[request_id] = Pending(tenant, name, kind)
+    def _take(self, request_id: str, pending: Pending, seq_id: int, lane: Lane | None) -> None:
+        self.pending[request_id] = pending
         if lane is None:
             self._spawn(self._execute(request_id))
         elif seq_id < lane.next:
@@ -144,58 +156,75 @@ class Requests:
         await self._fail([given_up[number] for number in sorted(given_up)], reason, SERVER)
 
     async def _execute(self, request_id: str) -> None:
-        row = await self.database.run(rows.read, request_id)
+        row = await self.database.surely(rows.read, request_id)
         kind = self.kinds[row.kind]
         if row.error is not None:
             await self._fail(request_id, row.error, USER)
             return
         try:
-            payload = await self.database.run(_prepare, kind, row)
+            payload = await self.database.surely(_prepare, kind, row)
         except (Refused, Missing, Gone) as error:
             await self._fail(request_id, str(error), SERVER if isinstance(error, Gone) else USER)
             return
-        result = b"{}"
         if self.pending[request_id].given_up:
             await self._fail(request_id, "the client cancelled it", USER)
             return
-        if payload is not None:
-            future = await self._work(row, payload)
-            if future.cancelled():
-                await self._fail(request_id, "the client cancelled it", USER)
-                return
-            if error := future.exception():
-                await self._fail(request_id, str(error) or repr(error), USER if isinstance(error, Refused) else SERVER)
-                return
-            result = future.result()
         try:
-            await self.database.run(_complete, kind, row, result)
-        except Refused as error:
-            await self._fail(request_id, str(error), USER)
-            return
-        self._end(request_id, rows.DONE)
-        if self.after:
+            done = await self._answer(row, kind, payload)
+        finally:
+            self._answering.discard(request_id)
+        if done and self.after:
             await self.after(row)
 
+    async def _answer(self, row: Row, kind: Kind, payload: bytes | None) -> bool:
+        """Execute a request and keep what came of it; whether it was done."""
+        request_id, result = row.id, b"{}"
+        if payload is not None:
+            future = await self._work(row, payload)
+            self._answering.add(request_id)
+            if future.cancelled():
+                await self._fail(request_id, "the client cancelled it", USER)
+                return False
+            if error := future.exception():
+                refused = isinstance(error, Refused)
+                again = refused and kind.changes_by_failing
+                await self._fail(request_id, str(error) or repr(error), USER if refused else SERVER, again)
+                return False
+            result = future.result()
+        try:
+            tokens = await self.database.surely(_complete, kind, row, result)
+        except Refused as error:
+            await self._fail(request_id, str(error), USER)
+            return False
+        self.tokens[row.kind] = self.tokens.get(row.kind, 0) + tokens
+        self._end(request_id, rows.DONE)
+        return True
+
+    async def settled(self) -> None:
+        """Until answers of a worker that is lost are kept: they are part of what is brought back."""
+        while self._answering or any(future.done() for future in self._futures.values()):
+            await asyncio.sleep(SETTLE_S)
+
     async def _work(self, row: Row, payload: bytes) -> asyncio.Future[bytes]:
-        """What became of it; a worker that is lost has done nothing, so the next one is asked, once."""
-        for last in (False, True):
+        """What became of it; a worker that is lost has done nothing, so the next one is asked, a few times."""
+        for _ in range(TRIES):
             await self.whole.wait()
             life = self.lives
             future = self._futures[row.id] = asyncio.wrap_future(self.executor.submit(row.kind, row.lane, payload))
+            begun = time.monotonic()
             await asyncio.wait([future])
+            self.busy_s[row.kind] = self.busy_s.get(row.kind, 0.0) + time.monotonic() - begun
             del self._futures[row.id]
             if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
-                break
+                return future
             if self.kinds[row.kind].ordered and self.revive:
                 await self.revive(life)
-            if last:
-                break
-        return future
+        return future  # pyrefly: ignore[unbound-name]
 
-    async def _fail(self, ids: str | list[str], error: str, category: str) -> None:
+    async def _fail(self, ids: str | list[str], error: str, category: str, again: bool = False) -> None:
         """One request, or several at once: after a restart all have failed, or none."""
         ids = [ids] if isinstance(ids, str) else ids
-        await self.database.run(rows.fail, ids, error, category, time.time())
+        await self.database.surely(rows.fail, ids, error, category, time.time(), again)
         for request_id in ids:
             self._end(request_id, category)
 
@@ -204,6 +233,21 @@ class Requests:
         pending = self.pending.pop(request_id)
         self.counts[pending.kind, outcome] = self.counts.get((pending.kind, outcome), 0) + 1
         pending.ended.set()
+        if not self.kinds[pending.kind].ordered:
+            self._sampled.set()
+            self._sampled = asyncio.Event()
+
+    async def ended_samples(self, lane: str, clone: int, cursor: int, limit_s: float | None) -> tuple[list[Row], int]:
+        """Samples that have ended since a cursor, and the next cursor; none when the time is over first."""
+        end = time.monotonic() + min(self.patience.hold_s, self.patience.hold_s if limit_s is None else limit_s)
+        while True:
+            sampled = self._sampled
+            found = await self.database.run(rows.ended_since, lane, clone, cursor)
+            left = end - time.monotonic()
+            if found or left <= 0:
+                return found, found[-1].ended if found else cursor
+            with suppress(TimeoutError):
+                await asyncio.wait_for(sampled.wait(), left)
 
     async def poll(self, request_id: str, tenant: str) -> Row | None:
         """The request when it has ended; None when the holding time is over first.
@@ -246,11 +290,14 @@ class Requests:
     def waiting_samples(self) -> int:
         return sum(each.lane not in self.lanes for each in self.pending.values())
 
+    def waiting_bytes(self, tenant: str) -> int:
+        return sum(each.size for each in self.pending.values() if each.tenant == tenant)
+
     async def resume(self) -> None:
         """What an earlier process promised; models must be back before."""
         for row in await self.database.run(rows.waiting):
             lane = await self._lane(row.lane) if self.kinds[row.kind].ordered else None
-            self._take(row.id, row.tenant, row.lane, row.kind, row.seq_id, lane)
+            self._take(row.id, Pending(row.tenant, row.lane, row.kind, row.size), row.seq_id, lane)
 
     async def close(self) -> None:
         """Nothing more is begun; what waits is answered by the next process."""
@@ -272,6 +319,8 @@ def _prepare(connection: Connection, kind: Kind, row: Row) -> bytes | None:
     return payload
 
 
-def _complete(connection: Connection, kind: Kind, row: Row, result: bytes) -> None:
-    """The answer, and what it means for models and checkpoints, become true together."""
-    rows.finish(connection, row.id, kind.complete(connection, row, result), time.time(), again=kind.changes_model)
+def _complete(connection: Connection, kind: Kind, row: Row, result: bytes) -> int:
+    """The answer, and what it means for models and checkpoints, become true together; how many tokens it was about."""
+    answer, tokens = kind.complete(connection, row, result), kind.tokens(row, result)
+    rows.finish(connection, row.id, answer, time.time(), tokens, again=kind.changes_model)
+    return tokens

@@ -1,5 +1,7 @@
 """The rows of requests: what was promised to a client, until its answer has been kept long enough."""
 
+import itertools
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,9 @@ from rlt.serving.errors import Gone, Missing
 
 WAITING, DONE, FAILED, EXPIRED = "waiting", "done", "failed", "expired"
 ENDED = (DONE, FAILED, EXPIRED)
+ENDS = itertools.count(time.time_ns())  # taken on the database's thread
+CLONES = 10**9  # numbers of one client of a sampler
+PAGE = 1000  # rows of one answer
 USER, SERVER = "user", "server"  # whose fault a failure is
 
 
@@ -68,23 +73,43 @@ def set_payload(connection: Connection, request_id: str, payload: bytes | None) 
     connection.execute(update(requests).where(requests.c.id == request_id).values(payload=payload))
 
 
-def finish(connection: Connection, request_id: str, result: bytes, now: float, again: bool) -> None:
+def finish(connection: Connection, request_id: str, result: bytes, now: float, tokens: int, again: bool) -> None:
     """`again`: the request may have to be executed once more, so its payload stays."""
-    change: dict[str, Any] = {"state": DONE, "result": result, "finished": now}
+    change: dict[str, Any] = {"state": DONE, "result": result, "finished": now, "tokens": tokens, "ended": next(ENDS)}
     if not again:
         change["payload"] = None
     connection.execute(update(requests).where(requests.c.id == request_id).values(change))
 
 
-def fail(connection: Connection, ids: list[str], error: str, category: str, now: float) -> None:
-    change = {"state": FAILED, "error": error, "category": category, "finished": now, "payload": None}
+def fail(connection: Connection, ids: list[str], error: str, category: str, now: float, again: bool = False) -> None:
+    """`again`: it changed its model all the same, so it may have to fail once more, and its payload stays."""
+    change: dict[str, Any] = {"state": FAILED, "error": error, "category": category, "finished": now}
+    change["ended"] = next(ENDS)
+    if not again:
+        change["payload"] = None
     still = requests.c.id.in_(ids) & (requests.c.state == WAITING)
     connection.execute(update(requests).where(still).values(change))
 
 
+def ended_since(connection: Connection, lane: str, clone: int, cursor: int) -> list[Row]:
+    """Samples of one client of a sampler that have ended after a cursor, in that order."""
+    size = func.length(requests.c.result).label("size")
+    theirs = (requests.c.lane == lane) & requests.c.seq_id.between(clone * CLONES, (clone + 1) * CLONES - 1)
+    rows = select(requests.c.id, requests.c.state, requests.c.ended, size)
+    rows = rows.where(theirs, requests.c.ended > cursor, requests.c.state.in_((DONE, FAILED)))
+    return list(connection.execute(rows.order_by(requests.c.ended).limit(PAGE)))
+
+
+def fetched(connection: Connection, ids: list[str], tenant: str) -> None:
+    """Answers that their client has, and does not ask for again."""
+    theirs = requests.c.id.in_(ids) & (requests.c.tenant == tenant) & requests.c.state.in_((DONE, FAILED))
+    connection.execute(update(requests).where(theirs).values(state=EXPIRED, result=None, error=None))
+
+
 def waiting(connection: Connection) -> list[Row]:
     """What an earlier process of the server promised and did not answer."""
-    some = select(requests.c.id, requests.c.kind, requests.c.lane, requests.c.seq_id, requests.c.tenant)
+    size = func.coalesce(func.length(requests.c.payload), 0).label("size")
+    some = select(requests.c.id, requests.c.kind, requests.c.lane, requests.c.seq_id, requests.c.tenant, size)
     return list(connection.execute(some.where(requests.c.state == WAITING).order_by(requests.c.seq_id)))
 
 
@@ -98,7 +123,7 @@ def next_number(connection: Connection, lane: str) -> int:
 def journal(connection: Connection, lane: str, after: int, kinds: tuple[str, ...]) -> list[Row]:
     """The requests, in order, that changed a model since `after`, with their payloads."""
     changed = (requests.c.lane == lane) & (requests.c.seq_id > after) & requests.c.kind.in_(kinds)
-    rows = select(requests).where(changed, requests.c.state.in_((DONE, EXPIRED)), requests.c.payload.is_not(None))
+    rows = select(requests).where(changed, requests.c.state.in_(ENDED), requests.c.payload.is_not(None))
     return list(connection.execute(rows.order_by(requests.c.seq_id)))
 
 

@@ -96,6 +96,12 @@ def living_sampler(connection: Connection, sampler_id: str, tenant: str) -> Row:
     return row
 
 
+def join_sampler(connection: Connection, sampler_id: str, tenant: str) -> int:
+    counter = living_sampler(connection, sampler_id, tenant).clients + 1
+    connection.execute(update(samplers).where(samplers.c.id == sampler_id).values(clients=counter))
+    return counter
+
+
 def ids_of(connection: Connection, table: Table, session_id: str) -> list[str]:
     rows = select(table.c.id).where(table.c.session_id == session_id).order_by(table.c.created)
     return list(connection.execute(rows).scalars())

@@ -5,7 +5,7 @@ import hashlib
 from sqlalchemy import Connection, insert, select
 
 from rlt.errors import Refused
-from rlt.serving.database import tenants
+from rlt.serving.database import notes, tenants
 from rlt.serving.errors import WrongKey
 
 KEY_START = "tml-"  # clients refuse keys that begin otherwise
@@ -29,6 +29,14 @@ def add_tenant(connection: Connection, tenant: str, key: str) -> None:
         raise Refused(f"the key of {tenant} is also that of {before}: each needs its own")
     connection.execute(tenants.delete().where(tenants.c.id == tenant))  # a new key takes the old one's place
     connection.execute(insert(tenants).values(id=tenant, key_hash=_hash(key)))
+
+
+def secret(connection: Connection, new: str) -> str:
+    """The server's own, which stays the same when it starts again."""
+    found = connection.execute(select(notes.c.text).where(notes.c.name == "secret")).scalar_one_or_none()
+    if found is None:
+        connection.execute(insert(notes).values(name="secret", text=new))
+    return found or new
 
 
 def tenant_of(connection: Connection, key: str | None) -> str:
