@@ -160,10 +160,6 @@ class TorchWorker:
         for sampler in self._samplers.values():
             sampler.forget(address)
 
-    def forget(self, address: str) -> None:
-        for sampler in self._samplers.values():
-            sampler.forget(address)
-
 
 def _read(datum: Datum) -> BackendDatum:
     tensors = {name: torch.from_numpy(each.dense().copy()) for name, each in datum.loss_inputs.items()}
