@@ -22,8 +22,6 @@ from backends.protocol import AdamParams as BackendAdamParams  # noqa: E402
 from backends.protocol import Datum as BackendDatum  # noqa: E402
 from rlt.models.loading import load_policy  # noqa: E402
 from rlt.serving.client import Client, RequestFailed, datum  # noqa: E402
-from rlt.serving.torch_sampler import TorchSampler  # noqa: E402
-from rlt.wire.json_form import SampleRequest  # noqa: E402
 from rlt.wire.values import AdamParams, SamplingParams, tensor_of  # noqa: E402
 
 KEY = "tml-aaaaaaaaaaaa"
@@ -200,24 +198,6 @@ def test_best_tokens_and_given_tokens_have_log_probs(either, tiny_teacher):
     (each,) = response.sequences
     assert each.best.token_ids[:, 0].tolist() == each.tokens.tolist()
     assert each.best.logprobs[:, 0] == pytest.approx(each.logprobs, abs=1e-4)
-
-
-def test_tables_of_best_tokens_are_the_same_in_blocks_and_adapters_are_let_go(tiny_teacher, tmp_path, monkeypatch):
-    base = SharedBase(load_policy(tiny_teacher), tmp_path / "base")
-    folder = base.create("own", AdapterSpec(rank=4, seed=3)).result(60).export(tmp_path / "adapter").result(60)
-    base.close()
-    sampler = TorchSampler(tiny_teacher)
-    prompt = np.arange(5, 30)
-    asked = SampleRequest("s", 0, prompt, 1, SamplingParams(max_tokens=1, stop=[]), best_of_prompt=3)
-    whole = sampler.sample(asked, str(folder)).best_of_prompt
-    monkeypatch.setattr("rlt.serving.torch_sampler.LOGITS", 7 * sampler.vocabulary)
-    blocks = sampler.sample(asked, str(folder)).best_of_prompt
-    assert blocks.token_ids.tolist() == whole.token_ids.tolist()
-    assert blocks.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
-    assert len(sampler.model.peft_config) == 1
-    sampler.forget(str(folder))
-    assert len(sampler.model.peft_config) == 0
-    assert sampler.sample(asked, str(folder)).sequences  # and are read again
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class ProcessOfThreads(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
             self._broken = True
-            process = self._process
+            process, self._process = self._process, None
         if cancel_futures:
             for future in list(self._futures.values()):
                 future.cancel()
