@@ -73,6 +73,7 @@ class AdapterEngine:
     def _options(self) -> dict[str, Any]:
         options = {
             "dtype": "float32",  # as the trainer's
+            "max_model_len": -1,  # the longest that fits
             "max_num_seqs": MAX_SEQUENCES,
             "max_logprobs": -1,
             "logprobs_mode": "raw_logprobs",

@@ -67,13 +67,13 @@ class ProcessOfThreads(Executor):
         process.start()
         self._process = process
         theirs.close()
-        threading.Thread(target=self._receive, daemon=True).start()
+        threading.Thread(target=self._receive, args=(process,), daemon=True).start()
 
     def _send(self, message: Any) -> None:
         with suppress(OSError):  # it has ended, which `_receive` finds out
             self._pipe.send(message)
 
-    def _receive(self) -> None:
+    def _receive(self, process: SpawnProcess) -> None:
         with suppress(EOFError, OSError):
             while True:
                 number, result, error = self._pipe.recv()
@@ -87,6 +87,7 @@ class ProcessOfThreads(Executor):
         for future in left.values():
             if future.set_running_or_notify_cancel():
                 future.set_exception(BrokenExecutor("the process has ended before its answer"))
+        process.join()  # nothing is left of it
 
 
 def _serve(pipe: Connection, initializer: Callable[[], None], threads: int) -> None:
