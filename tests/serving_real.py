@@ -13,7 +13,7 @@ from serving_unigram import Unigram
 from rlt.commands import serve
 
 
-def make_unigram(flags: dict, folders: dict[str, str]) -> Unigram:
+def make_unigram(flags: dict, *_: object) -> Unigram:
     if size := flags.pop("file_bytes", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return Unigram(**flags)

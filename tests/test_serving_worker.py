@@ -22,8 +22,6 @@ from backends.protocol import AdamParams as BackendAdamParams  # noqa: E402
 from backends.protocol import Datum as BackendDatum  # noqa: E402
 from rlt.models.loading import load_policy  # noqa: E402
 from rlt.serving.client import Client, RequestFailed, datum  # noqa: E402
-from rlt.serving.torch_sampler import TorchSampler  # noqa: E402
-from rlt.wire.json_form import SampleRequest  # noqa: E402
 from rlt.wire.values import AdamParams, SamplingParams, tensor_of  # noqa: E402
 
 KEY = "tml-aaaaaaaaaaaa"
@@ -51,6 +49,20 @@ def client(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("serving") / "state"
     with served(folder, f"base_models=[{tiny_teacher}]") as address, Client(address, KEY) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def torch_client(tmp_path_factory, tiny_teacher):
+    folder = tmp_path_factory.mktemp("serving") / "state"
+    words = f"base_models=[{tiny_teacher}]", "sampler=torch", "full_finetuning=true"
+    with served(folder, *words) as address, Client(address, KEY) as service:
+        yield service
+
+
+@pytest.fixture(params=["client", "torch_client"], ids=["vllm", "torch"])
+def either(request) -> Client:
+    """One server that samples by vLLM, and one that does not."""
+    return request.getfixturevalue(request.param)
 
 
 def data(shift: int = 1) -> list:
@@ -118,8 +130,8 @@ def test_what_is_refused_leaves_gradients_as_they_were(client, tiny_teacher):
     assert norms[0] == norms[1] > 0
 
 
-def test_samples_have_the_trainers_log_probs(client, tiny_teacher):
-    model = client.create_model(tiny_teacher, rank=4, seed=3)
+def test_samples_have_the_trainers_log_probs(either, tiny_teacher):
+    model = either.create_model(tiny_teacher, rank=4, seed=3)
     trained(model, 3)
     sampler = model.save_for_sampling()
     prompt, params = [5, 6, 7], SamplingParams(max_tokens=12, seed=1, stop=[], temperature=0.7)
@@ -136,15 +148,15 @@ def test_samples_have_the_trainers_log_probs(client, tiny_teacher):
     frozen = sampler.compute_logprobs(prompt).result(60).prompt_logprobs
     trained(model, 2)
     assert sampler.compute_logprobs(prompt).result(60).prompt_logprobs[1:].tolist() == frozen[1:].tolist()
-    base = client.sampler(base_model=tiny_teacher).compute_logprobs(prompt).result(60).prompt_logprobs
+    base = either.sampler(base_model=tiny_teacher).compute_logprobs(prompt).result(60).prompt_logprobs
     assert np.abs(base[1:] - frozen[1:]).max() > 1e-3
-    new = client.create_model(tiny_teacher, rank=4, seed=9)  # adds nothing yet
+    new = either.create_model(tiny_teacher, rank=4, seed=9)  # adds nothing yet
     untrained = new.forward([datum(prompt[:-1], target_tokens=prompt[1:])], "cross_entropy").result(60)
     assert np.abs(untrained.outputs[0]["logprobs"] - base[1:]).max() < 1e-4
 
 
-def test_a_sample_ends_where_it_was_told_to(client, tiny_teacher, tokenizer):
-    sampler = client.sampler(base_model=tiny_teacher)
+def test_a_sample_ends_where_it_was_told_to(either, tiny_teacher, tokenizer):
+    sampler = either.sampler(base_model=tiny_teacher)
 
     def tokens(**named) -> tuple[list[int], str]:
         asked = SamplingParams(**({"max_tokens": 10, "seed": 4, "stop": []} | named))
@@ -165,8 +177,8 @@ def test_a_sample_ends_where_it_was_told_to(client, tiny_teacher, tokenizer):
     assert tokens(top_k=1)[0] == tokens(top_p=1e-6)[0] == greedy
 
 
-def test_best_tokens_and_given_tokens_have_log_probs(client, tiny_teacher):
-    sampler, prompt = client.sampler(base_model=tiny_teacher), [5, 6, 7]
+def test_best_tokens_and_given_tokens_have_log_probs(either, tiny_teacher):
+    sampler, prompt = either.sampler(base_model=tiny_teacher), [5, 6, 7]
     asked = {"prompt_logprobs": True, "topk_prompt_logprobs": 3, "topk_sample_logprobs": 2}
     targets = tensor_of([[6, -1], [7, 9]])
     form = {"data": targets.values.ravel().tolist(), "dtype": "int64", "shape": [2, 2]}
@@ -177,28 +189,15 @@ def test_best_tokens_and_given_tokens_have_log_probs(client, tiny_teacher):
     assert (np.diff(response.best_of_prompt.logprobs[1:]) <= 0).all()
     given = response.target_prompt_logprobs.dense()
     assert given[:, 0] == pytest.approx(response.prompt_logprobs[1:], abs=1e-4)
-    assert given[0, 1] == -99999.0
+    assert given[0, 1] == 0.0
+    sparse = {"data": [7, 9], "dtype": "int64", "shape": [2, 3], "sparse_crow_indices": [0, 0, 2]}
+    sparse |= {"sparse_col_indices": [0, 2]}
+    few = sampler.sample(prompt, params, target_prompt_logprobs=sparse).result(60).target_prompt_logprobs
+    assert (few.row_starts.tolist(), few.columns.tolist()) == ([0, 0, 2], [0, 2])
+    assert few.values == pytest.approx(given[1], abs=1e-4)
     (each,) = response.sequences
     assert each.best.token_ids[:, 0].tolist() == each.tokens.tolist()
     assert each.best.logprobs[:, 0] == pytest.approx(each.logprobs, abs=1e-4)
-
-
-def test_tables_of_best_tokens_are_the_same_in_blocks_and_adapters_are_let_go(tiny_teacher, tmp_path, monkeypatch):
-    base = SharedBase(load_policy(tiny_teacher), tmp_path / "base")
-    folder = base.create("own", AdapterSpec(rank=4, seed=3)).result(60).export(tmp_path / "adapter").result(60)
-    base.close()
-    sampler = TorchSampler(tiny_teacher)
-    prompt = np.arange(5, 30)
-    asked = SampleRequest("s", 0, prompt, 1, SamplingParams(max_tokens=1, stop=[]), best_of_prompt=3)
-    whole = sampler.sample(asked, str(folder)).best_of_prompt
-    monkeypatch.setattr("rlt.serving.torch_sampler.LOGITS", 7 * sampler.vocabulary)
-    blocks = sampler.sample(asked, str(folder)).best_of_prompt
-    assert blocks.token_ids.tolist() == whole.token_ids.tolist()
-    assert blocks.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
-    assert len(sampler.model.peft_config) == 1
-    sampler.forget(str(folder))
-    assert len(sampler.model.peft_config) == 0
-    assert sampler.sample(asked, str(folder)).sequences  # and are read again
 
 
 @pytest.mark.parametrize(
@@ -209,6 +208,39 @@ def test_what_cannot_be_sampled_is_the_clients_fault(client, tiny_teacher, promp
     with pytest.raises(RequestFailed, match=said) as failed:
         client.sampler(base_model=tiny_teacher).sample(prompt, SamplingParams(max_tokens=2), **more).result(LIMIT_S)
     assert failed.value.category == "user"
+
+
+def test_samples_of_several_models_at_once_are_those_of_each_alone(client, tiny_teacher):
+    samplers = [client.sampler(base_model=tiny_teacher)]
+    for rank, flags in ((4, {}), (8, {"train_unembed": False}), (100, {})):  # the engine takes no rank of 100
+        model = client.create_model(tiny_teacher, rank=rank, seed=rank, **flags)
+        trained(model, 3)
+        samplers.append(model.save_for_sampling())
+    asked = [([5, 6, 7 + i], SamplingParams(max_tokens=10, seed=i, stop=[])) for i in range(4)]
+    waiting = [[each.sample(*some, num_samples=2) for some in asked] for each in samplers]
+    together = [[answer.result(LIMIT_S).sequences for answer in some] for some in waiting]
+    for sampler, some in zip(samplers, together, strict=True):
+        for question, sequences in zip(asked, some, strict=True):
+            alone = sampler.sample(*question, num_samples=2).result(60).sequences
+            assert [each.tokens.tolist() for each in sequences] == [each.tokens.tolist() for each in alone]
+    assert len({tuple(some[0][0].tokens.tolist()) for some in together}) > 1
+
+
+def test_all_weights_are_trained_where_the_server_allows_it(client, torch_client, tiny_teacher):
+    with pytest.raises(RequestFailed, match="full_finetuning=true"):
+        client.create_model(tiny_teacher, rank=None)
+    model = torch_client.create_model(tiny_teacher, rank=None)
+    losses = trained(model, 3)
+    assert losses == sorted(losses, reverse=True)
+    path = model.save_state("a").result(60)["path"]
+    sampler = model.save_for_sampling()
+    after = trained(model, 2)
+    assert trained(torch_client.model_from_state(path), 2) == after
+    prompt = [5, 6, 7]
+    found = sampler.sample(prompt, SamplingParams(max_tokens=6, seed=1, stop=[])).result(LIMIT_S).sequences[0]
+    ids = prompt + found.tokens.tolist()
+    frozen = torch_client.model_from_state(path).forward([datum(ids[:-1], target_tokens=ids[1:])], "cross_entropy")
+    assert np.abs(frozen.result(60).outputs[0]["logprobs"][2:] - found.logprobs).max() < 1e-4
 
 
 SDK_PROGRAM = """

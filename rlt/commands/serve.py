@@ -1,11 +1,13 @@
 """A server that clients train and sample through, on this machine's own address.
 
     python serve.py [port=8000] [host=127.0.0.1] [base_models=[embedded/smollm2-135m-instruct]]
-        [state_dir=results/serving] [database=postgresql://...] [tensors=s3://bucket/folder] [body_mib=32] ...
+        [state_dir=results/serving] [database=postgresql://...] [tensors=s3://bucket/folder] [sampler=vllm]
+        [full_finetuning=false] [body_mib=32] ...
 
 Clients name a base model as `base_models` does: embedded/..., or a folder with weights and tokenizer; `name=folder`
 gives it a name that clients know. One process trains, another one samples; each loads a model with the first request
-for it.
+for it. `sampler=torch` samples by the trainer's own forward pass, as what vLLM does not run is in any case. With
+`full_finetuning=true` a client may train all weights (a rank of null), in a copy of the base.
 
 Clients send a key: that of RLT_API_KEY, or one that is made and printed. `RLT_API_KEY=ann=tml-...,bob=tml-...` gives
 two tenants their own. What the server promised is kept in `state_dir`: started again, it goes on.
@@ -52,8 +54,11 @@ USAGE = {
     "database": None,  # a URL, such as postgresql://USER:PASSWORD@HOST/NAME; null: SQLite in state_dir
     "tensors": None,  # an address that fsspec opens, such as s3://bucket/folder; null: in state_dir
     "base_models": ["embedded/smollm2-135m-instruct"],  # that clients may name
+    "sampler": "vllm",  # or torch
+    "full_finetuning": False,  # whether clients may train all weights
     **LIMITS,
 }
+SAMPLERS = ("vllm", "torch")
 TENANT = "owner"
 STOP_S = 5  # for answers that are on their way
 
@@ -70,6 +75,10 @@ def read_settings(words: list[str]) -> dict[str, Any]:
     port = settings["port"]
     if not isinstance(port, int) or not 0 <= port < 2**16:
         raise Refused(f"port is {port!r}: give 1 to 65535, or 0 for a free one")
+    if settings["sampler"] not in SAMPLERS:
+        raise Refused(f"sampler is {settings['sampler']!r}: {' or '.join(SAMPLERS)} would do")
+    if not isinstance(settings["full_finetuning"], bool):
+        raise Refused(f"full_finetuning is {settings['full_finetuning']!r}: give true or false")
     for key in LIMITS:
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
             raise Refused(f"{key} is {settings[key]!r}: give a whole number from 1 on")
@@ -89,11 +98,11 @@ def read_keys() -> tuple[dict[str, str], bool]:
     return pairs, False
 
 
-def make_worker(folders: Mapping[str, str]) -> "Worker":
+def make_worker(folders: Mapping[str, str], sampler: str, full_finetuning: bool) -> "Worker":
     """In a process of the worker's own: the server's does without torch."""
     from rlt.serving.torch_worker import TorchWorker
 
-    return TorchWorker(folders)
+    return TorchWorker(folders, sampler, full_finetuning)
 
 
 def find_models(names: Any) -> dict[str, Path]:
@@ -133,7 +142,8 @@ def build_service(settings: dict[str, Any], folder: Path) -> "Service":
     database = settings["database"] or f"sqlite:///{folder / 'state.db'}"
     storage = Storage(settings["tensors"] or str(folder / "tensors"))
     places = {name: place_of(each) for name, each in models.items()}
-    work = partial(make_worker, {name: str(each) for name, each in models.items()})
+    folders = {name: str(each) for name, each in models.items()}
+    work = partial(make_worker, folders, settings["sampler"], settings["full_finetuning"])
     limits = Limits(settings["body_mib"] * 2**20, settings["datums"], settings["tokens"])
     named = {key: settings[key] for key in ("session_s", "samples_waiting", "keep_every", "sweep_s")}
     named |= {"limits": limits, "sessions_of_a_tenant": settings["sessions"]}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rlt.errors import Refused
+from rlt.logprobs.head import best_tokens
 from rlt.wire.values import SamplingParams
 
 BYTES_OF_A_LETTER = 4  # at most, and a token has one byte at least
@@ -94,12 +95,6 @@ def _note(drawn: list[Drawn], going: list[int], tokens_S, logits_SV, stops: Stop
         drawn[each].stopped = stops.reached(drawn[each].tokens)
         if likeliest is not None:
             drawn[each].best.append((likeliest[0][row].tolist(), likeliest[1][row].tolist()))
-
-
-def best_tokens(logits_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and log-probs (T, k), the likeliest first."""
-    values_Tk, ids_Tk = logits_TV.float().topk(min(k, logits_TV.shape[-1]))
-    return ids_Tk, values_Tk - logits_TV.float().logsumexp(dim=-1, keepdim=True)
 
 
 def draw(logits_SV: torch.Tensor, generators: Sequence[torch.Generator], params: SamplingParams) -> torch.Tensor:

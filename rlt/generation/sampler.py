@@ -1,6 +1,6 @@
 """The engines of training, built in one place; and answers of a model that is not trained, by one of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,9 @@ from rlt.prompts.styles import load_format
 from rlt.prompts.tokenizers import check_tokenizer
 from rlt.schema import Sampling, server_urls
 from rlt.survival.host_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from rlt.generation.adapter_engine import AdapterEngine
 
 MAX_SEQUENCES = 256  # that the engine runs at once
 
@@ -38,6 +41,17 @@ def build_engine(
 
         return EngineProcess(**options)
     return VLLMEngine(**options)
+
+
+def build_adapter_engine(folder: str) -> "AdapterEngine":
+    """The engine of the training API: for a base model and adapters that come and go, without a trainer beside it.
+
+    Raises:
+        ImportError, ValueError, NotImplementedError: there is no vLLM, or it does not run this model.
+    """
+    from rlt.generation.adapter_engine import AdapterEngine
+
+    return AdapterEngine(folder)
 
 
 class Sampler:

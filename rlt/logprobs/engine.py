@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
-from rlt.logprobs.head import head_log_probs
+from rlt.logprobs.head import head_best_tokens, head_log_probs
 from rlt.logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
 from rlt.models.recurrent import let_recurrent_layers_read_rows
 from rlt.models.sharing import Reading, way_of_reading
@@ -148,6 +148,15 @@ def token_log_probs(
             nothing = _pass_for_nothing(causal, device)
             log_probs = [values + nothing for values in log_probs]
     return log_probs, entropies
+
+
+@torch.no_grad()
+def best_next_tokens(model, ids: list[int], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model holds likeliest behind each token of one sequence: ids and log-probs (N, k), the likeliest first."""
+    causal = _causal_model(model)
+    device = next(causal.get_input_embeddings().parameters()).device
+    hidden_1NH = causal.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+    return head_best_tokens(causal, hidden_1NH[0], k)
 
 
 def _targets_by_index(counted: list[list[int]], targets: Sequence[Sequence]) -> list[dict]:

@@ -66,14 +66,7 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
 
     A soft cap comes after the architecture's factor and before the temperature, as in the models.
     """
-    # A call of the module would let ZeRO-3 give back the weight that `_with_whole_head` has gathered.
-    plain = type(head) is torch.nn.Linear and _is_whole(head)
-    logits_NV = torch.nn.functional.linear(hidden_NH, head.weight, head.bias) if plain else head(hidden_NH)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if factor != 1.0:
-        logits_NV = logits_NV * factor
-    if cap is not None:
-        logits_NV = cap * torch.tanh(logits_NV / cap)
+    logits_NV = _logits(head, hidden_NH, factor, cap)
     if temperature != 1.0:
         logits_NV = logits_NV * (1.0 / temperature)
     normaliser_N = logits_NV.logsumexp(dim=-1)
@@ -84,6 +77,34 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "with_grad"):
         probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
         return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
+
+
+def _logits(head, hidden_NH, factor: float, cap: float | None) -> torch.Tensor:
+    # A call of the module would let ZeRO-3 give back the weight that `_with_whole_head` has gathered.
+    plain = type(head) is torch.nn.Linear and _is_whole(head)
+    logits_NV = torch.nn.functional.linear(hidden_NH, head.weight, head.bias) if plain else head(hidden_NH)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if factor != 1.0:
+        logits_NV = logits_NV * factor
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return logits_NV
+
+
+def best_tokens(logits_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log-probs (T, k), the likeliest first."""
+    values_Tk, ids_Tk = logits_TV.float().topk(min(k, logits_TV.shape[-1]))
+    return ids_Tk, values_Tk - logits_TV.float().logsumexp(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def head_best_tokens(model: PreTrainedModel, hidden_NH, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of positions whose logits are never held all at once."""
+    head, transform = model.get_output_embeddings(), _logit_transform(model.config)
+    rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    parts = [best_tokens(_logits(head, hidden, *transform), k) for hidden in hidden_NH.split(rows)]
+    ids, values = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(values)
 
 
 def _columns(targets: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
@@ -20,10 +20,12 @@ import psutil
 from rlt.launching.lifetime import end_with
 from rlt.serving.accelerators import VISIBLE, accelerators, most_free
 from rlt.serving.storage import PULLED
+from rlt.serving.threads import ProcessOfThreads
 from rlt.serving.worker import SAMPLING, UNLOADING, Worker, answer
 
 PULLED_S = 3600.0
 PID = "pid"
+SAMPLES_AT_ONCE = 256  # requests: a sampler draws them in one batch
 STOP_S = 10.0  # for the request that is executed; after that it is ended, and executed anew after a restart
 
 worker: Worker | None = None  # of the process that this module was imported in, if it is one of these
@@ -59,10 +61,10 @@ def _empty(scratch: Path) -> None:
 
 
 class _Process:
-    """One worker, and the next in its place."""
+    """One worker, and the next in its place; it may do several requests at once."""
 
-    def __init__(self, make_worker: Callable[[], Worker], scratch: Path) -> None:
-        self.make_worker, self.scratch = make_worker, scratch
+    def __init__(self, make_worker: Callable[[], Worker], scratch: Path, at_once: int) -> None:
+        self.make_worker, self.scratch, self.at_once = make_worker, scratch, at_once
         self.device: str | None = None
         self.used = False
 
@@ -71,7 +73,11 @@ class _Process:
         _empty(self.scratch)
         self.device = most_free(accelerators(), avoid)
         begin = partial(_begin, self.make_worker, os.getpid(), self.scratch, self.device)
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin)
+        self._pool: Executor = (
+            ProcessOfThreads(begin, self.at_once)
+            if self.at_once > 1
+            else ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin)
+        )
         self.used = False
 
     def send(self, kind: str, model_id: str, payload: bytes) -> Future[bytes]:
@@ -113,8 +119,8 @@ class ProcessExecutor:
 
     def __init__(self, make_worker: Callable[[], Worker], scratch: Path) -> None:
         self.scratch = scratch
-        self._training = _Process(make_worker, scratch / "training")
-        self._sampling = _Process(make_worker, scratch / "sampling")
+        self._training = _Process(make_worker, scratch / "training", 1)
+        self._sampling = _Process(make_worker, scratch / "sampling", SAMPLES_AT_ONCE)
         self._training.renew(None)
         self._sampling.renew(self._training.device)
 

@@ -1,22 +1,28 @@
-"""The worker that trains and samples real models: adapters on a base that they share (backends/adapters.py).
+"""The worker that trains and samples real models: adapters on a base that they share (backends/adapters.py), or, where
+it is allowed, all weights of a model of its own.
 
 A base is loaded when a request first needs it: once for training, and once for sampling, which has its own copy and
 mostly a process of its own. Nothing of a model is here that its requests would not bring about again.
 """
 
+import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from backends.adapters import AdapterBackend, AdapterSpec, SharedBase
+from backends.create import create_adamw_optimizer
 from backends.protocol import AdamParams as BackendAdamParams
 from backends.protocol import Datum as BackendDatum
 from backends.protocol import ForwardOutput
+from backends.pytorch import PyTorchTrainingBackend
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_policy, quiet_libraries
@@ -28,23 +34,29 @@ from rlt.wire.values import AdamParams, Datum, ForwardBackwardOutput, ForwardBac
 
 STATE = "state"
 
+logger = logging.getLogger("rlt")
+
 
 class TorchWorker:
     """`rlt.serving.worker.Worker`.
 
     Args:
         folders: of the base models' weights and tokenizers, by the names that clients know.
+        sampler: "vllm", for the models that it runs; "torch": the trainer's own forward pass, for all.
+        full_finetuning: whether a rank of null is granted, which takes a copy of the base and twice its size in
+            optimizer states for each such model.
     """
 
-    def __init__(self, folders: Mapping[str, str]):
+    def __init__(self, folders: Mapping[str, str], sampler: str = "vllm", full_finetuning: bool = False):
         quiet_libraries()
-        self.folders = folders
-        self.models: dict[str, AdapterBackend] = {}
+        self.folders, self.sampler, self.full_finetuning = folders, sampler, full_finetuning
+        self.models: dict[str, PyTorchTrainingBackend] = {}
         self._bases: dict[str, SharedBase] = {}
-        self._samplers: dict[str, TorchSampler] = {}
+        self._samplers: dict[str, Any] = {}
+        self._building = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="rlt-worker-")
 
-    def _model(self, model_id: str) -> AdapterBackend:
+    def _model(self, model_id: str) -> PyTorchTrainingBackend:
         if model_id not in self.models:
             raise Refused(f"the model {model_id} is not here")
         return self.models[model_id]
@@ -63,13 +75,22 @@ class TorchWorker:
     def create_model(self, model_id: str, base_model: str, adapter: Mapping[str, Any]) -> None:
         """An adapter without a seed gets one of its model's name, so that after a restart it is the same again."""
         if adapter["rank"] is None:
-            raise Refused("all weights cannot be trained here so far: give a lora_config with a rank")
+            self._create_whole(model_id, base_model)
+            return
         given = dict(adapter)
         if given["seed"] is None:
             given["seed"] = request_seed("adapter", model_id)
         base = self._base(base_model)
         self.unload(model_id)
         self.models[model_id] = base.create(model_id, AdapterSpec(**given)).result()
+
+    def _create_whole(self, model_id: str, base_model: str) -> None:
+        if not self.full_finetuning:
+            raise Refused("all weights are not trained here: give a rank, or serve with full_finetuning=true")
+        model: Any = load_policy(self._folder(base_model))
+        self.unload(model_id)
+        place = Path(self._scratch.name) / "whole" / model_id
+        self.models[model_id] = PyTorchTrainingBackend(model, create_adamw_optimizer(model), checkpoint_dir=place)
 
     def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardOutput:
         model, data = self._model(request.model_id), [_read(datum) for datum in request.data]
@@ -82,35 +103,58 @@ class TorchWorker:
         return {"grad_norm": done.grad_norm}
 
     def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
-        found = self._model(model_id).hidden_means(sequences).result()
+        model = self._model(model_id)
+        if not isinstance(model, AdapterBackend):
+            raise Refused("embeddings are of adapters: this model trains all weights")
+        found = model.hidden_means(sequences).result()
         return ForwardBackwardOutput([{"embedding": each.numpy()} for each in found], {})
 
     def save(self, model_id: str, kind: str, address: str) -> int:
-        """The whole state as backends/saved.py has it; else the adapter as PEFT has it."""
+        """The whole state as backends/saved.py has it; else the adapter as PEFT has it, or the model as transformers
+        does."""
         model = self._model(model_id)
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as aside:
-            if kind != "save_weights":
-                adapter = model.export(Path(aside) / "adapter").result()
-                if kind == "save_weights_merged":
-                    adapter = merge(adapter, self._folder(model.base.name), Path(aside) / "merged")
-                return put_files(adapter, address)
-            folder = model.save_state(STATE, overwrite=True).result()
-            shutil.move(folder, aside)
-            return put_files(Path(aside) / STATE, address)
+            if kind == "save_weights":
+                shutil.move(model.save_state(STATE, overwrite=True).result(), aside)
+                return put_files(Path(aside) / STATE, address)
+            return put_files(self._export(model, kind, Path(aside)), address)
+
+    def _export(self, model: PyTorchTrainingBackend, kind: str, aside: Path) -> Path:
+        if not isinstance(model, AdapterBackend):
+            cast(PreTrainedModel, model.model).save_pretrained(aside / "whole")
+            return aside / "whole"
+        adapter = model.export(aside / "adapter").result()
+        if kind == "save_weights_merged":
+            return merge(adapter, self._folder(model.base.name), aside / "merged")
+        return adapter
 
     def load_weights(self, model_id: str, address: str, optimizer: bool) -> None:
         with local_files(address) as folder:
             self._model(model_id).load_state(folder, optimizer).result()
 
     def sample(self, request: SampleRequest, base_model: str, address: str | None) -> SampleResponse:
-        if base_model not in self._samplers:
-            self._samplers[base_model] = TorchSampler(self._folder(base_model))
+        with self._building:
+            if base_model not in self._samplers:
+                self._samplers[base_model] = self._new_sampler(self._folder(base_model))
         return self._samplers[base_model].sample(request, address)
 
+    def _new_sampler(self, folder: str) -> Any:
+        if self.sampler == "torch":
+            return TorchSampler(folder)
+        try:
+            from rlt.serving.vllm_sampler import VLLMSampler
+
+            return VLLMSampler(folder)
+        except (ImportError, ValueError, NotImplementedError) as error:
+            logger.warning("vLLM does not run %s, so torch samples it: %s", folder, error)
+            return TorchSampler(folder)
+
     def unload(self, model_id: str) -> None:
-        if model_id in self.models:
-            model = self.models.pop(model_id)
+        model = self.models.pop(model_id, None)
+        if isinstance(model, AdapterBackend):
             model.base.remove(model_id).result()
+        elif model is not None:
+            model.close()
 
     def forget(self, address: str) -> None:
         for sampler in self._samplers.values():

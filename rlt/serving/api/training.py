@@ -33,7 +33,8 @@ def read_adapter(given: Any) -> dict[str, Any]:
     read = {name: flag(adapter, name, True) for name in ("train_mlp", "train_attn", "train_unembed")}
     if not any(read.values()):
         raise Refused("train_mlp, train_attn and train_unembed are all false: nothing would be trained")
-    rank = whole(adapter.get("rank", 32), "rank", *RANKS)
+    rank = adapter.get("rank", 32)
+    rank = None if rank is None else whole(rank, "rank", *RANKS)  # null: all weights are trained
     return {"rank": rank, "seed": None if seed is None else whole(seed, "seed"), **read}
 
 

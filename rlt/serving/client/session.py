@@ -51,7 +51,7 @@ class Session:
 
         return self.connection.request(lambda: self.connection.post(route, form), read)
 
-    def _new_model(self, base_model: str, rank: int, **lora: Any) -> ServerFuture[TrainingClient]:
+    def _new_model(self, base_model: str, rank: int | None, **lora: Any) -> ServerFuture[TrainingClient]:
         return self._made("create_model", {"base_model": base_model, "lora_config": {"rank": rank, **lora}})
 
     def _model_of(self, path: str, optimizer: bool) -> ServerFuture[TrainingClient]:
@@ -117,7 +117,7 @@ class Client(Session):
     def __enter__(self) -> "Client":
         return self
 
-    def create_model(self, base_model: str, rank: int = 32, **lora: Any) -> TrainingClient:
+    def create_model(self, base_model: str, rank: int | None = 32, **lora: Any) -> TrainingClient:
         """`lora`: seed, train_mlp, train_attn, train_unembed."""
         return self._new_model(base_model, rank, **lora).result()
 
@@ -159,7 +159,7 @@ class AsyncClient(Session):
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
-    async def create_model(self, base_model: str, rank: int = 32, **lora: Any) -> TrainingClient:
+    async def create_model(self, base_model: str, rank: int | None = 32, **lora: Any) -> TrainingClient:
         return await self._new_model(base_model, rank, **lora)
 
     async def model_from_state(self, path: str, optimizer: bool = True) -> TrainingClient:
