@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from rlt.errors import Refused
-from rlt.survival.oom import RanOut, Shortage, is_out_of_memory
+from rlt.survival.oom import NoMemoryLeft, RanOut, Shortage, is_out_of_memory
 
 VARIANCE_FLOOR = 1e-8  # keeps values that agree from exploding
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -110,8 +110,8 @@ class Together:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if world_size() == 1:
-            return
+        if world_size() == 1 or isinstance(error, NoMemoryLeft):
+            return  # amid a pass: the others wait elsewhere, and it is for this rank to end
         passes = isinstance(error, RanOut) or (error is not None and is_out_of_memory(error))
         words = "" if error is None or passes else f"{type(error).__name__}: {error}"
         failed = [(number, said) for number, said in enumerate(gather_texts(words)) if said]
