@@ -18,10 +18,12 @@ _PLACES = {
         *("create_warmup_scheduler", "load_hf_model", "parse_dtype"),
     ),
     "backends.create_sharded": ("create_deepspeed_backend", "create_fsdp_backend", "create_parallel_backend"),
-    "backends.futures": ("TrainFuture",),
+    "backends.futures": ("RanksLost", "TrainFuture"),
     "backends.losses": ("additive", "compute_loss_from_outputs"),
     "backends.protocol": ("AdamParams", "Datum", "ForwardOutput", "StepOutput", "TrainingBackend"),
     "backends.pytorch": ("PyTorchTrainingBackend",),
+    "backends.service": ("TrainingService",),
+    "backends.service_ray": ("create_ray_backend",),
     "backends.sharded": ("ShardedTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}

@@ -35,12 +35,17 @@ def join(device: str, limit_s: float = LIMIT_S) -> torch.device:
     """
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
-    found = torch.device(device) if device not in ("auto", "cuda") else torch.device(f"cuda:{local}" if on_gpu else "cpu")
+    found = (
+        torch.device(device) if device not in ("auto", "cuda") else torch.device(f"cuda:{local}" if on_gpu else "cpu")
+    )
     if on_gpu:
         torch.cuda.set_device(found)
     if not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=limit_s), **alone)
+        kind, limit = "nccl" if on_gpu else "gloo", timedelta(seconds=limit_s)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(kind, timeout=limit)
+        else:
+            dist.init_process_group(kind, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
     return found
 
 

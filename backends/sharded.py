@@ -94,7 +94,9 @@ class ShardedTrainingBackend(PyTorchTrainingBackend):
 
 def _digest(batch: Batch) -> str:
     """Of all that is in a batch."""
-    rows = [batch] if isinstance(batch, Mapping) else [{"tokens": torch.tensor(d.tokens), **d.loss_inputs} for d in batch]
+    rows = (
+        [batch] if isinstance(batch, Mapping) else [{"tokens": torch.tensor(d.tokens), **d.loss_inputs} for d in batch]
+    )
     found = hashlib.sha256()
     for row in rows:
         for name, value in sorted(row.items()):

@@ -1,0 +1,226 @@
+"""Many processes behind one object: `TrainingBackend` whose operations all ranks do together.
+
+    service = await TrainingService.options(procs=4, backend="fsdp").as_service(model_name="...")
+    service = TrainingService.options(procs=2, backend="pytorch").as_service(model_name="...").result(300)
+    output = service.forward_backward(batch).result(60)
+    service.close()
+
+Ranks are processes of this machine (service_processes.py), or actors of a Ray cluster (service_ray.py). What goes to
+them is plain data, so a loss has a name here. A rank that is lost fails the operation at hand and all later ones with
+`RanksLost`; with `restarts`, ranks are started anew instead, go on from the last state that was saved, and do again
+what was asked since.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from backends.futures import RanksLost, TrainFuture, Worker
+from backends.journal import Journal
+from backends.service_rank import CREATORS
+from rlt.errors import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+    from backends.protocol import AdamParams, Batch, ForwardOutput, Loss, StepOutput
+
+LIMIT_S = 1800.0
+RAY = "ray"
+RAY_RESTARTS = 3
+
+logger = logging.getLogger("rlt")
+
+
+class Crew(Protocol):
+    """Ranks, wherever they are. One thread asks; an answer is one of each rank."""
+
+    def start(self) -> list[bytes]: ...
+    def call(self, message: bytes) -> list[bytes]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a service trains.
+
+    Attributes:
+        procs: ranks; None: one for each GPU that is there, or in a Ray cluster that `resources` ask for; else one.
+        backend: "fsdp", "deepspeed" or "pytorch" (copies of the model), in processes of this machine; "ray": actors.
+        sharding: one of the first three, of Ray's actors.
+        resources: of Ray: of all training ranks together ("train"), and of a sampler ("sample"; none without).
+        restarts: how often ranks that were lost are started anew; None: 3 with Ray, else 0.
+        limit_s: for one rank to wait for another, and for an operation.
+    """
+
+    procs: int | None = None
+    backend: str = "fsdp"
+    sharding: str = "pytorch"
+    resources: Mapping[str, Mapping[str, float]] | None = None
+    restarts: int | None = None
+    limit_s: float = LIMIT_S
+
+    def as_service(self, model_name: str, checkpoint_dir: str | Path = "checkpoints", **arguments: Any):
+        """Start the ranks; the future of a `TrainingService`.
+
+        Args:
+            arguments: of the backend's own function (backends/create_sharded.py): learning_rate, dtype, device, ...
+
+        Raises:
+            Refused: what is asked for cannot be.
+        """
+        self._check()
+        given = {"model_name": model_name, "checkpoint_dir": str(Path(checkpoint_dir).absolute()), **arguments}
+        try:
+            json.dumps(given)
+        except TypeError as error:
+            raise Refused(f"arguments of a service are numbers and texts: {error}") from error
+        service = TrainingService(self._crew(given), self._restarts())
+        return service._worker.submit(service._start)
+
+    def _check(self) -> None:
+        if self.backend not in (*CREATORS, RAY):
+            raise Refused(f"backend={self.backend!r} is not known: {', '.join((*CREATORS, RAY))} would do")
+        if self.sharding not in CREATORS:
+            raise Refused(f"sharding={self.sharding!r} is not known: {', '.join(CREATORS)} would do")
+        if self.procs is not None and (isinstance(self.procs, bool) or self.procs < 1):
+            raise Refused(f"procs={self.procs!r}: a whole number of 1 or more would do")
+        if self.resources is not None and self.backend != RAY:
+            raise Refused("resources are those of backend='ray'")
+
+    def _restarts(self) -> int:
+        return self.restarts if self.restarts is not None else RAY_RESTARTS if self.backend == RAY else 0
+
+    def _crew(self, arguments: dict[str, Any]) -> Crew:
+        if self.backend == RAY:
+            from backends.service_ray import RayCrew
+
+            spec = {"backend": self.sharding, "arguments": arguments}
+            return RayCrew(self.procs, spec, self.resources or {}, self.limit_s)
+        import torch
+
+        from backends.service_processes import Processes
+
+        on_cpu = arguments.get("device") == "cpu" or not torch.cuda.is_available()
+        spec = {"backend": self.backend, "arguments": arguments, "on_cpu": on_cpu}
+        procs = self.procs or (1 if on_cpu else torch.cuda.device_count())
+        return Processes(procs, spec, self.limit_s)
+
+
+class TrainingService:
+    """`backends.protocol.TrainingBackend` of many processes; made by `TrainingService.options(...).as_service(...)`.
+
+    Args:
+        restarts: how often a crew that was lost is started anew.
+    """
+
+    def __init__(self, crew: Crew, restarts: int = 0):
+        self.crew, self.restarts_left = crew, restarts
+        self.journal = Journal()
+        self._worker = Worker("a training service")
+
+    @staticmethod
+    def options(**options: Any) -> Options:
+        """As of `Options`."""
+        return replace(Options(), **options)
+
+    def forward(
+        self, batch: "Batch", loss_fn: "Loss" = None, loss_fn_config: Mapping[str, float] | None = None
+    ) -> "TrainFuture[ForwardOutput]":
+        return self._ask("forward", batch, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, batch: "Batch", loss_fn: "Loss" = None, loss_fn_config: Mapping[str, float] | None = None
+    ) -> "TrainFuture[ForwardOutput]":
+        return self._ask("forward_backward", batch, loss_fn, loss_fn_config)
+
+    def optim_step(self, params: "AdamParams | None" = None) -> "TrainFuture[StepOutput]":
+        return self._ask("optim_step", params)
+
+    def get_weights(self) -> "TrainFuture[dict[str, torch.Tensor]]":
+        return self._ask("get_weights")
+
+    def load_weights(self, weights: "Mapping[str, torch.Tensor]") -> TrainFuture[None]:
+        return self._ask("load_weights", weights)
+
+    def save_state(
+        self, name: str | None = None, with_optimizer: bool = True, overwrite: bool = False
+    ) -> TrainFuture[Path]:
+        return self._ask("save_state", name, with_optimizer, overwrite)
+
+    def load_state(self, path: str | Path, with_optimizer: bool = True) -> TrainFuture[int]:
+        return self._ask("load_state", path, with_optimizer)
+
+    def close(self) -> None:
+        """Finish what has begun, and end the ranks."""
+        ended = self._worker.submit(self.crew.close)
+        ended.exception(LIMIT_S)
+        self._worker.close()
+
+    def __enter__(self) -> "TrainingService":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, operation: str, *arguments: Any) -> TrainFuture:
+        return self._worker.submit(self._do, operation, *arguments)
+
+    def _start(self) -> "TrainingService":
+        try:
+            _value(self.crew.start())
+        except BaseException:
+            self.crew.close()
+            raise
+        return self
+
+    def _do(self, operation: str, *arguments: Any) -> Any:
+        from backends.messages import pack
+
+        message = pack([operation, *arguments])
+        while True:
+            try:
+                value = _value(self.crew.call(message))
+                break
+            except RanksLost as lost:
+                self._begin_anew(lost)
+        self.journal.note(operation, arguments, message, value)
+        if self.restarts_left and self.journal.is_long():
+            self._keep()
+        return value
+
+    def _keep(self) -> None:
+        """Save a state of the service's own, from which a restart goes on."""
+        self._do("save_state", self.journal.next_name(), True, True)
+
+    def _begin_anew(self, lost: RanksLost) -> None:
+        """Other ranks, in the state of those that were lost."""
+        while True:
+            if not self.restarts_left:
+                raise lost
+            self.restarts_left -= 1
+            logger.warning("%s: ranks are started anew, from %s", lost, self.journal.state or "the beginning")
+            try:
+                self.crew.close()
+                _value(self.crew.start())
+                for message in self.journal.to_repeat():
+                    _value(self.crew.call(message))
+                return
+            except RanksLost as again:
+                lost = again
+
+
+def _value(answers: list[bytes]) -> Any:
+    """What rank 0 says, or why some rank did not do it."""
+    from backends.messages import unpack
+
+    said = [unpack(answer) for answer in answers]
+    for rank, one in enumerate(said):
+        if "error" in one:
+            if one["error"] == Refused.__name__:
+                raise Refused(one["text"])
+            raise RuntimeError(f"rank {rank}: {one['error']}: {one['text']}")
+    return said[0]["value"]
