@@ -8,6 +8,7 @@ whether it is there, also while it works: one that is held, or whose machine is 
 to a folder that all machines see.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ class RayCrew:
         import ray
 
         if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             self._began_ray = True
         bundles = [self.share] * self.procs + ([self.sampling] if self.sampling else [])
         self.group = ray.util.placement_group(bundles, strategy="PACK")
