@@ -9,7 +9,8 @@ from typing import Any
 LONGEST = 64 * 2**20  # bytes that may have to be repeated
 MOST_STEPS = 20
 OWN = "recovery"  # names of states that the service saves on its own account, in turns
-CHANGING = ("forward_backward", "optim_step", "load_weights", "load_state")
+MOVING = ("optim_step", "load_weights", "load_state")
+CHANGING = ("forward_backward", *MOVING)
 
 
 class Journal:

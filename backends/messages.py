@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load, save
 
 from backends.protocol import AdamParams, Datum, ForwardOutput, StepOutput
+from backends.sampling import Sample
 from rlt.errors import Refused
 
 LENGTH = struct.Struct("!Q")
-RECORDS = {record.__name__: record for record in (AdamParams, Datum, ForwardOutput, StepOutput)}
+RECORDS = {record.__name__: record for record in (AdamParams, Datum, ForwardOutput, Sample, StepOutput)}
 TENSOR, MAP, PATH = "tensor", "map", "path"  # beside the names of records: what a JSON object stands for
 
 

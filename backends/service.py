@@ -13,13 +13,13 @@ what was asked since.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.futures import RanksLost, TrainFuture, Worker
-from backends.journal import Journal
+from backends.journal import MOVING, Journal
 from backends.service_rank import CREATORS
 from rlt.errors import Refused
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from backends.protocol import AdamParams, Batch, ForwardOutput, Loss, StepOutput
+    from backends.sampling import Sample
 
 LIMIT_S = 1800.0
 RAY = "ray"
@@ -40,6 +41,7 @@ class Crew(Protocol):
 
     def start(self) -> list[bytes]: ...
     def call(self, message: bytes) -> list[bytes]: ...
+    def ask_sampler(self, message: bytes) -> bytes: ...
     def close(self) -> None: ...
 
 
@@ -120,6 +122,7 @@ class TrainingService:
     def __init__(self, crew: Crew, restarts: int = 0):
         self.crew, self.restarts_left = crew, restarts
         self.journal = Journal()
+        self._sampler_is_behind = True
         self._worker = Worker("a training service")
 
     @staticmethod
@@ -154,6 +157,12 @@ class TrainingService:
     def load_state(self, path: str | Path, with_optimizer: bool = True) -> TrainFuture[int]:
         return self._ask("load_state", path, with_optimizer)
 
+    def sample(
+        self, prompt: list[int], count: int = 1, max_tokens: int = 128, temperature: float = 1.0, seed: int = 0
+    ) -> "TrainFuture[list[Sample]]":
+        """Completions by the newest weights; of a service that has a sampler."""
+        return self._worker.submit(self._sample, ["sample", prompt, count, max_tokens, temperature, seed])
+
     def close(self) -> None:
         """Finish what has begun, and end the ranks."""
         ended = self._worker.submit(self.crew.close)
@@ -181,16 +190,30 @@ class TrainingService:
         from backends.messages import pack
 
         message = pack([operation, *arguments])
-        while True:
-            try:
-                value = _value(self.crew.call(message))
-                break
-            except RanksLost as lost:
-                self._begin_anew(lost)
+        value = self._in_spite_of_losses(lambda: _value(self.crew.call(message)))
         self.journal.note(operation, arguments, message, value)
+        self._sampler_is_behind |= operation in MOVING
         if self.restarts_left and self.journal.is_long():
             self._keep()
         return value
+
+    def _sample(self, asked: list[Any]) -> Any:
+        from backends.messages import pack
+
+        def draw() -> Any:
+            if self._sampler_is_behind:
+                _value([self.crew.ask_sampler(self.crew.call(pack(["get_weights"]))[0])])
+                self._sampler_is_behind = False
+            return _value([self.crew.ask_sampler(pack(asked))])
+
+        return self._in_spite_of_losses(draw)
+
+    def _in_spite_of_losses(self, work: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return work()
+            except RanksLost as lost:
+                self._begin_anew(lost)
 
     def _keep(self) -> None:
         """Save a state of the service's own, from which a restart goes on."""
@@ -206,6 +229,7 @@ class TrainingService:
             try:
                 self.crew.close()
                 _value(self.crew.start())
+                self._sampler_is_behind = True
                 for message in self.journal.to_repeat():
                     _value(self.crew.call(message))
                 return

@@ -18,6 +18,7 @@ from typing import Any
 
 from backends.futures import RanksLost
 from backends.service_rank import SOCKET, SPEC
+from rlt.errors import Refused
 from rlt.launching.lifetime import end_of, end_with
 
 POLL_S = 1.0
@@ -82,6 +83,13 @@ class Processes:
             for end in self.ends:
                 send(end, message)
         return self._replies()
+
+    def ask_sampler(self, message: bytes) -> bytes:
+        """
+        Raises:
+            Refused: there is none.
+        """
+        raise Refused("this service has no sampler: one of backend='ray' with resources of 'sample' has")
 
     def _replies(self) -> list[bytes]:
         from backends.messages import receive

@@ -55,6 +55,32 @@ class RayRank:
         return True
 
 
+class RaySampler:
+    """An actor: what draws completions."""
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        from backends.sampling import Sampler
+
+        named = {name: arguments[name] for name in ("model_name", "dtype", "device") if name in arguments}
+        self.sampler = Sampler(**named)
+
+    def answer(self, message: bytes) -> bytes:
+        """[operation, arguments...] of the sampler; or what rank 0 says its weights are."""
+        from backends.futures import Worker as Thread
+        from backends.messages import pack, unpack
+
+        asked = unpack(message)
+        operation, *arguments = ["load_weights", asked["value"]] if isinstance(asked, dict) else asked
+        thread = Thread("a sampler")
+        done = thread.submit(getattr(self.sampler, operation), *arguments)
+        error = done.exception()
+        thread.close()
+        return pack({"error": type(error).__name__, "text": str(error)} if error else {"value": done.result(0)})
+
+    def is_there(self) -> bool:
+        return True
+
+
 def _interface(address: str) -> str:
     """The network interface that has an address of this machine; gloo would take that of the host's name."""
     import psutil
@@ -83,6 +109,7 @@ class RayCrew:
         self.sampling = dict(resources.get(SAMPLE, {}))
         self.spec, self.limit_s = spec, limit_s
         self.ranks: list[Any] = []
+        self.sampler: Any = None
         self.group: Any = None
         self._began_ray = False
 
@@ -102,6 +129,9 @@ class RayCrew:
         shared = {"WORLD_SIZE": str(self.procs), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
         spec = self.spec["backend"], self.spec["arguments"]
         begun = [rank.begin.remote({**shared, "RANK": str(n)}, *spec) for n, rank in enumerate(self.ranks)]
+        if self.sampling:
+            self.sampler = self._actor(RaySampler, self.procs, self.sampling)
+            self._answers([self.sampler.begin.remote(spec[1])])
         return self._answers(begun)
 
     def _actor(self, kind: type, bundle: int, resources: Mapping[str, float]) -> Any:
@@ -125,6 +155,18 @@ class RayCrew:
         if not self.ranks:
             raise RanksLost("the ranks of this service have ended")
         return self._answers([rank.answer.remote(message) for rank in self.ranks])
+
+    def ask_sampler(self, message: bytes) -> bytes:
+        """
+        Raises:
+            Refused: there is none.
+            RanksLost: it is gone.
+        """
+        if not self.sampling:
+            raise Refused("this service has no sampler: give it resources of 'sample'")
+        if self.sampler is None:
+            raise RanksLost("the ranks of this service have ended")
+        return self._answers([self.sampler.answer.remote(message)])[0]
 
     def _answers(self, asked: list[Any]) -> list[Any]:
         import ray
@@ -152,7 +194,8 @@ class RayCrew:
         """
         import ray
 
-        ray.get([rank.is_there.remote() for rank in self.ranks], timeout=SILENCE_S)
+        actors = [*self.ranks, *([self.sampler] if self.sampler else [])]
+        ray.get([actor.is_there.remote() for actor in actors], timeout=SILENCE_S)
 
     def close(self) -> None:
         """End the actors, and a cluster that this service has begun."""
@@ -160,10 +203,10 @@ class RayCrew:
 
         if not ray.is_initialized():
             return
-        for rank in self.ranks:
+        for actor in [*self.ranks, *([self.sampler] if self.sampler else [])]:
             with suppress(ray.exceptions.RayError):
-                ray.kill(rank)
-        self.ranks = []
+                ray.kill(actor)
+        self.ranks, self.sampler = [], None
         if self.group is not None:
             with suppress(ray.exceptions.RayError):
                 ray.util.remove_placement_group(self.group)

@@ -26,6 +26,7 @@ from backends import (
 from backends.journal import MOST_STEPS, Journal
 from backends.messages import pack, unpack
 from backends.protocol import ForwardOutput, StepOutput
+from backends.sampling import Sampler
 from rlt.errors import Refused
 
 LIMIT_S = 240
@@ -183,6 +184,21 @@ def test_ranks_end_with_the_service_however_it_ends(tiny_teacher, tmp_path):
     assert not folder.exists()
 
 
+def test_completions_have_the_log_probs_that_training_has_and_stop_at_the_end(tiny_teacher, tmp_path):
+    sampler, prompt = Sampler(tiny_teacher, device="cpu"), [3, 14, 15]
+    first, again, other = (sampler.sample(prompt, 3, 8, 1.0, seed) for seed in (1, 1, 2))
+    assert first == again != other and {len(one.tokens) for one in first} == {8}
+    backend = create_pytorch_backend(tiny_teacher, tmp_path, device="cpu")
+    rows = [prompt + one.tokens for one in first]
+    read = [Datum(row[:-1], {"target_tokens": torch.tensor(row[1:])}) for row in rows]
+    for one, values in zip(first, backend.forward(read).result(LIMIT_S).logprobs, strict=True):
+        assert values[2:].tolist() == pytest.approx(one.logprobs, abs=1e-5)
+    sampler.ends = {first[0].tokens[2]}
+    assert sampler.sample(prompt, 3, 8, 1.0, 1)[0].tokens == first[0].tokens[:3]
+    with pytest.raises(Refused, match="a temperature above 0 would do"):
+        sampler.sample(prompt, temperature=0)
+
+
 @pytest.fixture
 def one_machine_ray(tmp_path):
     ray = pytest.importorskip("ray")
@@ -214,6 +230,23 @@ def test_pytorch_fsdp2_zero3_and_ray_agree_over_five_steps(tiny_teacher, tmp_pat
         assert its_losses == pytest.approx(losses, rel=1e-4, abs=1e-4), name
         for key, value in weights.items():
             torch.testing.assert_close(its_weights[key], value, rtol=0, atol=1e-4, msg=f"{name}: {key}")
+
+
+@pytest.mark.slow
+def test_ray_samples_beside_training_with_the_newest_weights(tiny_teacher, tmp_path, one_machine_ray):
+    resources = {"train": {"CPU": 1}, "sample": {"CPU": 1}}
+    options = TrainingService.options(backend="ray", resources=resources, limit_s=LIMIT_S)
+    with options.as_service(tiny_teacher, tmp_path, learning_rate=1e-2).result(LIMIT_S) as service:
+        drawn = [service.sample([3, 14], 2, 6, seed=5).result(LIMIT_S)]
+        service.forward_backward(data(0)).result(LIMIT_S)
+        service.optim_step().result(LIMIT_S)
+        drawn.append(service.sample([3, 14], 2, 6, seed=5).result(LIMIT_S))
+        own = Sampler(tiny_teacher, device="cpu")
+        assert own.sample([3, 14], 2, 6, seed=5) == drawn[0] != drawn[1]
+        own.load_weights(service.get_weights().result(LIMIT_S))
+        assert own.sample([3, 14], 2, 6, seed=5) == drawn[1]
+        with pytest.raises(Refused, match="a temperature above 0"):
+            service.sample([3], temperature=-1.0).result(LIMIT_S)
 
 
 @pytest.mark.slow
