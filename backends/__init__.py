@@ -22,8 +22,8 @@ _PLACES = {
     "backends.losses": ("additive", "compute_loss_from_outputs"),
     "backends.protocol": ("AdamParams", "Datum", "ForwardOutput", "StepOutput", "TrainingBackend"),
     "backends.pytorch": ("PyTorchTrainingBackend",),
-    "backends.service": ("TrainingService",),
-    "backends.service_ray": ("create_ray_backend",),
+    "rlt.crews.service": ("TrainingService",),
+    "rlt.crews.actors": ("create_ray_backend",),
     "backends.sharded": ("ShardedTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}

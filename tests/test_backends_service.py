@@ -23,10 +23,10 @@ from backends import (
     create_pytorch_backend,
     create_ray_backend,
 )
-from backends.journal import MOST_STEPS, Journal
-from backends.messages import pack, unpack
 from backends.protocol import ForwardOutput, StepOutput
-from backends.sampling import Sampler
+from rlt.crews.journal import MOST_STEPS, Journal
+from rlt.crews.messages import pack, unpack
+from rlt.crews.sampling import Sampler
 from rlt.errors import Refused
 
 LIMIT_S = 240
@@ -104,7 +104,7 @@ def processes_of(service: TrainingService) -> list[psutil.Process]:
 
 
 def ranks_of(service: TrainingService) -> list[psutil.Process]:
-    return [process for process in processes_of(service) if "backends.service_rank" in process.cmdline()]
+    return [process for process in processes_of(service) if "rlt.crews.rank" in process.cmdline()]
 
 
 def assert_all_gone(processes: list[psutil.Process], folder: Path) -> None:
@@ -178,7 +178,7 @@ def test_ranks_end_with_the_service_however_it_ends(tiny_teacher, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as parent:
         folder = Path(parent.stdout.readline().strip())
         whoever = psutil.Process(parent.pid).children(recursive=True)
-        assert len([p for p in whoever if "backends.service_rank" in p.cmdline()]) == 2
+        assert len([p for p in whoever if "rlt.crews.rank" in p.cmdline()]) == 2
         parent.kill()
     assert psutil.wait_procs(whoever, 20)[1] == []
     assert not folder.exists()

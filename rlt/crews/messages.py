@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from backends.protocol import AdamParams, Datum, ForwardOutput, StepOutput
-from backends.sampling import Sample
+from rlt.crews.sampling import Sample
 from rlt.errors import Refused
 
 LENGTH = struct.Struct("!Q")

@@ -43,7 +43,7 @@ class Journal:
 
     def to_repeat(self) -> list[bytes]:
         """By ranks that have just begun."""
-        from backends.messages import pack
+        from rlt.crews.messages import pack
 
         begin = [] if self.state is None else [pack(["load_state", self.state, True])]
         return begin + self._messages

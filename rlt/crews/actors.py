@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.futures import RanksLost
-from backends.service_rank import Worker
+from rlt.crews.rank import Worker
 from rlt.errors import Refused
 from rlt.planning.versions import need_group
 
 if TYPE_CHECKING:
-    from backends.service import TrainingService
+    from rlt.crews.service import TrainingService
 
 PAUSE_S = 5.0  # between two questions whether ranks are there
 SILENCE_S = 30.0
@@ -59,7 +59,7 @@ class RaySampler:
     """An actor: what draws completions."""
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        from backends.sampling import Sampler
+        from rlt.crews.sampling import Sampler
 
         named = {name: arguments[name] for name in ("model_name", "dtype", "device") if name in arguments}
         self.sampler = Sampler(**named)
@@ -67,7 +67,7 @@ class RaySampler:
     def answer(self, message: bytes) -> bytes:
         """[operation, arguments...] of the sampler; or what rank 0 says its weights are."""
         from backends.futures import Worker as Thread
-        from backends.messages import pack, unpack
+        from rlt.crews.messages import pack, unpack
 
         asked = unpack(message)
         operation, *arguments = ["load_weights", asked["value"]] if isinstance(asked, dict) else asked
@@ -90,7 +90,7 @@ def _interface(address: str) -> str:
 
 
 class RayCrew:
-    """As `service_processes.Processes`; a cluster that nobody has begun is one of this machine alone.
+    """As `processes.Processes`; a cluster that nobody has begun is one of this machine alone.
 
     Args:
         procs: ranks; None: one for each GPU, or CPU, that they are to have.
@@ -234,7 +234,7 @@ def create_ray_backend(
         resources: as of `TrainingService.options`.
         arguments: of the backend's own function.
     """
-    from backends.service import TrainingService
+    from rlt.crews.service import TrainingService
 
     options = TrainingService.options(
         procs=workers, backend="ray", sharding=sharding, resources=resources, limit_s=limit_s

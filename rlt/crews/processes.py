@@ -1,5 +1,5 @@
 """The ranks of a training service on this machine: started by PyTorch's elastic agent in a process of its own
-(`python -m backends.service_processes FOLDER SERVICE`), spoken to over a socket in a folder that only this user sees.
+(`python -m rlt.crews.processes FOLDER SERVICE`), spoken to over a socket in a folder that only this user sees.
 
 A rank that fails ends the others; all end with the service's process, however that ends.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.futures import RanksLost
-from backends.service_rank import SOCKET, SPEC
+from rlt.crews.rank import SOCKET, SPEC
 from rlt.errors import Refused
 from rlt.launching.lifetime import end_of, end_with
 
@@ -32,7 +32,7 @@ class Processes:
 
     Args:
         procs: ranks.
-        spec: of `service_rank.Worker`: backend, arguments.
+        spec: of `rank.Worker`: backend, arguments.
         limit_s: for ranks to wait for each other, and for an operation.
     """
 
@@ -56,7 +56,7 @@ class Processes:
 
     def _welcome(self, door: socket.socket, deadline: float) -> list[socket.socket]:
         """The ranks' ends, in their order."""
-        from backends.messages import receive, unpack
+        from rlt.crews.messages import receive, unpack
 
         came: dict[int, socket.socket] = {}
         while len(came) < self.procs:
@@ -75,7 +75,7 @@ class Processes:
         Raises:
             RanksLost: some rank is gone, and so are all.
         """
-        from backends.messages import send
+        from rlt.crews.messages import send
 
         if not self.ends:
             raise RanksLost("the ranks of this service have ended")
@@ -92,7 +92,7 @@ class Processes:
         raise Refused("this service has no sampler: one of backend='ray' with resources of 'sample' has")
 
     def _replies(self) -> list[bytes]:
-        from backends.messages import receive
+        from rlt.crews.messages import receive
 
         found: dict[int, bytes] = {}
         deadline = time.monotonic() + self.limit_s
@@ -149,7 +149,7 @@ def main() -> None:
     spec = json.loads((folder / SPEC).read_text())
     environment = rank_environment("ddp", spec["procs"], spec["on_cpu"], Machines())
     environment["TMPDIR"] = str(folder)  # where libraries leave files when a rank is killed
-    command = [sys.executable, "-m", "backends.service_rank", str(folder), str(os.getpid())]
+    command = [sys.executable, "-m", "rlt.crews.rank", str(folder), str(os.getpid())]
     with Watchdog() as watchdog:
         watchdog.watch(folder)
         code = run_ranks(command, spec["procs"], folder / "logs", environment, folder, watchdog=watchdog)

@@ -5,7 +5,7 @@
     output = service.forward_backward(batch).result(60)
     service.close()
 
-Ranks are processes of this machine (service_processes.py), or actors of a Ray cluster (service_ray.py). What goes to
+Ranks are processes of this machine (processes.py), or actors of a Ray cluster (actors.py). What goes to
 them is plain data, so a loss has a name here. A rank that is lost fails the operation at hand and all later ones with
 `RanksLost`; with `restarts`, ranks are started anew instead, go on from the last state that was saved, and do again
 what was asked since.
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.futures import RanksLost, TrainFuture, Worker
-from backends.journal import MOVING, Journal
-from backends.service_rank import CREATORS
+from rlt.crews.journal import MOVING, Journal
+from rlt.crews.rank import CREATORS
 from rlt.errors import Refused
 
 if TYPE_CHECKING:
     import torch
 
     from backends.protocol import AdamParams, Batch, ForwardOutput, Loss, StepOutput
-    from backends.sampling import Sample
+    from rlt.crews.sampling import Sample
 
 LIMIT_S = 1800.0
 RAY = "ray"
@@ -98,13 +98,13 @@ class Options:
 
     def _crew(self, arguments: dict[str, Any]) -> Crew:
         if self.backend == RAY:
-            from backends.service_ray import RayCrew
+            from rlt.crews.actors import RayCrew
 
             spec = {"backend": self.sharding, "arguments": arguments}
             return RayCrew(self.procs, spec, self.resources or {}, self.limit_s)
         import torch
 
-        from backends.service_processes import Processes
+        from rlt.crews.processes import Processes
 
         on_cpu = arguments.get("device") == "cpu" or not torch.cuda.is_available()
         spec = {"backend": self.backend, "arguments": arguments, "on_cpu": on_cpu}
@@ -187,7 +187,7 @@ class TrainingService:
         return self
 
     def _do(self, operation: str, *arguments: Any) -> Any:
-        from backends.messages import pack
+        from rlt.crews.messages import pack
 
         message = pack([operation, *arguments])
         value = self._in_spite_of_losses(lambda: _value(self.crew.call(message)))
@@ -198,7 +198,7 @@ class TrainingService:
         return value
 
     def _sample(self, asked: list[Any]) -> Any:
-        from backends.messages import pack
+        from rlt.crews.messages import pack
 
         def draw() -> Any:
             if self._sampler_is_behind:
@@ -239,7 +239,7 @@ class TrainingService:
 
 def _value(answers: list[bytes]) -> Any:
     """What rank 0 says, or why some rank did not do it."""
-    from backends.messages import unpack
+    from rlt.crews.messages import unpack
 
     said = [unpack(answer) for answer in answers]
     for rank, one in enumerate(said):
