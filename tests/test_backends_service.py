@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from test_backends_sharded import CLIPPED, assert_same_outputs, assert_same_weights, plain, step_both
+from test_backends_sharded import assert_same_outputs, assert_same_weights, plain, step_both
 
 from backends import (
     AdamParams,
@@ -124,14 +124,14 @@ def test_a_service_has_the_numbers_of_one_process_and_ends_with_a_rank(tiny_teac
     assert_same_outputs(one.forward_backward(data(0)).result(LIMIT_S), asyncio.run(from_a_loop()))
     pairs = [backend.forward_backward(plain()).result(LIMIT_S) for backend in (one, service)]
     assert_same_outputs(*pairs)
-    step_both(one, service)
+    step_both(one, service, 1e-4)
     with pytest.raises(Refused, match="loss_fn='nothing' is not known"):
         service.forward(data(1), "nothing").result(LIMIT_S)
     assert service.save_state().result(LIMIT_S) == tmp_path / "step_0001"
     one.load_state("step_0001").result(LIMIT_S)
     for backend in (one, service):
         backend.forward_backward(data(1)).result(LIMIT_S)
-    step_both(one, service)
+    step_both(one, service, 1e-4)
     assert service.load_state("step_0001").result(LIMIT_S) == 1
     service.load_weights(one.get_weights().result(LIMIT_S)).result(LIMIT_S)
     assert_same_weights(one, service, 0)
@@ -156,7 +156,7 @@ def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbe
                 backend.forward_backward(data(step)).result(LIMIT_S)
             if step == 3:
                 ranks_of(service)[0].send_signal(signal.SIGKILL)
-            step_both(one, service)
+            step_both(one, service, 1e-4)
             if step == 1:
                 service.save_state().result(LIMIT_S)
         whoever, folder = processes_of(service), service.crew.folder
@@ -211,7 +211,7 @@ def train(backend) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses = []
     for step in range(STEPS):
         losses.append(backend.forward_backward(data(step)).result(LIMIT_S).metrics["loss:sum"])
-        backend.optim_step(CLIPPED).result(LIMIT_S)
+        backend.optim_step(PARAMS).result(LIMIT_S)
     found = backend.get_weights().result(LIMIT_S)
     backend.close()
     return losses, found
@@ -268,7 +268,7 @@ def test_a_node_of_ray_is_killed_and_the_run_ends_as_the_undisturbed(tiny_teache
             if step == 3:
                 cluster.remove_node(second, allow_graceful=False)
                 cluster.add_node(**node)
-            step_both(one, service)
+            step_both(one, service, 1e-4)
             if step == 1:
                 service.save_state().result(LIMIT_S)
         assert service.restarts_left == 2 and service.journal.state == tmp_path / "step_0002"
