@@ -90,6 +90,8 @@ def test_what_cannot_be_is_refused_before_anything_starts():
     ):
         with pytest.raises(Refused, match=said):
             TrainingService.options(**options).as_service(model_name="embedded/smollm2-135m-instruct")
+    with pytest.raises(Refused, match="a service has no option 'proc': procs, backend"):
+        TrainingService.options(proc=2)
     with pytest.raises(Refused, match="arguments of a service are numbers and texts"):
         TrainingService.options().as_service(model_name="x", dtype=torch.float32)
 
@@ -115,13 +117,15 @@ def assert_all_gone(processes: list[psutil.Process], folder: Path) -> None:
 def test_a_service_has_the_numbers_of_one_process_and_ends_with_a_rank(tiny_teacher, tmp_path):
     """Plain data parallel, two processes; then one of them is killed."""
     one = create_pytorch_backend(tiny_teacher, tmp_path, learning_rate=1e-3, device="cpu")
-    service = begin(tiny_teacher, tmp_path, "pytorch")
-    assert isinstance(service, TrainingBackend)
 
     async def from_a_loop():
-        return await service.forward_backward(data(0)).result()
+        options = TrainingService.options(procs=2, backend="pytorch", limit_s=LIMIT_S)
+        service = await options.as_service(model_name=tiny_teacher, checkpoint_dir=tmp_path, learning_rate=1e-3)
+        return service, await service.forward_backward(data(0)).result()
 
-    assert_same_outputs(one.forward_backward(data(0)).result(LIMIT_S), asyncio.run(from_a_loop()))
+    service, output = asyncio.run(from_a_loop())
+    assert isinstance(service, TrainingBackend)
+    assert_same_outputs(one.forward_backward(data(0)).result(LIMIT_S), output)
     pairs = [backend.forward_backward(plain()).result(LIMIT_S) for backend in (one, service)]
     assert_same_outputs(*pairs)
     step_both(one, service, 1e-4)
@@ -148,8 +152,27 @@ def test_a_service_has_the_numbers_of_one_process_and_ends_with_a_rank(tiny_teac
 
 
 @pytest.mark.slow
-def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbed(tiny_teacher, tmp_path):
+def test_a_rank_that_is_held_counts_as_lost_and_a_model_that_is_not_there_is_refused(tiny_teacher, tmp_path):
+    with pytest.raises(Refused, match="embedded/nothing is not an embedded model"):
+        begin("embedded/nothing", tmp_path, "pytorch")
+    service = begin(tiny_teacher, tmp_path, "pytorch")
+    with pytest.raises(Refused, match="the function .* cannot be sent to other processes"):
+        service.forward(data(0), lambda data_, log_probs: log_probs[0].sum()).result(LIMIT_S)
+    with pytest.raises(Refused, match="has no sampler"):
+        service.sample([1]).result(LIMIT_S)
+    whoever, folder = processes_of(service), service.crew.folder
+    ranks_of(service)[1].suspend()
+    with pytest.raises(RanksLost, match="a rank of this service was lost"):
+        service.forward_backward(data(1)).result(LOST_WITHIN_S)
+    assert_all_gone(whoever, folder)
+    service.close()
+
+
+@pytest.mark.slow
+def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbed(tiny_teacher, tmp_path, monkeypatch):
+    """From a state that the service has saved on its own account."""
     one = create_pytorch_backend(tiny_teacher, tmp_path, learning_rate=1e-3, device="cpu")
+    monkeypatch.setattr("rlt.crews.journal.MOST_STEPS", 2)
     with begin(tiny_teacher, tmp_path, "fsdp", restarts=1) as service:
         for step in range(STEPS):
             for backend in (one, service):
@@ -157,10 +180,10 @@ def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbe
             if step == 3:
                 ranks_of(service)[0].send_signal(signal.SIGKILL)
             step_both(one, service, 1e-4)
-            if step == 1:
-                service.save_state().result(LIMIT_S)
+        assert service.restarts_left == 0 and service.journal.state == tmp_path / "recovery_1"
         whoever, folder = processes_of(service), service.crew.folder
     assert_all_gone(whoever, folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 PARENT = """

@@ -17,10 +17,12 @@ class Journal:
     """
     Attributes:
         state: the folder to go on from; None: the beginning.
+        own: folders that the service has saved on its own account.
     """
 
     def __init__(self):
         self.state: Path | None = None
+        self.own: set[Path] = set()
         self._messages: list[bytes] = []
         self._steps, self._pending, self._turn = 0, False, 0
 

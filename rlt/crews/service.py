@@ -13,8 +13,9 @@ what was asked since.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,7 +128,14 @@ class TrainingService:
 
     @staticmethod
     def options(**options: Any) -> Options:
-        """As of `Options`."""
+        """As of `Options`.
+
+        Raises:
+            Refused: another name.
+        """
+        known = [field.name for field in fields(Options)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise Refused(f"a service has no option {unknown[0]!r}: {', '.join(known)} would do")
         return replace(Options(), **options)
 
     def forward(
@@ -165,7 +173,7 @@ class TrainingService:
 
     def close(self) -> None:
         """Finish what has begun, and end the ranks."""
-        ended = self._worker.submit(self.crew.close)
+        ended = self._worker.submit(self._end)
         ended.exception(LIMIT_S)
         self._worker.close()
 
@@ -186,15 +194,21 @@ class TrainingService:
             raise
         return self
 
+    def _end(self) -> None:
+        self.crew.close()
+        for folder in self.journal.own:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _do(self, operation: str, *arguments: Any) -> Any:
         from rlt.crews.messages import pack
 
         message = pack([operation, *arguments])
         value = self._in_spite_of_losses(lambda: _value(self.crew.call(message)))
-        self.journal.note(operation, arguments, message, value)
         self._sampler_is_behind |= operation in MOVING
-        if self.restarts_left and self.journal.is_long():
-            self._keep()
+        if self.restarts_left:
+            self.journal.note(operation, arguments, message, value)
+            if self.journal.is_long():
+                self._keep()
         return value
 
     def _sample(self, asked: list[Any]) -> Any:
@@ -217,7 +231,7 @@ class TrainingService:
 
     def _keep(self) -> None:
         """Save a state of the service's own, from which a restart goes on."""
-        self._do("save_state", self.journal.next_name(), True, True)
+        self.journal.own.add(self._do("save_state", self.journal.next_name(), True, True))
 
     def _begin_anew(self, lost: RanksLost) -> None:
         """Other ranks, in the state of those that were lost."""
