@@ -23,7 +23,7 @@ _PLACES = {
     "backends.protocol": ("AdamParams", "Datum", "ForwardOutput", "StepOutput", "TrainingBackend"),
     "backends.pytorch": ("PyTorchTrainingBackend",),
     "rlt.crews.service": ("TrainingService",),
-    "rlt.crews.actors": ("create_ray_backend",),
+    "rlt.crews.ray_crew": ("create_ray_backend",),
     "backends.sharded": ("ShardedTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}

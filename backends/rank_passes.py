@@ -7,16 +7,15 @@ once is computed by every rank from the log-probs of all, and gone back from for
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from backends.distributed import Together, all_gather, all_reduce, gather_texts, rank, world_size
 from backends.loss_table import TARGETS
-from backends.passes import DataWork, Found, PlainWork, Way, counted_tokens, finite, users_loss
+from backends.passes import DataWork, Found, Way, counted_tokens
 from backends.protocol import ForwardOutput
 from backends.ranks import Copies
 from rlt.logprobs import token_log_probs
@@ -166,7 +165,7 @@ class RankDataWork(DataWork):
         log_probs = self._split(all_gather(_flat(found.log_probs)))
         kept = all_gather(_flat(found.elementwise))
         elementwise = self._split(kept) if sum(map(len, kept)) else []
-        return _output(found, log_probs, elementwise, sum(map(counted_tokens, self.data)))
+        return output_of(found, log_probs, elementwise, sum(map(counted_tokens, self.data)))
 
     def _split(self, gathered: list[Tensor]) -> list[Tensor]:
         """By data, of what ranks have of theirs: shares are in the order of ranks."""
@@ -175,59 +174,12 @@ class RankDataWork(DataWork):
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-@dataclass(frozen=True)
-class RankPlainWork(PlainWork):
-    """Tensors of a row per sequence; rows are shared where the loss is a sum over them.
-
-    Else every rank reads all of them, and each adds its part of the same gradients.
-    """
-
-    ranks: Copies
-
-    def run(self, way: Way) -> ForwardOutput:
-        found, parts = Found(), list(self._mine(way))
-        count = int(all_reduce(torch.tensor(len(parts)), "max")) if self.ranks.collective else len(parts)
-        with stretch(way):
-            for rows, part in parts + [(0, self._rows(slice(0, 1)))] * (count - len(parts)):
-                self._read_and_go_back(way, found, rows, part)
-        return _output(found, [], [], self._counted())
-
-    def _mine(self, way: Way) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not getattr(self.loss, "additive", False):
-            yield 1, dict(self.batch)
-            return
-        rows = torch.arange(len(self.batch["labels"])).tensor_split(world_size())[rank()].tolist()
-        if rows:
-            yield from PlainWork(self._rows(slice(rows[0], rows[-1] + 1)), self.loss)._parts(way)
-
-    def _read_and_go_back(self, way: Way, found: Found, rows: int, part: dict[str, Any]) -> None:
-        """
-        Args:
-            rows: that can be split off; 0: the pass is made for nothing.
-        """
-        whole = not getattr(self.loss, "additive", False)
-        with Together() if self.ranks.collective else nullcontext():
-            inputs, labels = self._placed(way, part, rows)
-            if self.ranks.collective:
-                way.watch.enter()
-            with way.context():
-                figures: dict[str, float] = {}
-                total = users_loss(self.loss(self.ranks.outputs(inputs), labels), figures)
-            way.watch.leave()
-            factor = 0.0 if not rows else 1 / world_size() if whole else 1.0
-            value = finite(total, "the loss", torch.is_grad_enabled())
-            found.loss += value * factor
-            found.metrics |= figures if rows else {}
-        if way.backward:
-            self.ranks.backward(total * factor, way.watch)
-
-
 def _flat(values: dict[int, Tensor]) -> Tensor:
     ordered = [values[number].detach().float().flatten() for number in sorted(values)]
     return torch.cat(ordered) if ordered else torch.zeros(0)
 
 
-def _output(found: Found, log_probs: list[Tensor], elementwise: list[Tensor], tokens: int) -> ForwardOutput:
+def output_of(found: Found, log_probs: list[Tensor], elementwise: list[Tensor], tokens: int) -> ForwardOutput:
     """The figures of a user's loss are those of the last rank that has some."""
     loss = float(all_reduce(torch.tensor(found.loss, dtype=torch.float64)))
     figures = [json.loads(said) for said in gather_texts(json.dumps(found.metrics))]

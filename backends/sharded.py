@@ -23,7 +23,8 @@ from backends.distributed import Together
 from backends.passes import DataWork, PlainWork
 from backends.protocol import Batch, Loss
 from backends.pytorch import PyTorchTrainingBackend
-from backends.rank_passes import RankDataWork, RankPlainWork
+from backends.rank_passes import RankDataWork
+from backends.rank_plain import RankPlainWork
 from backends.ranks import Copies
 from backends.reading import DEFAULT_LOSS
 from rlt.errors import Refused

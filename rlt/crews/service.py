@@ -5,7 +5,7 @@
     output = service.forward_backward(batch).result(60)
     service.close()
 
-Ranks are processes of this machine (processes.py), or actors of a Ray cluster (actors.py). What goes to
+Ranks are processes of this machine (processes.py), or actors of a Ray cluster (ray_crew.py). What goes to
 them is plain data, so a loss has a name here. A rank that is lost fails the operation at hand and all later ones with
 `RanksLost`; with `restarts`, ranks are started anew instead, go on from the last state that was saved, and do again
 what was asked since.
@@ -99,7 +99,7 @@ class Options:
 
     def _crew(self, arguments: dict[str, Any]) -> Crew:
         if self.backend == RAY:
-            from rlt.crews.actors import RayCrew
+            from rlt.crews.ray_crew import RayCrew
 
             spec = {"backend": self.sharding, "arguments": arguments}
             return RayCrew(self.procs, spec, self.resources or {}, self.limit_s)
