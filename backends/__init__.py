@@ -17,10 +17,14 @@ _PLACES = {
         *("create_cross_entropy_loss", "create_pytorch_backend", "create_warmup_cosine_scheduler"),
         *("create_warmup_scheduler", "load_hf_model", "parse_dtype"),
     ),
-    "backends.futures": ("TrainFuture",),
+    "backends.create_sharded": ("create_deepspeed_backend", "create_fsdp_backend", "create_parallel_backend"),
+    "backends.futures": ("RanksLost", "TrainFuture"),
     "backends.losses": ("additive", "compute_loss_from_outputs"),
     "backends.protocol": ("AdamParams", "Datum", "ForwardOutput", "StepOutput", "TrainingBackend"),
     "backends.pytorch": ("PyTorchTrainingBackend",),
+    "rlt.crews.service": ("TrainingService",),
+    "rlt.crews.ray_crew": ("create_ray_backend",),
+    "backends.sharded": ("ShardedTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}
 __all__ = sorted(_HOMES)  # pyrefly: ignore[unresolvable-dunder-all]

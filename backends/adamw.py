@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from backends import fsdp2
 from backends.protocol import AdamParams
 from rlt.errors import Refused
+
+NOT_FINITE = "the norm of the gradients is {}: they were dropped, and nothing was changed"
 
 
 def check_adam(params: AdamParams, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -31,20 +34,21 @@ def overwrite(optimizer: torch.optim.Optimizer, params: AdamParams) -> None:
         group["eps"], group["weight_decay"] = params.eps, params.weight_decay
 
 
-def clipped_norm(optimizer: torch.optim.Optimizer, largest: float) -> float | None:
-    """The norm of all gradients together, before they are scaled down to at most `largest` (0: they are not); None
-    where there are none.
+def step(optimizer: torch.optim.Optimizer, largest: float) -> float | None:
+    """Step with gradients that are scaled down to a norm of at most `largest` (0: they are not); the norm of all of
+    them together before, or None where there are none, and nothing is done.
 
     Raises:
-        Refused: it is not finite.
+        Refused: the norm is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return None
-    total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    total = fsdp2.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     norm = total.item()
     if not math.isfinite(norm):
-        raise Refused(f"the norm of the gradients is {norm}: they were dropped, and nothing was changed")
+        raise Refused(NOT_FINITE.format(norm))
     if largest:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, total)
+    optimizer.step()
     return norm

@@ -3,12 +3,30 @@
 DeepSpeed itself is imported where it is asked, which only its own runs do.
 """
 
+import os
 from functools import partial
 from typing import Any
 
 import torch
 
 from backends.gather import gathered
+
+
+def engine_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, stage: int, dtype: torch.dtype) -> Any:
+    """A model and its optimizer in DeepSpeed's hands, which steps when it is told to."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 def is_zero(model: torch.nn.Module) -> bool:
@@ -41,10 +59,11 @@ def training_state(engine, trained: dict[str, torch.nn.Parameter], keep: bool) -
     """As `backends.state.training_state`, by DeepSpeed's own access to what it has flattened and sharded."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    link_states(engine.optimizer)
     base = engine.optimizer.optimizer
     step = next((float(state["step"]) for state in base.state.values() if "step" in state), 0.0)
     keys = sorted({key for state in base.state.values() for key, value in state.items() if is_moment(value)})
+    if keys:
+        link_states(engine.optimizer)
     moments = {
         key: gathered(trained.items(), partial(safe_get_full_optimizer_state, optim_state_key=key), keep)
         for key in keys
@@ -52,7 +71,7 @@ def training_state(engine, trained: dict[str, torch.nn.Parameter], keep: bool) -
     return {
         "weights": gathered(trained.items(), safe_get_full_fp32_param, keep),
         "optimizer": {
-            name: {"step": torch.tensor(step), **{key: moments[key][name] for key in keys}}
+            name: {"step": torch.tensor(step), **{key: moments[key][name] for key in keys}} if keys else {}
             for name in (trained if keep else ())
         },
     }
@@ -60,16 +79,15 @@ def training_state(engine, trained: dict[str, torch.nn.Parameter], keep: bool) -
 
 def load_training_state(engine, trained: dict[str, torch.nn.Parameter], state: dict[str, Any]) -> None:
     """The reverse of `training_state`; the weights of forward passes are loaded already."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+    load_masters(trained, state["weights"])
     zero = engine.optimizer
     shards = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
-    moments = next(iter(state["optimizer"].values()))
+    moments = next(filter(None, state["optimizer"].values()), None)
+    if moments is None:
+        forget_states(zero)
+        return
     step = moments["step"]
     for shard in shards:  # DeepSpeed makes them in the first step, which is behind
         zero.optimizer.state[shard] = {
@@ -79,14 +97,32 @@ def load_training_state(engine, trained: dict[str, torch.nn.Parameter], state: d
         }
     link_states(zero)
     for name, parameter in trained.items():
-        zero3 = is_zero3(parameter)
-        set_weight = safe_set_local_fp32_param if zero3 else safe_set_full_fp32_param
-        set_state = safe_set_local_optimizer_state if zero3 else safe_set_full_optimizer_state
-        part = partial(partition, parameter) if zero3 else partial(torch.Tensor.to, device=parameter.device)
-        set_weight(parameter, part(state["weights"][name]))
-        for key, value in state["optimizer"][name].items():
+        set_state = safe_set_local_optimizer_state if is_zero3(parameter) else safe_set_full_optimizer_state
+        for key, value in state["optimizer"].get(name, {}).items():
             if key != "step":
-                set_state(parameter, part(value), key)
+                set_state(parameter, own_part(parameter, value), key)
+
+
+def load_masters(trained: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    """Weights that the optimizer steps, of which those of forward passes are copies."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    for name in trained.keys() & weights.keys():
+        parameter = trained[name]
+        set_weight = safe_set_local_fp32_param if is_zero3(parameter) else safe_set_full_fp32_param
+        set_weight(parameter, own_part(parameter, weights[name]))
+
+
+def forget_states(zero) -> None:
+    """The optimizer begins anew; its states are linked to parameters in its first step."""
+    zero.optimizer.state.clear()
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+
+
+def own_part(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What DeepSpeed takes of a whole value: under ZeRO-3 this rank's part, else all of it."""
+    return partition(parameter, value) if is_zero3(parameter) else value.to(parameter.device)
 
 
 def link_states(zero) -> None:

@@ -1,8 +1,23 @@
 """FSDP2: parameters are DTensors, each rank with its shard."""
 
+from typing import Any
+
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def shard(model: Any, device: torch.device) -> Any:
+    """The model itself, in shards over all ranks: layer by layer, as transformers has them, and the rest together.
+
+    What a pass has gathered is given back at once, at the root too: a later pass would read it as it was.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,10 @@ from rlt.errors import Refused
 Value = TypeVar("Value")
 
 
+class RanksLost(RuntimeError):
+    """A process of several that train together has ended, and with it all of them."""
+
+
 class TrainFuture(Generic[Value]):
     """The value of an operation that may not have begun."""
 
@@ -49,6 +53,10 @@ class TrainFuture(Generic[Value]):
             if self._inner.done():  # the operation's own
                 raise
             raise TimeoutError(f"the operation has not ended within {timeout} s; it goes on") from error
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end, and say what the operation raised; None: nothing."""
+        return self._inner.exception(timeout)
 
     def __await__(self) -> Generator[Any, None, Value]:
         """Where the coroutine is cancelled, so is an operation that has not begun."""

@@ -12,7 +12,7 @@ import torch
 from backends import saved
 from backends.futures import TrainFuture
 from backends.reading import ReadsBatches
-from backends.state import full_weights, load_full_weights, load_training_state, training_state
+from backends.state import full_weights, load_training_state, load_weights, training_state, whole_shape
 from rlt.errors import Refused
 
 
@@ -41,12 +41,17 @@ class KeepsState(ReadsBatches):
     def _drop_gradients(self) -> None:
         raise NotImplementedError
 
+    @property
+    def _wrapped(self) -> Any:
+        """What knows of a sharding of the model."""
+        return self.model
+
     def _public(self, name: str) -> str:
         """The name that a parameter has outside."""
         return name
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return {self._public(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {self._public(n): whole_shape(p) for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         kept = self.model.state_dict()
@@ -61,21 +66,38 @@ class KeepsState(ReadsBatches):
         inside = {self._public(n): n for n, p in self.model.named_parameters() if p.requires_grad}
         return {inside[name]: value for name, value in tensors.items()}
 
-    def _get_weights(self) -> dict[str, torch.Tensor]:
+    def _get_weights(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            keep: here; of several ranks, those that do not only take part.
+        """
         self._activate()
-        found = full_weights(self.model)
+        found = full_weights(self._wrapped, keep)
         trained = {self._public(n): n for n, p in self.model.named_parameters() if p.requires_grad}
-        return {name: found[inner].clone() for name, inner in trained.items()}
+        return {name: found[inner].clone() for name, inner in trained.items()} if keep else {}
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._activate()
-        saved.check_fits(dict(weights), {n: p.shape for n, p in self._parameters().items()}, all_of_them=False)
-        load_full_weights(self.model, self._renamed(weights))
+        self._check_weights(weights)
+        load_weights(self._wrapped, self._renamed(weights))
         self._drop_gradients()
+
+    def _check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        saved.check_fits(dict(weights), self._shapes(), all_of_them=False)
 
     def _save_state(self, name: str | None, with_optimizer: bool, overwrite: bool) -> Path:
         self._activate()
-        state = training_state(self.model, self.optimizer)
+        state = training_state(self._wrapped, self.optimizer, self._writes())
+        folder = name or f"step_{self.weight_version:04d}"
+        if self._writes():
+            self._write(folder, state, with_optimizer, overwrite)
+        return self.checkpoint_dir / folder
+
+    def _writes(self) -> bool:
+        """Whether it is for this process to write what is saved."""
+        return True
+
+    def _write(self, name: str, state: dict[str, Any], with_optimizer: bool, overwrite: bool) -> None:
         kept = {self._public(n): v for n, v in state["optimizer"].items()}
         written = saved.Saved(
             weights={self._public(n): v for n, v in state["weights"].items()},
@@ -86,16 +108,14 @@ class KeepsState(ReadsBatches):
             weight_version=self.weight_version,
             about=self._about(),
         )
-        return saved.write(self.checkpoint_dir, name or f"step_{self.weight_version:04d}", written, overwrite)
+        saved.write(self.checkpoint_dir, name, written, overwrite)
 
     def _load_state(self, path: str | Path, with_optimizer: bool) -> int:
         self._activate()
-        folder = saved.place_of(self.checkpoint_dir, path)
-        found = saved.read(folder)
-        self._check_saved(found, folder, with_optimizer)
+        found = self._read_state(path, with_optimizer)
         optimizer = self._renamed(found.optimizer or {}) if with_optimizer else {}
         weights = self._renamed(found.weights)
-        load_training_state(self.model, self.optimizer, {"weights": weights, "optimizer": optimizer})
+        load_training_state(self._wrapped, self.optimizer, {"weights": weights, "optimizer": optimizer})
         for name, buffer in self._buffers().items():
             buffer.copy_(found.buffers[name])
         if with_optimizer and self.scheduler is not None:
@@ -104,10 +124,16 @@ class KeepsState(ReadsBatches):
         self.weight_version = found.weight_version
         return self.weight_version
 
+    def _read_state(self, path: str | Path, with_optimizer: bool) -> saved.Saved:
+        folder = saved.place_of(self.checkpoint_dir, path)
+        found = saved.read(folder)
+        self._check_saved(found, folder, with_optimizer)
+        return found
+
     def _check_saved(self, found: saved.Saved, folder: Path, with_optimizer: bool) -> None:
         if found.about != self._about():
             raise Refused(f"{folder} is of {found.about}, and this backend trains {self._about()}")
-        saved.check_fits(found.weights, {n: p.shape for n, p in self._parameters().items()}, all_of_them=True)
+        saved.check_fits(found.weights, self._shapes(), all_of_them=True)
         saved.check_fits(found.buffers, {n: b.shape for n, b in self._buffers().items()}, all_of_them=True)
         if not with_optimizer:
             return

@@ -81,7 +81,7 @@ class DataWork:
                 del log_probs, total
         else:
             self._run_whole(way, found, passes)
-        return found.output(sum(map(_counted_tokens, self.data)))
+        return found.output(sum(map(counted_tokens, self.data)))
 
     def _passes(self, way: Way) -> list[list[int]]:
         """Which data each pass reads, in their order; those with as many targets at a place go together."""
@@ -111,7 +111,7 @@ class DataWork:
     def _loss(self, found: Found, members: Sequence[int], log_probs: list[Tensor]) -> Tensor:
         data = [self.data[member] for member in members]
         if self.loss.over == "batch":
-            total = _users_loss(self.loss.compute(data, log_probs), found.metrics)
+            total = users_loss(self.loss.compute(data, log_probs), found.metrics)
         else:
             inputs = [self.loss.arguments(datum, values) for datum, values in zip(data, log_probs, strict=True)]
             if self.loss.over == "pairs":
@@ -122,7 +122,7 @@ class DataWork:
                 parts = [self.loss.compute(values, **row, **self.config) for values, row in rows]
                 found.elementwise |= zip(members, map(_kept, parts), strict=True)
                 total = torch.stack([part.sum() for part in parts]).sum()
-        found.loss += _finite(total, self.loss.name, torch.is_grad_enabled())
+        found.loss += finite(total, self.loss.name, torch.is_grad_enabled())
         return total
 
     def _run_whole(self, way: Way, found: Found, passes: list[list[int]]) -> None:
@@ -165,19 +165,25 @@ class PlainWork:
     def run(self, way: Way) -> ForwardOutput:
         found = Found()
         for rows, part in self._parts(way):
-            inputs = {
-                name: value.to(way.device) if isinstance(value, Tensor) else value for name, value in part.items()
-            }
-            labels = inputs.pop("labels")
-            way.watch.plan([(labels.numel(), rows)])
-            way.watch.begin(0)
+            inputs, labels = self._placed(way, part, rows)
             with way.context():
-                total = _users_loss(self.loss(way.model(**inputs), labels), found.metrics)
-            found.loss += _finite(total, "the loss", torch.is_grad_enabled())
+                total = users_loss(self.loss(way.model(**inputs), labels), found.metrics)
+            found.loss += finite(total, "the loss", torch.is_grad_enabled())
             if way.backward:
                 total.backward()
             del inputs, total
-        return found.output(int((self.batch["labels"] != IGNORED).sum()))
+        return found.output(self._counted())
+
+    def _counted(self) -> int:
+        return int((self.batch["labels"] != IGNORED).sum())
+
+    def _placed(self, way: Way, part: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], Tensor]:
+        """What the model takes of a part, and labels."""
+        inputs = {name: value.to(way.device) if isinstance(value, Tensor) else value for name, value in part.items()}
+        labels = inputs.pop("labels")
+        way.watch.plan([(labels.numel(), rows)])
+        way.watch.begin(0)
+        return inputs, labels
 
     def _parts(self, way: Way) -> Iterator[tuple[int, dict[str, Any]]]:
         """How many rows can be split off, and the part of the batch; one part where the loss is no sum over rows."""
@@ -188,23 +194,25 @@ class PlainWork:
             return
         step = max(1, way.tokens * count // labels.numel()) if way.tokens else 1
         for start in range(0, count, step):
-            rows = slice(start, start + step)
-            part = {n: v[rows] if isinstance(v, Tensor) and v.dim() else v for n, v in self.batch.items()}
+            part = self._rows(slice(start, start + step))
             yield len(part["labels"]), part
+
+    def _rows(self, rows: slice) -> dict[str, Any]:
+        return {n: v[rows] if isinstance(v, Tensor) and v.dim() else v for n, v in self.batch.items()}
 
 
 def _kept(values: Tensor) -> Tensor:
     return values.detach().float().cpu()
 
 
-def _counted_tokens(datum: Datum) -> int:
+def counted_tokens(datum: Datum) -> int:
     """Those with a weight or an advantage; all where neither is given."""
     inputs = datum.loss_inputs
     named = next((inputs[name] for name in ("weights", "advantages") if name in inputs), None)
     return inputs[TARGETS].numel() if named is None else int((named != 0).sum())
 
 
-def _users_loss(given, metrics: dict[str, float]) -> Tensor:
+def users_loss(given, metrics: dict[str, float]) -> Tensor:
     """A loss, or (loss, metrics); the figures of several parts are those of the last."""
     if isinstance(given, tuple):
         given, figures = given
@@ -214,7 +222,7 @@ def _users_loss(given, metrics: dict[str, float]) -> Tensor:
     return given
 
 
-def _finite(total: Tensor, name: str, backward: bool) -> float:
+def finite(total: Tensor, name: str, backward: bool) -> float:
     value = total.item()
     if value != value or abs(value) == float("inf"):
         raise Refused(f"{name} is {value}: nothing was added to the gradients")

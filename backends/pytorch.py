@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from backends.adamw import check_adam, clipped_norm, overwrite
+from backends import adamw
 from backends.futures import TrainFuture, Worker
 from backends.keeping import KeepsState
 from backends.passes import DataWork, PlainWork
@@ -92,7 +92,7 @@ class PyTorchTrainingBackend(KeepsState):
     def _add_gradients(self) -> ForwardOutput | None:
         """Of all calls since the last step that are not in the gradients; what the last of them gives."""
         with self._mode(True):
-            return repeat_smaller(self._budget, self._add_missing, self._start_again)
+            return repeat_smaller(self._budget, self._add_missing, self._start_again, self._agree)
 
     def _add_missing(self, watch: Watch) -> ForwardOutput | None:
         found = None
@@ -113,17 +113,16 @@ class PyTorchTrainingBackend(KeepsState):
     def _optim_step(self, params: AdamParams | None) -> StepOutput:
         self._activate()
         if params is not None:
-            check_adam(params, self.optimizer, self.scheduler)
+            adamw.check_adam(params, self.optimizer, self.scheduler)
         if self._done < len(self._works):
             self._add_gradients()
         if params is not None:
-            overwrite(self.optimizer, params)
+            adamw.overwrite(self.optimizer, params)
         rate = float(self.optimizer.param_groups[0]["lr"])
         try:
-            norm = clipped_norm(self.optimizer, params.grad_clip_norm if params else 0.0)
+            norm = self._step(params.grad_clip_norm if params else 0.0)
             if norm is None:
                 return StepOutput(0.0, rate, self.weight_version)
-            self.optimizer.step()
         finally:
             self._drop_gradients()
         if self.scheduler is not None:
@@ -131,6 +130,9 @@ class PyTorchTrainingBackend(KeepsState):
         self.weight_version += 1
         self._budget.step_done()
         return StepOutput(norm, rate, self.weight_version)
+
+    def _step(self, largest: float) -> float | None:
+        return adamw.step(self.optimizer, largest)
 
     def _drop_gradients(self) -> None:
         self._works.clear()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from backends.plain import check_plain, plain_loss
 from backends.protocol import Batch, ForwardOutput, Loss
 from rlt.errors import Refused
 from rlt.models.devices import device_type
-from rlt.survival.oom import TokenBudget, Watch, repeat_smaller
+from rlt.survival.oom import Agree, TokenBudget, Watch, repeat_smaller
 
 TOKEN_BUDGET = 8192
 DEFAULT_LOSS = "cross_entropy"
@@ -25,6 +26,7 @@ class ReadsBatches:
 
     model: Any
     _worker: Worker
+    _agree: Agree | None = None  # of several ranks
 
     def _prepare_reading(
         self,
@@ -72,7 +74,8 @@ class ReadsBatches:
         self._activate()
         work = self._work(batch, loss_fn, config)
         with self._mode(False), torch.no_grad():
-            found = repeat_smaller(self._reading_budget, lambda watch: work.run(self._way(self._reading_budget, watch)))
+            way = partial(self._way, self._reading_budget)
+            found = repeat_smaller(self._reading_budget, lambda watch: work.run(way(watch)), agree=self._agree)
         self._reading_budget.step_done()
         return found
 

@@ -45,6 +45,18 @@ def open_store_on_loopback(limit_s: int) -> TCPStore | None:
     return TCPStore(*place, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listening)
 
 
+def leave_group(together: bool = False) -> None:
+    """Threads of a process group that outlive the interpreter abort a run that came to its end.
+
+    Args:
+        together: wait for the others: torchrun would end those that are still saving.
+    """
+    if torch.distributed.is_initialized():
+        if together:
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def slowest(seconds: float, device: torch.device) -> dict[str, float]:
     """How unevenly a phase took the ranks, and the most memory that any of them holds (GiB).
 

@@ -36,6 +36,19 @@ def load_full_weights(model: torch.nn.Module, weights: Tensors) -> None:
             _put(parameter, weights[name])
 
 
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: Tensors) -> None:
+    """Weights to train from, also where the optimizer has its own copy of them."""
+    load_full_weights(model, weights)
+    if deepspeed.is_zero(model):
+        deepspeed.load_masters(_trained(model), weights)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Of all shards together."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU."""
     if deepspeed.is_zero3(tensor):

@@ -10,7 +10,8 @@ from conftest import ROOT
 # From the roof to the ground; docs/internals.md says what each is for.
 DOORS = ("train", "launch", "score", "report", "gates", "serve")
 ORDER = (
-    *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.generation", "backends", "rlt.survival"),
+    *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.generation", "rlt.crews"),
+    *("backends", "rlt.survival"),
     *("rlt.reports", "rlt.planning", "rlt.traces", "rlt.preparation", "rlt.launching", "rlt.runs", "rlt.rewards"),
     *("rlt.logprobs", "rlt.prompts", "rlt.data", "rlt.models", "rlt.wire"),
     *("rlt.schema", "rlt.estimates", "rlt.errors", "rlt.places"),

@@ -7,16 +7,14 @@ that started this one, with which this one ends.
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from rlt.commands.begin import prepare_process
 from rlt.errors import Refused, fail
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
-from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with, last_words
+from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with, keep_last_words, last_words
 from rlt.launching.speech import speak_on
 from rlt.planning.plan import Plan
 
@@ -45,16 +43,9 @@ def main() -> None:
     run_rank(lambda: read_plan(folder))
 
 
-def keep_last_words(file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Why this rank ends, also where its log cannot be written."""
-    text = "".join(traceback.format_exception(kind, error, trace))
-    file.write_text(text)
-    sys.stderr.write(text)
-
-
 def run_rank(plan: Callable[[], Plan]) -> None:
     """Run what `plan` gives as one of several ranks, and leave their group."""
-    from backends.roll_call import are_on_one_machine, open_store_on_loopback
+    from backends.roll_call import are_on_one_machine, leave_group, open_store_on_loopback
 
     store = open_store_on_loopback(DEFAULT_LIMIT_S) if are_on_one_machine() else None
     try:
@@ -66,20 +57,6 @@ def run_rank(plan: Callable[[], Plan]) -> None:
         raise
     leave_group()
     del store  # held until here
-
-
-def leave_group(together: bool = False) -> None:
-    """Threads of a process group that outlive the interpreter abort a run that came to its end.
-
-    Args:
-        together: wait for the others: torchrun would end those that are still saving.
-    """
-    from torch import distributed
-
-    if distributed.is_initialized():
-        if together:
-            distributed.barrier()
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 
@@ -35,6 +37,13 @@ def end_of(log: Path) -> str:
 def last_words(folder: Path, rank: int | str) -> Path:
     """Where a rank says why it ends, beside its log: in its launcher's own folder."""
     return folder / f"rank-{rank}.txt"
+
+
+def keep_last_words(file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Why this rank ends, also where its log cannot be written."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    file.write_text(text)
+    sys.stderr.write(text)
 
 
 def end_with(launcher: int) -> None:

@@ -204,12 +204,20 @@ def _with_whole_head(causal, read: Callable, hidden_BTH) -> list[torch.Tensor] |
     if not (type(head) is torch.nn.Linear and hasattr(head.weight, "ds_id")):
         return read(hidden_BTH)
 
-    def stacked(hidden_BTH) -> torch.Tensor | None:
-        values = read(hidden_BTH)
-        return None if values is None else torch.stack(values)
+    shapes: list[torch.Size] = []
 
-    values = _ForwardRedirection()(head, head, stacked, hidden_BTH)
-    return None if values is None else list(values)
+    def flat(hidden_BTH) -> torch.Tensor | None:
+        values = read(hidden_BTH)
+        if values is None:
+            return None
+        shapes.extend(value.shape for value in values)  # with K targets, log-probs have columns and entropies have none
+        return torch.cat([value.flatten() for value in values])
+
+    values = _ForwardRedirection()(head, head, flat, hidden_BTH)
+    if values is None:
+        return None
+    parts = values.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _counted_log_probs(causal, wanted, tokens, temperatures, entropy, hidden_BTH) -> list[torch.Tensor]:
