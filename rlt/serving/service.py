@@ -30,6 +30,7 @@ from rlt.serving.worker import Executor
 from rlt.wire.values import Limits
 
 MARK_S = 5.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 30.0  # between tries to bring models back
 FORGET_S = 24 * 3600.0  # after which a request of a session that is over is no longer known
 CURVES_S = 30 * 24 * 3600.0  # after which curves of a model that is not used are no longer drawn
 
@@ -160,39 +161,52 @@ class Service:
             self.requests.whole.set()
 
     async def _restore_all(self) -> None:
-        """All begin again where the worker is lost once more; a model that it is lost with each time is given up."""
-        losses = Counter[str]()
-        while (lost := await self._restore_each()) is not None:
-            model_id, error = lost
-            losses[model_id] += 1
-            if losses[model_id] == TRIES:
-                await self._lose(model_id, error)
-            self.executor.revive()
+        """All begin again where the worker is lost once more, or its files cannot be read for a while.
 
-    async def _restore_each(self) -> tuple[str, BaseException] | None:
-        """The model whose worker was lost while it was brought back, and the error."""
-        for model in await self.database.surely(_living_models):
-            error = await self._restore(model)
+        A request with which it is lost each time has its model given up; a worker that does not even start, or a place
+        that does not answer, is no model's fault, and is tried again until it does.
+        """
+        losses, wait = Counter[tuple[str, int]](), FIRST_WAIT_S
+        while await self.database.surely(_living_models):
+            error = await self._failure("start", "", b"{}")
+            if error is None:
+                loss = await self._restore_each()
+                if loss is None:
+                    return
+                model_id, number, error = loss
+                losses[model_id, number] += isinstance(error, BrokenExecutor)
+                if losses[model_id, number] == TRIES:
+                    await self._lose(model_id, error)
+            logger.warning("models could not be brought back, which is tried again: %s", error)
             if isinstance(error, BrokenExecutor):
-                return model.id, error
-            if error:
-                await self._lose(model.id, error)
+                self.executor.revive()
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    async def _restore_each(self) -> tuple[str, int, BaseException] | None:
+        """The model and number with which the worker or the place of tensors was lost, and the error."""
+        for model in await self.database.surely(_living_models):
+            failed = await self._restore(model)
+            if failed and isinstance(failed[1], BrokenExecutor | OSError):
+                return model.id, *failed
+            if failed:
+                await self._lose(model.id, failed[1])
         return None
 
-    async def _restore(self, model: Row) -> BaseException | None:
-        """Bring a model back to where its last answered request left it; the error where it is lost."""
+    async def _restore(self, model: Row) -> tuple[int, BaseException] | None:
+        """Bring a model back to where its last answered request left it; the number at which that failed, and why."""
         after = -1
         if model.kept_address:
             form = {"base_model": model.base_model, "adapter": model.adapter, "optimizer": True}
             error = await self._failure("create_model", model.id, dump(form | {"address": model.kept_address}))
             after = model.kept_seq
             if error:
-                return error
+                return after, error
         for row in await self.database.surely(rows.journal, model.id, after, CHANGING):
             error = await self._failure(row.kind, model.id, row.payload)
             as_before = row.category is not None and isinstance(error, Refused)
             if error and not as_before:
-                return error
+                return row.seq_id, error
         return None
 
     async def _lose(self, model_id: str, error: BaseException) -> None:

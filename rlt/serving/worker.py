@@ -9,7 +9,7 @@
 | embed | JSON sequences | protobuf ForwardBackwardOutput, `embedding` of each |
 | load_weights | JSON address, optimizer | JSON {} |
 | sample | JSON body of `asample`, with address (null: no adapter) and base_model | protobuf SampleResponse |
-| unload_model | JSON {} | JSON {} |
+| start, unload_model | JSON {} | JSON {} |
 | unload_sampler | JSON address | JSON {} |
 
 An adapter is {rank, seed, train_mlp, train_attn, train_unembed}; a rank of null trains all weights. An address is a
@@ -100,6 +100,8 @@ def _answer_json(worker: Worker, kind: str, model_id: str, form: Mapping[str, An
         return {"metrics": worker.optim_step(model_id, json_form.read_adam(form["adam_params"]))}
     elif kind == "load_weights":
         worker.load_weights(model_id, form["address"], form["optimizer"])
+    elif kind == "start":  # a worker that answers has started
+        return {}
     elif kind == "unload_model":
         worker.unload(model_id)
     elif kind == "unload_sampler":
