@@ -10,7 +10,6 @@ A new adapter adds nothing (B = 0). Its scale is 32 / rank, so that one learning
 """
 
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from backends.adapter_files import export_adapter
 from backends.adapter_targets import layers_by_part, wanted_layers
 from backends.create import create_adamw_optimizer
 from backends.futures import TrainFuture, Worker
-from backends.hidden import mean_hidden_states
 from backends.protocol import Batch, ForwardOutput, Loss
 from backends.pytorch import PyTorchTrainingBackend
 from backends.reading import DEFAULT_LOSS, TOKEN_BUDGET, ReadsBatches
@@ -182,14 +180,6 @@ class AdapterBackend(PyTorchTrainingBackend):
     def _export(self, folder: Path) -> Path:
         self._activate()
         return export_adapter(self.model, self.inner, folder)
-
-    def hidden_means(self, sequences: Sequence[Sequence[int]]) -> TrainFuture[list[torch.Tensor]]:
-        """Of each sequence the mean of its last hidden states (backends/hidden.py)."""
-        return self._worker.submit(self._hidden_means, sequences)
-
-    def _hidden_means(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        self._activate()
-        return mean_hidden_states(self.model, sequences)
 
     def _activate(self) -> None:
         if self.base.adapters.get(self.name) is not self:

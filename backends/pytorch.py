@@ -9,7 +9,7 @@ A batch is a list of `Datum`, read by packed passes (rlt/logprobs), or for any m
 with the first call since the last optimizer step; so is a call that failed amid its passes undone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from backends import adamw
 from backends.futures import TrainFuture, Worker
+from backends.hidden import mean_hidden_states
 from backends.keeping import KeepsState
 from backends.passes import DataWork, PlainWork
 from backends.protocol import AdamParams, Batch, ForwardOutput, Loss, StepOutput
@@ -72,10 +73,18 @@ class PyTorchTrainingBackend(KeepsState):
     def optim_step(self, params: AdamParams | None = None) -> TrainFuture[StepOutput]:
         return self._worker.submit(self._optim_step, params)
 
+    def hidden_means(self, sequences: Sequence[Sequence[int]]) -> TrainFuture[list[torch.Tensor]]:
+        """Of each sequence the mean of its last hidden states (backends/hidden.py)."""
+        return self._worker.submit(self._hidden_means, sequences)
+
     def close(self) -> None:
         """Finish what has begun, and end the thread."""
         if self._owns_worker:
             self._worker.close()
+
+    def _hidden_means(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        self._activate()
+        return mean_hidden_states(self.model, sequences)
 
     def _forward_backward(self, batch: Batch, loss_fn: Loss, config: Mapping[str, float] | None) -> ForwardOutput:
         self._activate()

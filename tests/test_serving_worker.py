@@ -226,7 +226,7 @@ def test_samples_of_several_models_at_once_are_those_of_each_alone(client, tiny_
     assert len({tuple(some[0][0].tokens.tolist()) for some in together}) > 1
 
 
-def test_all_weights_are_trained_where_the_server_allows_it(client, torch_client, tiny_teacher):
+def test_all_weights_are_trained_where_the_server_allows_it(client, torch_client, tiny_teacher, tmp_path):
     with pytest.raises(RequestFailed, match="full_finetuning=true"):
         client.create_model(tiny_teacher, rank=None)
     model = torch_client.create_model(tiny_teacher, rank=None)
@@ -241,6 +241,9 @@ def test_all_weights_are_trained_where_the_server_allows_it(client, torch_client
     ids = prompt + found.tokens.tolist()
     frozen = torch_client.model_from_state(path).forward([datum(ids[:-1], target_tokens=ids[1:])], "cross_entropy")
     assert np.abs(frozen.result(60).outputs[0]["logprobs"][2:] - found.logprobs).max() < 1e-4
+    assert np.isfinite(model.embeddings([prompt]).result(60)).all()
+    files = {path.name for path in model.download(tmp_path / "whole", merged=True).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
 
 
 SDK_PROGRAM = """

@@ -59,6 +59,7 @@ USAGE = {
     **LIMITS,
 }
 SAMPLERS = ("vllm", "torch")
+ENGINE_VARIABLES = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # read when it is imported
 TENANT = "owner"
 STOP_S = 5  # for answers that are on their way
 
@@ -100,6 +101,8 @@ def read_keys() -> tuple[dict[str, str], bool]:
 
 def make_worker(folders: Mapping[str, str], sampler: str, full_finetuning: bool) -> "Worker":
     """In a process of the worker's own: the server's does without torch."""
+    for name, value in ENGINE_VARIABLES.items():
+        os.environ.setdefault(name, value)
     from rlt.serving.torch_worker import TorchWorker
 
     return TorchWorker(folders, sampler, full_finetuning)

@@ -25,7 +25,7 @@ from backends.protocol import ForwardOutput
 from backends.pytorch import PyTorchTrainingBackend
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
-from rlt.models.loading import load_policy, quiet_libraries
+from rlt.models.loading import load_policy, load_tokenizer, quiet_libraries
 from rlt.serving.merging import merge
 from rlt.serving.storage import local_files, put_files
 from rlt.serving.torch_sampler import TorchSampler
@@ -103,10 +103,7 @@ class TorchWorker:
         return {"grad_norm": done.grad_norm}
 
     def embed(self, model_id: str, sequences: list[list[int]]) -> ForwardBackwardOutput:
-        model = self._model(model_id)
-        if not isinstance(model, AdapterBackend):
-            raise Refused("embeddings are of adapters: this model trains all weights")
-        found = model.hidden_means(sequences).result()
+        found = self._model(model_id).hidden_means(sequences).result()
         return ForwardBackwardOutput([{"embedding": each.numpy()} for each in found], {})
 
     def save(self, model_id: str, kind: str, address: str) -> int:
@@ -121,7 +118,10 @@ class TorchWorker:
 
     def _export(self, model: PyTorchTrainingBackend, kind: str, aside: Path) -> Path:
         if not isinstance(model, AdapterBackend):
-            cast(PreTrainedModel, model.model).save_pretrained(aside / "whole")
+            whole = cast(PreTrainedModel, model.model)
+            whole.save_pretrained(aside / "whole")
+            if kind == "save_weights_merged":
+                load_tokenizer(str(whole.name_or_path)).save_pretrained(aside / "whole")
             return aside / "whole"
         adapter = model.export(aside / "adapter").result()
         if kind == "save_weights_merged":
