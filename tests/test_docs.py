@@ -203,6 +203,7 @@ def test_every_setting_that_a_page_names_is_a_key(page):
         | OF_SCORE
         | set(serve.USAGE)
         | OF_RECIPES
+        | OF_CLIENTS
         | {field.name for field in fields(TeacherRewardConfig)}
     )
     named = {word for command in commands_of(page) for word in command}

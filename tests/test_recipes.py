@@ -30,7 +30,7 @@ RANK = 4
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, tiny_teacher, tiny_student):
     folder = tmp_path_factory.mktemp("recipes") / "state"
-    with served(folder, f"base_models=[{tiny_teacher},{tiny_student}]") as address:
+    with served(folder, f"base_models=[{tiny_teacher},{tiny_student}]", "sampler=torch") as address:
         yield address
 
 

@@ -32,7 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=T
 @pytest.fixture(scope="module")
 def client(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("serving") / "state"
-    with served(folder, f"base_models=[tiny={tiny_teacher}]") as address, Client(address, KEY) as service:
+    with (
+        served(folder, f"base_models=[tiny={tiny_teacher}]", "sampler=torch") as address,
+        Client(address, KEY) as service,
+    ):
         yield service
 
 
