@@ -116,10 +116,10 @@ def samples(repeats: int) -> None:
     import torch
 
     from rlt.models.paths import resolve_model_path
-    from rlt.serving.torch_sampler import TorchSampler
-    from rlt.serving.vllm_sampler import VLLMSampler
     from rlt.wire.json_form import SampleRequest
     from rlt.wire.values import SamplingParams
+    from rlt.workers.torch_sampler import TorchSampler
+    from rlt.workers.vllm_sampler import VLLMSampler
 
     prompt = np.random.default_rng(0).integers(0, 49152, 64)
     request = SampleRequest("s", 0, prompt, SAMPLES, SamplingParams(DRAWN, 0, []))

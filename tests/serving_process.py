@@ -17,9 +17,9 @@ from rlt.serving.requests.rows import Submission
 from rlt.serving.service import ModelPlace, Service, Settings
 from rlt.serving.sessions import lives
 from rlt.serving.storage import Storage
-from rlt.serving.worker import ThreadExecutor
 from rlt.wire import protobuf
 from rlt.wire.values import Datum, ForwardBackwardRequest, tensor_of
+from rlt.workers.worker import ThreadExecutor
 
 ADAPTER = {"rank": 8, "seed": None, "train_mlp": True, "train_attn": True, "train_unembed": True}
 KEYS = {"a": "tml-aaaaaaaaaaaa", "b": "tml-bbbbbbbbbbbb"}

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from rlt.errors import Refused
-from rlt.serving.storage import local_files, put_files
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import (
     AdamParams,
@@ -26,6 +25,7 @@ from rlt.wire.values import (
     SampledSequence,
     SampleResponse,
 )
+from rlt.workers.tensor_files import local_files, put_files
 
 VOCABULARY = 256
 END = 0  # the token that ends a text

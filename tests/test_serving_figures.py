@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("sqlalchemy")
 
 from rlt.reports.lines import POINTS, curve, thinned  # noqa: E402
-from rlt.serving.accelerators import accelerators, most_free, read_accelerators  # noqa: E402
 from rlt.serving.rates import Marks  # noqa: E402
 from rlt.serving.sessions.curves import by_step  # noqa: E402
+from rlt.workers.accelerators import accelerators, most_free, read_accelerators  # noqa: E402
 
 SMI = [
     "0, GPU-aaa, NVIDIA H200, 10000, 143771, 97",

@@ -32,8 +32,8 @@ from test_serving_api import (  # noqa: E402, F401
 from test_serving_kills import LIMIT_S, check_equal, data, disturbed, run  # noqa: E402
 
 from rlt.serving.client import Client  # noqa: E402
-from rlt.serving.storage import local_files, put_files  # noqa: E402
 from rlt.wire.values import AdamParams  # noqa: E402
+from rlt.workers.tensor_files import local_files, put_files  # noqa: E402
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -129,7 +129,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_save_saves_it_after_its_rest
 
 PULL = """
 import sys
-from rlt.serving.storage import local_files
+from rlt.workers.tensor_files import local_files
 with local_files(sys.argv[1]) as folder:
     print(sum(path.read_bytes().count(b"x") for path in folder.iterdir()))
 """

@@ -23,12 +23,12 @@ from serving_unigram import Unigram, log_softmax  # noqa: E402
 from rlt.errors import Refused  # noqa: E402
 from rlt.serving.errors import Busy, Gone, Missing  # noqa: E402
 from rlt.serving.kinds import dump  # noqa: E402
-from rlt.serving.processes import ProcessExecutor  # noqa: E402
 from rlt.serving.requests.order import Patience  # noqa: E402
 from rlt.serving.requests.rows import failure  # noqa: E402
 from rlt.serving.service import Service  # noqa: E402
-from rlt.serving.worker import ThreadExecutor  # noqa: E402
 from rlt.wire import protobuf  # noqa: E402
+from rlt.workers.processes import ProcessExecutor  # noqa: E402
+from rlt.workers.worker import ThreadExecutor  # noqa: E402
 
 PROCESS_S = 60
 

@@ -13,11 +13,11 @@ from backends.protocol import AdamParams, Datum
 from rlt.errors import Refused
 from rlt.generation.adapter_engine import KEPT
 from rlt.models.paths import resolve_model_path
-from rlt.serving.scores import score_prompt
-from rlt.serving.torch_sampler import TorchSampler
-from rlt.serving.vllm_sampler import VLLMSampler
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import SamplingParams, tensor_of
+from rlt.workers.scores import score_prompt
+from rlt.workers.torch_sampler import TorchSampler
+from rlt.workers.vllm_sampler import VLLMSampler
 
 LIMIT_S = 300
 PROMPT = np.array([504, 3575, 282, 4649, 314])

@@ -11,7 +11,7 @@ import pytest
 
 from rlt.errors import Refused
 from rlt.generation.ended import EngineEnded
-from rlt.serving.threads import ProcessOfThreads
+from rlt.workers.threads import ProcessOfThreads
 
 LIMIT_S = 60
 met = threading.Barrier(3)

@@ -35,7 +35,7 @@ from rlt.runs.folder import folder_lock
 
 if TYPE_CHECKING:
     from rlt.serving.service import ModelPlace, Service
-    from rlt.serving.worker import Worker
+    from rlt.workers.worker import Worker
 
 LIMITS = {
     "body_mib": 32,  # of one request
@@ -103,7 +103,7 @@ def make_worker(folders: Mapping[str, str], sampler: str, full_finetuning: bool)
     """In a process of the worker's own: the server's does without torch."""
     for name, value in ENGINE_VARIABLES.items():
         os.environ.setdefault(name, value)
-    from rlt.serving.torch_worker import TorchWorker
+    from rlt.workers.torch_worker import TorchWorker
 
     return TorchWorker(folders, sampler, full_finetuning)
 
@@ -136,10 +136,10 @@ def place_of(folder: Path) -> "ModelPlace":
 
 
 def build_service(settings: dict[str, Any], folder: Path) -> "Service":
-    from rlt.serving.processes import ProcessExecutor
     from rlt.serving.service import Service, Settings
     from rlt.serving.storage import Storage
     from rlt.wire.values import Limits
+    from rlt.workers.processes import ProcessExecutor
 
     models = find_models(settings["base_models"])
     database = settings["database"] or f"sqlite:///{folder / 'state.db'}"

@@ -26,8 +26,8 @@ from rlt.serving.requests.order import TRIES, Patience, Requests
 from rlt.serving.requests.rows import Submission
 from rlt.serving.sessions import checkpoints, curves, lives, tenants
 from rlt.serving.storage import Storage
-from rlt.serving.worker import Executor
 from rlt.wire.values import Limits
+from rlt.workers.worker import Executor
 
 MARK_S = 5.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 30.0  # between tries to bring models back

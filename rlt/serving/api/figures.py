@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from rlt.serving.accelerators import Accelerator, accelerators
 from rlt.serving.api.asking import Serving, Tenant
 from rlt.serving.service import Service
+from rlt.workers.accelerators import Accelerator, accelerators
 
 router = APIRouter()
 SAMPLING = ("sample",)

@@ -20,7 +20,7 @@ from rlt.serving.database import Database
 from rlt.serving.errors import Gone, Missing
 from rlt.serving.requests import rows
 from rlt.serving.requests.rows import SERVER, USER, Submission
-from rlt.serving.worker import Executor
+from rlt.workers.worker import Executor
 
 SETTLE_S = 0.01
 TRIES = 3  # of something with which the worker is lost

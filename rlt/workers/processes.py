@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 
 from rlt.launching.lifetime import end_with
-from rlt.serving.accelerators import VISIBLE, accelerators, most_free
-from rlt.serving.storage import PULLED
-from rlt.serving.threads import ProcessOfThreads
-from rlt.serving.worker import SAMPLING, UNLOADING, Worker, answer
+from rlt.workers.accelerators import VISIBLE, accelerators, most_free
+from rlt.workers.tensor_files import PULLED
+from rlt.workers.threads import ProcessOfThreads
+from rlt.workers.worker import SAMPLING, UNLOADING, Worker, answer
 
 PULLED_S = 3600.0
 PID = "pid"

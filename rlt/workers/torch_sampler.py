@@ -15,10 +15,10 @@ from rlt.generation.decoding import Drawn, Stops, decode
 from rlt.generation.seeds import request_seed
 from rlt.logprobs import token_log_probs
 from rlt.models.loading import load_tokenizer
-from rlt.serving.held import HeldModel
-from rlt.serving.scores import TOKEN_BUDGET, PromptScores, best_tokens_of, check_request, score_prompt
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import SampledSequence, SampleResponse
+from rlt.workers.held import HeldModel
+from rlt.workers.scores import TOKEN_BUDGET, PromptScores, best_tokens_of, check_request, score_prompt
 
 ROWS = 64  # samples at once
 

@@ -26,11 +26,11 @@ from backends.pytorch import PyTorchTrainingBackend
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_policy, load_tokenizer, quiet_libraries
-from rlt.serving.merging import merge
-from rlt.serving.storage import local_files, put_files
-from rlt.serving.torch_sampler import TorchSampler
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import AdamParams, Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from rlt.workers.merging import merge
+from rlt.workers.tensor_files import local_files, put_files
+from rlt.workers.torch_sampler import TorchSampler
 
 STATE = "state"
 
@@ -38,7 +38,7 @@ logger = logging.getLogger("rlt")
 
 
 class TorchWorker:
-    """`rlt.serving.worker.Worker`.
+    """`rlt.workers.worker.Worker`.
 
     Args:
         folders: of the base models' weights and tokenizers, by the names that clients know.
@@ -142,7 +142,7 @@ class TorchWorker:
         if self.sampler == "torch":
             return TorchSampler(folder)
         try:
-            from rlt.serving.vllm_sampler import VLLMSampler
+            from rlt.workers.vllm_sampler import VLLMSampler
 
             return VLLMSampler(folder)
         except (ImportError, ValueError, NotImplementedError) as error:

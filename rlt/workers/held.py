@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from rlt.models.devices import device_type, on
 from rlt.models.loading import load_frozen
-from rlt.serving.storage import local_files
+from rlt.workers.tensor_files import local_files
 
 ADAPTERS, WHOLE = 8, 1  # that are kept ready
 ADAPTER_FILE = "adapter_config.json"  # of PEFT

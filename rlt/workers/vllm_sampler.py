@@ -23,12 +23,12 @@ from rlt.generation.decoding import Stops
 from rlt.generation.sampler import build_adapter_engine
 from rlt.generation.seeds import request_seed
 from rlt.models.loading import load_tokenizer
-from rlt.serving.held import ADAPTER_FILE
-from rlt.serving.scores import PromptScores, asks_about_prompt, best_tokens_of, check_request
-from rlt.serving.storage import local_files
-from rlt.serving.torch_sampler import TorchSampler, response
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import SampledSequence, SampleResponse
+from rlt.workers.held import ADAPTER_FILE
+from rlt.workers.scores import PromptScores, asks_about_prompt, best_tokens_of, check_request
+from rlt.workers.tensor_files import local_files
+from rlt.workers.torch_sampler import TorchSampler, response
 
 COPIES = 64  # of adapters from elsewhere, on this machine's disk
 
