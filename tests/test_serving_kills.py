@@ -1,17 +1,17 @@
 """A server that is killed at random moments of a run: its clients finish, and the weights are those of a calm run."""
 
-import io
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 
 pytest.importorskip("sqlalchemy")
 
-from safetensors.numpy import load as load_safetensors  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 from serving_kills import KEY, Killer, Mortal, unigram_folder  # noqa: E402
 
 from rlt.serving.client import Client, datum  # noqa: E402
@@ -45,21 +45,17 @@ def story(client: Client, base_model: str, number: int, steps: int, tick) -> dic
             read, done = sent.pop(0)
             losses.append(read.result(LIMIT_S).metrics["loss:sum"])
             assert done.result(LIMIT_S)["metrics"]["grad_norm"] > 0
-    saved = model._submit("save_weights_external", path="out").result(LIMIT_S)["path"]
-    return {"losses": losses, "tokens": tokens, "weights": downloaded(client, saved)}
+    with tempfile.TemporaryDirectory() as folder:
+        return {"losses": losses, "tokens": tokens, "weights": read_weights(model.download(Path(folder) / "out"))}
 
 
-def downloaded(client: Client, path: str) -> dict[str, np.ndarray]:
-    run = path.removeprefix("tinker://").split("/")[0]
-    route = f"training_runs/{run}/checkpoints/external_weights/out/external_weights_urls"
-    urls = client.connection.start(client.connection.ask("GET", route)).result(LIMIT_S).json()["urls"]
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, url in urls.items():
-        raw = httpx.get(url).content
-        if name.endswith(".npz"):
-            arrays |= dict(np.load(io.BytesIO(raw)))
-        elif name.endswith(".safetensors"):
-            arrays |= load_safetensors(raw)
+    for path in folder.iterdir():
+        if path.suffix == ".npz":
+            arrays |= dict(np.load(path))
+        elif path.suffix == ".safetensors":
+            arrays |= load_file(path)
     return arrays
 
 
