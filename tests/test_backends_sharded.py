@@ -55,7 +55,7 @@ def ranks_of(kind: str, folder, model=None) -> ShardedTrainingBackend:
         optimizer = create_adamw_optimizer(model)
         ranks = Zero(model, optimizer, int(kind[-1]), torch.float32)
     else:
-        ranks = (FullyShardedData if kind == "fsdp" else Copies)(model, place)
+        ranks = FullyShardedData(model, place) if kind == "fsdp" else Copies(model)
         optimizer = create_adamw_optimizer(ranks.model)
     return ShardedTrainingBackend(ranks, optimizer, "cross_entropy", folder, place, token_budget=BUDGET)
 
