@@ -22,8 +22,8 @@ _PLACES = {
     "backends.losses": ("additive", "compute_loss_from_outputs"),
     "backends.protocol": ("AdamParams", "Datum", "ForwardOutput", "StepOutput", "TrainingBackend"),
     "backends.pytorch": ("PyTorchTrainingBackend",),
-    "rlt.crews.service": ("TrainingService",),
-    "rlt.crews.ray_crew": ("create_ray_backend",),
+    "rlt.worker_groups.service": ("TrainingService",),
+    "rlt.worker_groups.ray_group": ("create_ray_backend",),
     "backends.sharded": ("ShardedTrainingBackend",),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}

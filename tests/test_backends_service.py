@@ -24,10 +24,10 @@ from backends import (
     create_ray_backend,
 )
 from backends.protocol import ForwardOutput, StepOutput
-from rlt.crews.journal import MOST_STEPS, Journal
-from rlt.crews.messages import pack, unpack
-from rlt.crews.sampling import Sampler
 from rlt.errors import Refused
+from rlt.worker_groups.journal import MOST_STEPS, Journal
+from rlt.worker_groups.messages import pack, unpack
+from rlt.worker_groups.sampling import Sampler
 
 LIMIT_S = 240
 LOST_WITHIN_S = 60
@@ -102,11 +102,11 @@ def begin(model: str, folder: Path, backend: str, **options) -> TrainingService:
 
 
 def processes_of(service: TrainingService) -> list[psutil.Process]:
-    return psutil.Process(service.crew.launcher.pid).children(recursive=True)
+    return psutil.Process(service.group.launcher.pid).children(recursive=True)
 
 
 def ranks_of(service: TrainingService) -> list[psutil.Process]:
-    return [process for process in processes_of(service) if "rlt.crews.rank" in process.cmdline()]
+    return [process for process in processes_of(service) if "rlt.worker_groups.rank" in process.cmdline()]
 
 
 def assert_all_gone(processes: list[psutil.Process], folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_service_has_the_numbers_of_one_process_and_ends_with_a_rank(tiny_teac
     assert service.load_state("step_0001").result(LIMIT_S) == 1
     service.load_weights(one.get_weights().result(LIMIT_S)).result(LIMIT_S)
     assert_same_weights(one, service, 0)
-    whoever, folder = processes_of(service), service.crew.folder
+    whoever, folder = processes_of(service), service.group.folder
     ranks_of(service)[1].kill()
     pending = [service.forward_backward(data(1)), service.optim_step(), service.get_weights()]
     begun = time.monotonic()
@@ -160,7 +160,7 @@ def test_a_rank_that_is_held_counts_as_lost_and_a_model_that_is_not_there_is_ref
         service.forward(data(0), lambda data_, log_probs: log_probs[0].sum()).result(LIMIT_S)
     with pytest.raises(Refused, match="has no sampler"):
         service.sample([1]).result(LIMIT_S)
-    whoever, folder = processes_of(service), service.crew.folder
+    whoever, folder = processes_of(service), service.group.folder
     ranks_of(service)[1].suspend()
     with pytest.raises(RanksLost, match="a rank of this service was lost"):
         service.forward_backward(data(1)).result(LOST_WITHIN_S)
@@ -172,7 +172,7 @@ def test_a_rank_that_is_held_counts_as_lost_and_a_model_that_is_not_there_is_ref
 def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbed(tiny_teacher, tmp_path, monkeypatch):
     """From a state that the service has saved on its own account."""
     one = create_pytorch_backend(tiny_teacher, tmp_path, learning_rate=1e-3, device="cpu")
-    monkeypatch.setattr("rlt.crews.journal.MOST_STEPS", 2)
+    monkeypatch.setattr("rlt.worker_groups.journal.MOST_STEPS", 2)
     with begin(tiny_teacher, tmp_path, "fsdp", restarts=1) as service:
         for step in range(STEPS):
             for backend in (one, service):
@@ -181,7 +181,7 @@ def test_ranks_that_are_lost_are_started_anew_and_the_run_ends_as_the_undisturbe
                 ranks_of(service)[0].send_signal(signal.SIGKILL)
             step_both(one, service, 1e-4)
         assert service.restarts_left == 0 and service.journal.state == tmp_path / "recovery_1"
-        whoever, folder = processes_of(service), service.crew.folder
+        whoever, folder = processes_of(service), service.group.folder
     assert_all_gone(whoever, folder)
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +190,7 @@ PARENT = """
 import sys, time
 from backends import TrainingService
 service = TrainingService.options(procs=2, backend="pytorch").as_service(sys.argv[1], sys.argv[2]).result(200)
-sys.stdout.write(f"{service.crew.folder}\\n"); sys.stdout.flush()
+sys.stdout.write(f"{service.group.folder}\\n"); sys.stdout.flush()
 time.sleep(600)
 """
 
@@ -201,7 +201,7 @@ def test_ranks_end_with_the_service_however_it_ends(tiny_teacher, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as parent:
         folder = Path(parent.stdout.readline().strip())
         whoever = psutil.Process(parent.pid).children(recursive=True)
-        assert len([p for p in whoever if "rlt.crews.rank" in p.cmdline()]) == 2
+        assert len([p for p in whoever if "rlt.worker_groups.rank" in p.cmdline()]) == 2
         parent.kill()
     assert psutil.wait_procs(whoever, 20)[1] == []
     assert not folder.exists()

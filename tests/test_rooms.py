@@ -10,7 +10,7 @@ from conftest import ROOT
 # From the roof to the ground; docs/internals.md says what each is for.
 DOORS = ("train", "launch", "score", "report", "gates", "serve")
 ORDER = (
-    *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.workers", "rlt.generation", "rlt.crews"),
+    *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.workers", "rlt.generation", "rlt.worker_groups"),
     *("backends", "rlt.survival"),
     *("rlt.reports", "rlt.planning", "rlt.traces", "rlt.preparation", "rlt.launching", "rlt.runs", "rlt.rewards"),
     *("rlt.logprobs", "rlt.prompts", "rlt.data", "rlt.models", "rlt.wire"),

@@ -1,5 +1,5 @@
 """The ranks of a training service on this machine: started by PyTorch's elastic agent in a process of its own
-(`python -m rlt.crews.processes FOLDER SERVICE`), spoken to over a socket in a folder that only this user sees.
+(`python -m rlt.worker_groups.processes FOLDER SERVICE`), spoken to over a socket in a folder that only this user sees.
 
 A rank that fails ends the others; all end with the service's process, however that ends.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.futures import RanksLost
-from rlt.crews.rank import SOCKET, SPEC
 from rlt.errors import Refused
 from rlt.launching.lifetime import end_of, end_with
+from rlt.worker_groups.rank import SOCKET, SPEC
 
 POLL_S = 1.0
 ENDING_S = 50.0  # the agent ends a rank that is held for 30 s
@@ -56,7 +56,7 @@ class Processes:
 
     def _welcome(self, door: socket.socket, deadline: float) -> list[socket.socket]:
         """The ranks' ends, in their order."""
-        from rlt.crews.messages import receive, unpack
+        from rlt.worker_groups.messages import receive, unpack
 
         came: dict[int, socket.socket] = {}
         while len(came) < self.procs:
@@ -75,7 +75,7 @@ class Processes:
         Raises:
             RanksLost: some rank is gone, and so are all.
         """
-        from rlt.crews.messages import send
+        from rlt.worker_groups.messages import send
 
         if not self.ends:
             raise RanksLost("the ranks of this service have ended")
@@ -92,7 +92,7 @@ class Processes:
         raise Refused("this service has no sampler: one of backend='ray' with resources of 'sample' has")
 
     def _replies(self) -> list[bytes]:
-        from rlt.crews.messages import receive
+        from rlt.worker_groups.messages import receive
 
         found: dict[int, bytes] = {}
         deadline = time.monotonic() + self.limit_s
@@ -149,7 +149,7 @@ def main() -> None:
     spec = json.loads((folder / SPEC).read_text())
     environment = rank_environment("ddp", spec["procs"], spec["on_cpu"], Machines())
     environment["TMPDIR"] = str(folder)  # where libraries leave files when a rank is killed
-    command = [sys.executable, "-m", "rlt.crews.rank", str(folder), str(os.getpid())]
+    command = [sys.executable, "-m", "rlt.worker_groups.rank", str(folder), str(os.getpid())]
     with Watchdog() as watchdog:
         watchdog.watch(folder)
         code = run_ranks(command, spec["procs"], folder / "logs", environment, folder, watchdog=watchdog)

@@ -5,7 +5,7 @@
     output = service.forward_backward(batch).result(60)
     service.close()
 
-Ranks are processes of this machine (processes.py), or actors of a Ray cluster (ray_crew.py). What goes to
+Ranks are processes of this machine (processes.py), or actors of a Ray cluster (ray_group.py). What goes to
 them is plain data, so a loss has a name here. A rank that is lost fails the operation at hand and all later ones with
 `RanksLost`; with `restarts`, ranks are started anew instead, go on from the last state that was saved, and do again
 what was asked since.
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.futures import RanksLost, TrainFuture, Worker
-from rlt.crews.journal import MOVING, Journal
-from rlt.crews.rank import CREATORS
 from rlt.errors import Refused
+from rlt.worker_groups.journal import MOVING, Journal
+from rlt.worker_groups.rank import CREATORS
 
 if TYPE_CHECKING:
     import torch
 
     from backends.protocol import AdamParams, Batch, ForwardOutput, Loss, StepOutput
-    from rlt.crews.sampling import Sample
+    from rlt.worker_groups.sampling import Sample
 
 LIMIT_S = 1800.0
 RAY = "ray"
@@ -37,7 +37,7 @@ RAY_RESTARTS = 3
 logger = logging.getLogger("rlt")
 
 
-class Crew(Protocol):
+class WorkerGroup(Protocol):
     """Ranks, wherever they are. One thread asks; an answer is one of each rank."""
 
     def start(self) -> list[bytes]: ...
@@ -81,7 +81,7 @@ class Options:
             json.dumps(given)
         except TypeError as error:
             raise Refused(f"arguments of a service are numbers and texts: {error}") from error
-        service = TrainingService(self._crew(given), self._restarts())
+        service = TrainingService(self._group(given), self._restarts())
         return service._worker.submit(service._start)
 
     def _check(self) -> None:
@@ -97,15 +97,15 @@ class Options:
     def _restarts(self) -> int:
         return self.restarts if self.restarts is not None else RAY_RESTARTS if self.backend == RAY else 0
 
-    def _crew(self, arguments: dict[str, Any]) -> Crew:
+    def _group(self, arguments: dict[str, Any]) -> WorkerGroup:
         if self.backend == RAY:
-            from rlt.crews.ray_crew import RayCrew
+            from rlt.worker_groups.ray_group import RayWorkerGroup
 
             spec = {"backend": self.sharding, "arguments": arguments}
-            return RayCrew(self.procs, spec, self.resources or {}, self.limit_s)
+            return RayWorkerGroup(self.procs, spec, self.resources or {}, self.limit_s)
         import torch
 
-        from rlt.crews.processes import Processes
+        from rlt.worker_groups.processes import Processes
 
         on_cpu = arguments.get("device") == "cpu" or not torch.cuda.is_available()
         spec = {"backend": self.backend, "arguments": arguments, "on_cpu": on_cpu}
@@ -117,11 +117,11 @@ class TrainingService:
     """`backends.protocol.TrainingBackend` of many processes; made by `TrainingService.options(...).as_service(...)`.
 
     Args:
-        restarts: how often a crew that was lost is started anew.
+        restarts: how often a group that was lost is started anew.
     """
 
-    def __init__(self, crew: Crew, restarts: int = 0):
-        self.crew, self.restarts_left = crew, restarts
+    def __init__(self, group: WorkerGroup, restarts: int = 0):
+        self.group, self.restarts_left = group, restarts
         self.journal = Journal()
         self._sampler_is_behind = True
         self._worker = Worker("a training service")
@@ -188,22 +188,22 @@ class TrainingService:
 
     def _start(self) -> "TrainingService":
         try:
-            _value(self.crew.start())
+            _value(self.group.start())
         except BaseException:
-            self.crew.close()
+            self.group.close()
             raise
         return self
 
     def _end(self) -> None:
-        self.crew.close()
+        self.group.close()
         for folder in self.journal.own:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _do(self, operation: str, *arguments: Any) -> Any:
-        from rlt.crews.messages import pack
+        from rlt.worker_groups.messages import pack
 
         message = pack([operation, *arguments])
-        value = self._in_spite_of_losses(lambda: _value(self.crew.call(message)))
+        value = self._in_spite_of_losses(lambda: _value(self.group.call(message)))
         self._sampler_is_behind |= operation in MOVING
         if self.restarts_left:
             self.journal.note(operation, arguments, message, value)
@@ -212,13 +212,13 @@ class TrainingService:
         return value
 
     def _sample(self, asked: list[Any]) -> Any:
-        from rlt.crews.messages import pack
+        from rlt.worker_groups.messages import pack
 
         def draw() -> Any:
             if self._sampler_is_behind:
-                _value([self.crew.ask_sampler(self.crew.call(pack(["get_weights"]))[0])])
+                _value([self.group.ask_sampler(self.group.call(pack(["get_weights"]))[0])])
                 self._sampler_is_behind = False
-            return _value([self.crew.ask_sampler(pack(asked))])
+            return _value([self.group.ask_sampler(pack(asked))])
 
         return self._in_spite_of_losses(draw)
 
@@ -241,11 +241,11 @@ class TrainingService:
             self.restarts_left -= 1
             logger.warning("%s: ranks are started anew, from %s", lost, self.journal.state or "the beginning")
             try:
-                self.crew.close()
-                _value(self.crew.start())
+                self.group.close()
+                _value(self.group.start())
                 self._sampler_is_behind = True
                 for message in self.journal.to_repeat():
-                    _value(self.crew.call(message))
+                    _value(self.group.call(message))
                 return
             except RanksLost as again:
                 lost = again
@@ -253,7 +253,7 @@ class TrainingService:
 
 def _value(answers: list[bytes]) -> Any:
     """What rank 0 says, or why some rank did not do it."""
-    from rlt.crews.messages import unpack
+    from rlt.worker_groups.messages import unpack
 
     said = [unpack(answer) for answer in answers]
     for rank, one in enumerate(said):

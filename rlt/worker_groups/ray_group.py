@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.futures import RanksLost
-from rlt.crews.actors import RayRank, RaySampler
 from rlt.errors import Refused
 from rlt.planning.versions import need_group
+from rlt.worker_groups.actors import RayRank, RaySampler
 
 if TYPE_CHECKING:
-    from rlt.crews.service import TrainingService
+    from rlt.worker_groups.service import TrainingService
 
 PAUSE_S = 5.0  # between two questions whether ranks are there
 SILENCE_S = 30.0
@@ -29,7 +29,7 @@ TRAIN, SAMPLE = "train", "sample"
 NAMED = {"CPU": "num_cpus", "GPU": "num_gpus"}  # how Ray's options call them
 
 
-class RayCrew:
+class RayWorkerGroup:
     """As `processes.Processes`; a cluster that nobody has begun is one of this machine alone.
 
     Args:
@@ -174,7 +174,7 @@ def create_ray_backend(
         resources: as of `TrainingService.options`.
         arguments: of the backend's own function.
     """
-    from rlt.crews.service import TrainingService
+    from rlt.worker_groups.service import TrainingService
 
     options = TrainingService.options(
         procs=workers, backend="ray", sharding=sharding, resources=resources, limit_s=limit_s

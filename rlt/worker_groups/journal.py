@@ -45,7 +45,7 @@ class Journal:
 
     def to_repeat(self) -> list[bytes]:
         """By ranks that have just begun."""
-        from rlt.crews.messages import pack
+        from rlt.worker_groups.messages import pack
 
         begin = [] if self.state is None else [pack(["load_state", self.state, True])]
         return begin + self._messages

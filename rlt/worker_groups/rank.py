@@ -1,4 +1,4 @@
-"""One rank of a training service: `python -m rlt.crews.rank FOLDER LAUNCHER`, started by processes.py.
+"""One rank of a training service: `python -m rlt.worker_groups.rank FOLDER LAUNCHER`, started by processes.py.
 
 It takes operations from the socket in FOLDER, does each together with the other ranks, and answers; rank 0 with the
 value. It ends with its launcher, and when the service closes the socket.
@@ -50,7 +50,7 @@ class Worker:
 
     def answer(self, message: bytes) -> bytes:
         """Do an operation; the value of rank 0, of other ranks that it was done, or why it was not."""
-        from rlt.crews.messages import unpack
+        from rlt.worker_groups.messages import unpack
 
         operation, *arguments = unpack(message)
         if operation == "get_weights":
@@ -60,7 +60,7 @@ class Worker:
         return self._answer(getattr(self.backend, operation)(*arguments))
 
     def _answer(self, future: TrainFuture) -> bytes:
-        from rlt.crews.messages import pack
+        from rlt.worker_groups.messages import pack
 
         error = future.exception()
         if error is not None:
@@ -79,7 +79,7 @@ def main() -> None:
     end_with(int(sys.argv[2]))
     sys.excepthook = partial(keep_last_words, last_words(folder, os.environ["RANK"]))
     from backends.roll_call import leave_group, open_store_on_loopback
-    from rlt.crews.messages import pack, receive, send
+    from rlt.worker_groups.messages import pack, receive, send
 
     spec = json.loads((folder / SPEC).read_text())
     store = open_store_on_loopback(spec["limit_s"])

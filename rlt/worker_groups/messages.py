@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load, save
 
 from backends.protocol import AdamParams, Datum, ForwardOutput, StepOutput
-from rlt.crews.sampling import Sample
 from rlt.errors import Refused
+from rlt.worker_groups.sampling import Sample
 
 LENGTH = struct.Struct("!Q")
 RECORDS = {record.__name__: record for record in (AdamParams, Datum, ForwardOutput, Sample, StepOutput)}

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from rlt.crews.rank import Worker
+from rlt.worker_groups.rank import Worker
 
 
 class RayRank:
@@ -35,7 +35,7 @@ class RaySampler:
     """An actor: what draws completions."""
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        from rlt.crews.sampling import Sampler
+        from rlt.worker_groups.sampling import Sampler
 
         named = {name: arguments[name] for name in ("model_name", "dtype", "device") if name in arguments}
         self.sampler = Sampler(**named)
@@ -43,7 +43,7 @@ class RaySampler:
     def answer(self, message: bytes) -> bytes:
         """[operation, arguments...] of the sampler; or what rank 0 says its weights are."""
         from backends.futures import Worker as Thread
-        from rlt.crews.messages import pack, unpack
+        from rlt.worker_groups.messages import pack, unpack
 
         asked = unpack(message)
         operation, *arguments = ["load_weights", asked["value"]] if isinstance(asked, dict) else asked
