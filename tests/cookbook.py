@@ -63,6 +63,15 @@ RECIPES = {
         "math_rl.train", (*GSM8K, "max_steps=1", "compute_post_kl=True", "num_substeps=2", "eval_every=0"), 1
     ),
     "off_policy": Recipe("math_rl.train", (*ARITHMETIC, "max_steps=2", "max_steps_off_policy=2"), 2),
+    "streamed": Recipe(
+        "math_rl.train",
+        (
+            *ARITHMETIC,
+            *("max_steps=1", "stream_minibatch_config.groups_per_batch=4", "stream_minibatch_config.num_minibatches=2"),
+        ),
+        1,
+    ),
+    "role_colon": Recipe("math_rl.train", (*ARITHMETIC, "max_steps=1", "renderer_name=role_colon"), 1),
     "rl_loop": Recipe(
         "rl_loop", ("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=2", "loss_fn=importance_sampling"), 2
     ),
@@ -73,6 +82,7 @@ RECIPES = {
         "rl_loop", ("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=1", "loss_fn=gspo"), 1
     ),
     "sl_loop": Recipe("sl_loop", (*SMALL, "max_steps=3", "save_every=2"), 3),
+    "sl_basic": Recipe("sl_basic", ("save_every=0",), 1),
     "chat_sl": Recipe("chat_sl.train", (*SMALL, "dataset=no_robots", "max_steps=2", "eval_every=0"), 2),
     "prompt_distillation": Recipe(
         "prompt_distillation.train", (*SMALL, "file_path=chat.jsonl", "max_steps=2", "eval_every=0"), 2
