@@ -1,5 +1,5 @@
-"""Samples by the trainer's own forward pass: of any model, and of weights that vLLM does not take (rlt/serving/
-vllm_sampler.py is many times as fast).
+"""Samples by the trainer's own forward pass, one request after the other: of any model, and of weights that vLLM does
+not take.
 
 Log-probs are the model's own at temperature 1, whatever a token was drawn with, and come from the pass that training
 uses (rlt/logprobs).
