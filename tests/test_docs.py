@@ -35,7 +35,7 @@ NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?")
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SETTING = re.compile(r"^[+]*([a-z][a-z0-9_]*)=")
-OF_RECIPES = {"base_url", "steps", "questions", "samples", "max_tokens", "held_out", "folder", "name"}
+OF_RECIPES = {"base_url", "largest", "steps", "questions", "samples", "max_tokens", "held_out", "folder", "name"}
 OF_CLIENTS = {"merged", "loss_fn"}
 OF_SCORE = {"input", "output", "teacher_model", "student_model", "temperature", "dtype"}
 TREE = re.compile(
