@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -100,6 +101,14 @@ def listed() -> dict[str, tuple[str, str, str]]:
     return rows
 
 
+def is_module(name: str) -> bool:
+    """Whether there is a module of that name, which its package has as an attribute once something imports it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its owner is a class
+        return False
+
+
 def has(owner: str, name: str) -> bool:
     """Whether the installed version of a library has a name, in a module or a class."""
     parts = owner.split(".")
@@ -111,5 +120,5 @@ def has(owner: str, name: str) -> bool:
         for part in parts[end:]:
             found = getattr(found, part, None)
         inside = any(name in names_of(base) for base in found.__mro__) if isinstance(found, type) else False
-        return inside or hasattr(found, name)
+        return inside or hasattr(found, name) or is_module(f"{owner}.{name}")
     return False

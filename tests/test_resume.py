@@ -63,9 +63,8 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "lora" else pytest.param(kind, marks=pytest.mark.slow) for kind in ADAPTERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_with_vllm_goes_on_bit_for_bit(kind, tiny_run, tmp_path):
     run = [*(o for o in tiny_run if not o.startswith("use_vllm")), *ADAPTERS[kind], "save_steps=1", "eval_steps=2"]
     for folder, lengths in (("straight", [4]), ("resumed", [2, 4])):
