@@ -356,6 +356,24 @@ def test_4_bit_loading_replaces_the_linear_layers(tiny):
     assert policy.config.quantization_config.bnb_4bit_compute_dtype == expected
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_through_a_quantised_base_are_the_same_after_an_evaluation(bits, tiny):
+    base = load_policy(tiny, device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    def gradients() -> list[torch.Tensor]:
+        policy.train().zero_grad()
+        policy(torch.tensor([[1, 2, 3, 4]])).logits.square().sum().backward()
+        return [value.grad.clone() for value in policy.parameters() if value.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        policy.eval()(torch.tensor([[1, 2, 3, 4]]))
+    after = gradients()
+    assert all(value.any() for value in before)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_pickled_weights_are_not_loaded(tiny, tmp_path):
     model = load_policy(tiny)
     model.config.save_pretrained(tmp_path)

@@ -169,6 +169,8 @@ def test_biases_and_layers_without_an_adapter_are_unpacked_too(bits, tmp_path):
     policy = load_policy(str(tmp_path), device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))  # adds nothing yet
     weights = dict(merged_params(policy))
+    in_evaluation = dict(merged_params(policy.eval()))
+    assert all(torch.equal(weights[name], in_evaluation[name]) for name in weights)
     expected = plain.state_dict()
     assert expected.keys() - {"lm_head.weight"} == weights.keys() - {"lm_head.weight"}
     for name, weight in weights.items():

@@ -65,15 +65,17 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def _what_it_multiplies_by(layer: torch.nn.Linear) -> torch.Tensor:
-    """A linear layer's weight as its products have it, whatever form it is kept in.
+    """A linear layer's weight as its products have it in training, whatever form it is kept in.
 
-    bitsandbytes repacks 4-bit weights on a CPU, and its own way back loses their scales (0.50.2).
+    In evaluation bitsandbytes may round the inputs as well (8 bit, on a CPU): the engine's weights would depend on
+    whether an evaluation came before.
     """
     size, device = layer.in_features, layer.weight.device
     weights: Any = layer  # whose type denies that a bias may be missing
     bias, weights.bias = layer.bias, None  # which would be added, and rounded, in the products' precision
+    training, layer.training = layer.training, True
     try:
         inputs = torch.arange(size, device=device).split(UNITS)
         return torch.cat([layer(torch.nn.functional.one_hot(rows, size).float()) for rows in inputs]).T
     finally:
-        weights.bias = bias
+        weights.bias, layer.training = bias, training

@@ -106,6 +106,8 @@ def load_policy(
         use_safetensors=True,  # nothing is unpickled
         **options,
     )
+    if load_in_4bit:
+        _keep_unpacked(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers would train on with the adapter inside
         raise Refused(f"{name_or_path} is an adapter: name a local folder with it, which is merged into its base")
     if attn_implementation == NAME and way_of_layers(model).way != "rows":
@@ -130,6 +132,16 @@ def _nf4(device: torch.device | str | None) -> BitsAndBytesConfig:
     where = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     compute = torch.bfloat16 if supports_bfloat16(where) else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """On a CPU bitsandbytes repacks 4-bit weights at their first product in evaluation, for good; products with packed
+    ones have no gradient, so that training went on with that of the residual stream alone (0.50.2)."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_frozen(
