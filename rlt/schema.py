@@ -237,6 +237,110 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PreparationConfig:
+    """What is prepared, of which sources, by which engine (rlt/preparation)."""
+
+    sources: list[Any]
+    to: str
+    stages: list[str]
+    stage: str | None
+    allow_empty_sources: bool
+    engine: str
+    engine_tasks: int
+    engine_workers: int | None
+    engine_memory_gb: int
+    slurm_partition: str | None
+    slurm_time: str
+    slurm_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """How public formats are read."""
+
+    keep_calculations: bool
+    answers_per_tree: int | None
+    longest_line: int
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Repair of text."""
+
+    max_characters: int
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Which languages are kept."""
+
+    languages: list[str] | None
+    min_language_score: float
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """Rules of quality, by kind."""
+
+    text_rules: list[str]
+    chat_rules: list[str]
+    max_answer_tokens: int | None
+
+
+@dataclass(frozen=True)
+class PiiConfig:
+    """Personal data and secrets."""
+
+    pii_entities: list[str]
+    pii_style: str
+    pii_names: str | None
+
+
+@dataclass(frozen=True)
+class ToxicityConfig:
+    """How toxic a record may be."""
+
+    toxicity_model: str
+    max_toxicity: float
+    toxicity_action: str
+
+
+@dataclass(frozen=True)
+class DuplicatesConfig:
+    """Which copies are dropped."""
+
+    same_prompt: str
+    near_signature: str
+    near_similarity: float
+    near_in_group: str
+    near_alarm_share: float
+
+
+@dataclass(frozen=True)
+class DecontaminationConfig:
+    """Which evaluations no row may hold a question of."""
+
+    evaluation_sets: list[str]
+    max_contamination: float
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """What is held out."""
+
+    validation_share: float
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """How rows become token ids, and rows of one length."""
+
+    tokenizer: str | None
+    pack_length: int
+    pack_overflow: str
+
+
+@dataclass(frozen=True)
 class Training(RunConfig, TrainConfig, ModelConfig, DataConfig):
     """A run that trains."""
 
@@ -287,6 +391,24 @@ class PipelineSettings(RunConfig, PipelineConfig):
 
 
 @dataclass(frozen=True)
+class PrepareSettings(
+    RunConfig,
+    PreparationConfig,
+    ReadConfig,
+    CleanConfig,
+    LanguageConfig,
+    QualityConfig,
+    PiiConfig,
+    ToxicityConfig,
+    DuplicatesConfig,
+    DecontaminationConfig,
+    SplitConfig,
+    TokensConfig,
+):
+    """Raw text and public formats become rows."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """What a `trainer` does, asked wherever runs differ by it.
 
@@ -300,6 +422,7 @@ class Profile:
         teaches: its completions are explanations, rewarded by a student's understanding.
         stages: it is a list of other runs.
         asks: its questions must not be among those that a model was trained on.
+        prepares: it makes rows of sources, stage by stage, and does again what changed.
         job: the module of rlt/jobs/ that runs it.
     """
 
@@ -311,6 +434,7 @@ class Profile:
     teaches: bool = False
     stages: bool = False
     asks: bool = False
+    prepares: bool = False
     job: str = "training"
 
     @property
@@ -334,6 +458,7 @@ PROFILES = {
     "collect": Profile(CollectSettings, teaches=True, job="collect"),
     "evaluate": Profile(EvaluateSettings, asks=True, job="evaluate"),
     "pipeline": Profile(PipelineSettings, stages=True, job="pipeline"),
+    "prepare": Profile(PrepareSettings, prepares=True, job="prepare"),
 }
 MOVED = {"rewards.exact.exact_answer": "rlt.rewards.exact.exact_answer"}  # dotted paths in older runs' folders
 

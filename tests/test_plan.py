@@ -42,6 +42,7 @@ def test_every_run_is_planned_without_gpu_network_or_warm_up(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(config_of(run, "dry_run=true"))
     expected = {"collect": "questions x answers", "evaluate": "questions x answers", "pipeline": ". collect: collect"}
+    expected["prepare"] = "engine "
     assert expected.get(plan.config["trainer"], "rows per step") in plan.report()
 
 
@@ -49,7 +50,8 @@ OPTIONS = [  # those of memory_cfg are laid over a run, in test_memory.py
     (group, option)
     for group in GROUPS
     for option in options(group)
-    if group not in ("run_cfg", "memory_cfg") and not (group == "trainer_cfg" and "teacher" not in option)
+    if group not in ("run_cfg", "memory_cfg", "preparation")
+    and not (group == "trainer_cfg" and "teacher" not in option)
 ]
 
 
@@ -57,6 +59,13 @@ OPTIONS = [  # those of memory_cfg are laid over a run, in test_memory.py
 def test_every_option_is_planned_in_the_default_run(group, option, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     make_plan(config_of(f"{group}={option}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("option", options("preparation") + ["base"])
+def test_every_preparation_is_planned(option, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "solution": "2"}')
+    plan = make_plan(config_of("run_cfg=prepare_tiny", f"preparation={option}", f"sources=[{tmp_path}/rows.jsonl]"))
+    assert "rows.jsonl" in plan.report()
 
 
 @pytest.mark.parametrize("profile", ["grpo", "grpo_mono"])

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 # From the roof to the ground; docs/internals.md says what each is for.
-DOORS = ("train", "launch", "score", "report", "gates", "serve")
+DOORS = ("train", "launch", "score", "report", "gates", "serve", "prepare")
 ORDER = (
     *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.workers", "rlt.generation", "rlt.worker_groups"),
     *("backends", "rlt.survival"),

@@ -88,6 +88,8 @@ def sharding_of(config: dict, named: str | None) -> str:
         Refused: one is named where nothing is trained.
     """
     profile = PROFILES.get(config["trainer"])  # an unknown one is refused by the plan
+    if profile and profile.prepares:
+        raise Refused(f"{config['run_name']} uses no devices: ./launch_mono.sh, or engine=slurm or ray for machines")
     if profile and not profile.trains and not profile.stages:
         if named not in (None, "ddp"):
             raise Refused(f"{named} with {config['run_name']}: nothing is trained, and every device has whole models")

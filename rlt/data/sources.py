@@ -23,7 +23,7 @@ from rlt.data.files import SUFFIXES, columns_of, read_file, readable
 from rlt.data.generator import GENERATED_ROWS, GENERATOR, generated_rows, task_and_options
 from rlt.data.room import Room
 from rlt.errors import Refused
-from rlt.places import LOCAL_STARTS
+from rlt.places import LOCAL_STARTS, PREPARED
 
 REQUIRED = ("question", "solution")
 OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
@@ -255,12 +255,16 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The files of a folder that rows are read from, one per stem.
+def _files_of(folder: Path, split: str = "train") -> list[Path]:
+    """The files of a folder that rows are read from, one per stem; of a preparation's output those of the split.
 
     Raises:
         Refused: the folder holds no file of a known kind.
     """
+    if (folder / PREPARED).is_dir():
+        if files := [path for path in sorted((folder / PREPARED).glob(f"{split}-*.jsonl")) if path.stat().st_size]:
+            return files
+        raise Refused(f"{folder} holds no rows of split {split!r} ({PREPARED}/{split}-*.jsonl)")
     found = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
     # Files of one stem hold the same rows: take one.
     files = sorted({path.stem: path for path in sorted(found)}.values())
@@ -271,7 +275,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _read_folder(folder: Path, split: str) -> Iterable[dict]:
     if not _is_saved_dataset(folder):
-        return (row for file in _files_of(folder) for row in read_file(file))
+        return (row for file in _files_of(folder, split) for row in read_file(file))
     from datasets import DatasetDict, load_from_disk
 
     try:

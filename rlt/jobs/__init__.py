@@ -12,15 +12,16 @@ def run_plan(plan: Plan) -> None:
 
     A run that is asked to stop exits with `PREEMPTED`, once it has saved. What is heavy is imported by then only.
     """
-    from rlt.models.devices import be_deterministic
     from rlt.survival.stop_signals import StopOnSignal
 
-    if not plan.profile.stages:  # whose stages are processes of their own
+    if not (plan.profile.stages or plan.profile.prepares):  # stages are processes of their own, tasks know no others
         from backends.roll_call import is_one_of_several, meet
 
         if is_one_of_several():
             meet(plan.config.get("ddp_timeout", DEFAULT_LIMIT_S))
     if plan.config["deterministic"]:
+        from rlt.models.devices import be_deterministic
+
         be_deterministic()
     job = import_module(f"rlt.jobs.{plan.profile.job}")
     with StopOnSignal() as stop:

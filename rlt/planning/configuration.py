@@ -28,7 +28,7 @@ PATHS = frozenset(
         *("eval_dataset_id_or_path", "resume_from", "compare_with", "trained_on", "reasoning_format"),
     }
 )
-GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "run_cfg", "memory_cfg")
+GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "preparation", "run_cfg", "memory_cfg")
 
 logger = logging.getLogger("rlt")
 

@@ -5,15 +5,18 @@ from typing import Any
 
 from rlt.errors import Refused
 from rlt.planning.checks import check_context, check_reward, check_verifier, context_length
-from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, RunConfig, Sampling
+from rlt.preparation.prerequisites import check_settings
+from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, PrepareSettings, RunConfig, Sampling
 
 
 def check_job(settings: RunConfig) -> None:
-    """Collections, evaluations and pipelines."""
+    """Collections, evaluations, pipelines and preparations."""
     if isinstance(settings, PipelineSettings):
         check_stages(settings.stages)
     elif isinstance(settings, Sampling):
         check_sampling(settings)
+    elif isinstance(settings, PrepareSettings):
+        check_settings(settings)
     if isinstance(settings, CollectSettings):
         check_collection(settings)
     elif isinstance(settings, EvaluateSettings):

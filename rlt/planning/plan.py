@@ -34,11 +34,12 @@ from rlt.planning.machine import (
 )
 from rlt.planning.memory import estimate_memory
 from rlt.planning.trl_fields import typed_settings
+from rlt.preparation.prerequisites import check_machine, describe
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
-from rlt.schema import GRPOSettings, Profile, TeacherSettings, profile_of, renamed
+from rlt.schema import GRPOSettings, PrepareSettings, Profile, TeacherSettings, profile_of, renamed
 
 SLOW_ADAPTER = 5e-6  # of learning rates
 
@@ -73,6 +74,8 @@ class Plan:
         c = self.config
         if self.profile.stages:
             return "\n".join(f"{number}. {s['name']}: {s['run']}" for number, s in enumerate(c["stages"], start=1))
+        if self.profile.prepares:
+            return describe(self.settings)
         if not self.profile.trains:
             samples = c.get("traces_per_question") or c["samples_per_question"]
             at_once = c["questions_at_once"] or f"at most {MOST_AT_ONCE}"
@@ -129,7 +132,7 @@ def make_plan(
     else:
         check_job(typed_settings(config))
         plan = Plan(config, devices, gpus, 0, 0)
-    if not profile.stages:  # whose stages are planned by themselves
+    if "reasoning_format" in config:  # a pipeline's stages are planned by themselves
         load_format(config["reasoning_format"])
     plan = replace(plan, warms_up_first=warms_up_first, sharding=sharding)
     missing = _missing(plan, config["dry_run"] if list_missing is None else list_missing)
@@ -173,6 +176,7 @@ def _missing(plan: Plan, listed: bool) -> Iterator[str]:
         partial(check_servers_answer, config),
         partial(check_data, config),
         partial(check_models_exist, {key: config[key] for key in models if config.get(key) is not None}),
+        partial(_check_preparation, plan),
         partial(check_comparison, config),
         partial(check_output, config),
         partial(check_parts, config, models_of(config)),
@@ -185,3 +189,8 @@ def _missing(plan: Plan, listed: bool) -> Iterator[str]:
             if not listed:
                 raise
             yield str(error)
+
+
+def _check_preparation(plan: Plan) -> None:
+    if isinstance(plan.settings, PrepareSettings):
+        check_machine(plan.settings)

@@ -60,6 +60,8 @@ def _measured(config: dict[str, Any]) -> str:
     profile, held_out = profile_of(config), config.get("eval_size")
     if profile.asks:
         return f"average@{config['samples_per_question']}, pass@k and the format rate, with 95 % intervals"
+    if profile.prepares:
+        return "rows kept by each stage"
     if not profile.trains:
         return "each stage's own figures" if profile.stages else "reward and format rate of the traces"
     if not held_out or not profile.holds_out:

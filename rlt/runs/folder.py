@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rlt.errors import Refused
+from rlt.places import PREPARED as PREPARED  # of a preparation: the rows that other runs read
 from rlt.runs.durable import read_json, write_whole
 from rlt.runs.hidden import hide_secrets
 from rlt.schema import profile_of, renamed
@@ -44,6 +45,8 @@ EVALUATION = "evaluation.json"
 EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
 STAGES_READ = "stages_read.json"  # what each of its stages read of earlier ones: names of files and their sums
+STAGES = "stages"  # of a preparation: what each of them kept, dropped and counted
+FUNNEL = "funnel.png"  # rows kept by each stage
 MODEL_CARD = "README.md"  # of a model that is pushed to a hub
 # What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
 WANDB, TRACKIO, TENSORBOARD, MLFLOW = "wandb", "trackio", "tensorboard", "mlflow.db"
@@ -68,6 +71,8 @@ UNTIL_COMPLETE = frozenset(
         *("near_duplicate_similarity", "compare_with", "pass_at", "stages"),
     }
 )
+# And a preparation does again whatever stage another value of these concerns.
+NOT_OF_A_STAGE = frozenset({"trainer", "sources"})
 # What a run reads.
 INPUTS = (
     *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
@@ -102,8 +107,8 @@ def run_in(folder: Path) -> dict:
 def is_complete(config: dict) -> bool:
     """Whether an earlier life of the run came to the end that is asked for now."""
     marker = Path(config["output_dir"]) / MARKER
-    if config["overwrite_output_dir"] or not marker.is_file():
-        return False
+    if config["overwrite_output_dir"] or not marker.is_file() or profile_of(config).prepares:
+        return False  # a preparation looks at each of its stages
     done = read_json(marker)
     if done is None:  # cut short: what was there before it makes it again
         return False
@@ -142,6 +147,8 @@ def check_output(config: dict[str, Any]) -> None:
         check_overwriting(config, folder.resolve())
         return
     free = CONTINUABLE if (folder / MARKER).is_file() else CONTINUABLE | UNTIL_COMPLETE
+    if profile_of(config).prepares and before.get("trainer") == config["trainer"]:
+        free = {*before, *now} - NOT_OF_A_STAGE
     free |= {"resume_from"} if begun and config["resume_from"] is None else frozenset()
     changed = [k for k in sorted({*before, *now} - free) if before.get(k) != now.get(k)]
     if changed:

@@ -1,0 +1,47 @@
+"""Raw text and public formats become clean rows: `./launch_mono.sh prepare_tiny`, or `python prepare.py prepare_tiny`.
+
+Leaves `prepared/` (what other runs read), `stages/` (what each stage kept, dropped and counted), `DATA_CARD.md` and
+`funnel.png`. A stage whose settings and inputs are what they were is kept; after a kill the same command goes on.
+"""
+
+import sys
+from pathlib import Path
+
+from rlt.errors import Refused
+from rlt.launching.lifetime import PREEMPTED
+from rlt.planning.plan import Plan
+from rlt.runs.dashboard import log_figures
+from rlt.runs.folder import CARD, mark_complete
+from rlt.schema import PrepareSettings
+
+REPORT = "report"  # a value of `stage`: what is there, without running anything
+
+
+def run(plan: Plan, stop) -> None:
+    """Every stage that is not done, then the card.
+
+    Args:
+        stop: a `StopOnSignal`, asked between two tasks.
+    """
+    from rlt.preparation.card import write_card
+    from rlt.preparation.engine import Stopped
+    from rlt.preparation.report import report
+    from rlt.preparation.run import prepare, results_of
+
+    settings: PrepareSettings = plan.settings
+    output = Path(settings.output_dir)
+    if settings.stage == REPORT:
+        results = results_of(output)
+        if not results:
+            raise Refused(f"stage={REPORT}: {output} holds no stage that has ended")
+        sys.stdout.write(f"{report(results)}\n")
+        return
+    try:
+        results = prepare(settings, lambda: stop.asked)
+    except Stopped:
+        sys.exit(PREEMPTED)
+    write_card(settings, results)
+    kept, read = results[-1].counts.kept, results[0].counts.read
+    log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
+    mark_complete(output, {"rows": kept})
+    sys.stdout.write(f"{report(results)}\n{settings.run_name}: {kept} of {read} rows kept; {output / CARD}\n")

@@ -1,0 +1,1 @@
+"""From raw text and public formats to clean questions and solutions: stages that count every row (docs/data.md)."""

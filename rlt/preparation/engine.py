@@ -1,0 +1,260 @@
+"""Who runs the tasks of a pass: datatrove's executors, on this machine, on Slurm or on Ray; one code for all.
+
+A task is done when its counts are on the disk, whoever ran it: what a killed run has done stays done on any engine.
+What a task refuses is written beside its counts, since a refusal in another process, or on another machine, has no
+other way back.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from rlt.errors import Refused
+from rlt.preparation.ledger import Counts, read_counts
+from rlt.preparation.stage import Pass, Place, ProgressNote, Task
+from rlt.preparation.stages import STAGES
+from rlt.runs.durable import write_whole
+from rlt.schema import PrepareSettings
+
+POLL_S = 1.0
+GRACE_S = 60.0  # between a job's end and its files on a network file system
+
+logger = logging.getLogger("rlt")
+
+
+class Stopped(Exception):
+    """A run was asked to stop between two tasks."""
+
+
+class TaskStep(PipelineStep):
+    """A pass of a stage, as datatrove runs it; made again from names wherever it runs."""
+
+    name = "preparation"
+
+    def __init__(self, stage: str, pass_name: str, place: Place, settings: PrepareSettings):
+        super().__init__()
+        self.stage, self.pass_name, self.place, self.settings = stage, pass_name, place, settings
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        run_task(self.stage, self.pass_name, self.place, self.settings, rank, world_size)
+        yield from ()
+
+
+def run_task(stage: str, pass_name: str, place: Place, settings: PrepareSettings, number: int, of: int) -> None:
+    """One task, unless it is done; its counts, or what it refused, are written last."""
+    if read_counts(counts_file(place, pass_name, number)) is not None:
+        return
+    run = next(found for found in STAGES[stage](settings).passes() if found.name == pass_name)
+    task = Task(place, number, of, ProgressNote(progress_file(place, pass_name, number)))
+    try:
+        counts = run.run(task) or Counts()
+    except Refused as error:
+        write_whole(refusal_file(place, pass_name, number), str(error))
+        return
+    counts.check(f"{stage}, task {number}")
+    write_whole(counts_file(place, pass_name, number), json.dumps(counts.as_dict()))
+
+
+def counts_file(place: Place, pass_name: str, number: int) -> Path:
+    return place.folder / "counts" / f"{pass_name}-{number:05d}.json"
+
+
+def progress_file(place: Place, pass_name: str, number: int) -> Path:
+    return place.folder / "progress" / f"{pass_name}-{number:05d}"
+
+
+def refusal_file(place: Place, pass_name: str, number: int) -> Path:
+    return place.folder / "refused" / f"{pass_name}-{number:05d}"
+
+
+def missing_tasks(place: Place, pass_name: str, tasks: int) -> list[int]:
+    return [n for n in range(tasks) if read_counts(counts_file(place, pass_name, n)) is None]
+
+
+def run_pass(
+    stage: str, one: Pass, place: Place, settings: PrepareSettings, tasks: int, asked: Callable[[], bool]
+) -> None:
+    """Every task of a pass that is not done yet.
+
+    Args:
+        asked: whether the run was asked to stop.
+
+    Raises:
+        Refused: a task refused its input, or did not end; says where its log is.
+        Stopped: the run was asked to stop.
+    """
+    missing = missing_tasks(place, one.name, tasks)
+    if not missing:
+        return
+    for number in missing:
+        refusal_file(place, one.name, number).unlink(missing_ok=True)
+        for file in (counts_file, refusal_file):
+            file(place, one.name, number).parent.mkdir(parents=True, exist_ok=True)
+    step = TaskStep(stage, one.name, place, settings)
+    logs = place.folder / "logs" / one.name
+    ENGINES[settings.engine](step, logs, tasks, settings, asked)
+    for number in missing:
+        if (refusal := refusal_file(place, one.name, number)).is_file():
+            raise Refused(refusal.read_text(encoding="utf-8"))
+    if left := missing_tasks(place, one.name, tasks):
+        raise Refused(
+            f"{stage}: {len(left)} of {tasks} tasks did not end (the first: {left[0]}); their logs are in {logs}, "
+            "and the same command goes on"
+        )
+
+
+class _Local(LocalPipelineExecutor):
+    """datatrove's local executor, on processes whose end is noticed: its own pool waits for a killed one for ever."""
+
+    def run(self) -> None:
+        if self.workers == 1:
+            for rank in range(self.tasks):
+                self.one(rank)
+            return
+        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
+            try:
+                futures = [pool.submit(self.one, rank) for rank in range(self.tasks)]
+                for future in futures:
+                    future.result()
+            except BrokenProcessPool:
+                raise Refused(
+                    "a process of this preparation was killed (out of memory?): the same command goes on; fewer at "
+                    "once are engine_workers=1"
+                ) from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def one(self, rank: int) -> None:
+        self._run_for_rank(rank, local_rank=1)  # of rank 0 it logs every line to the terminal
+
+
+class _Stoppable(_Local):
+    """In this process alone, so that a run that is asked to stop ends between two tasks."""
+
+    def __init__(self, asked: Callable[[], bool], *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.asked = asked
+
+    def one(self, rank: int) -> None:
+        if self.asked():
+            raise Stopped
+        super().one(rank)
+
+
+def workers_of(settings: PrepareSettings, tasks: int) -> int:
+    """Processes at once on this machine."""
+    return max(1, min(tasks, settings.engine_workers or len(os.sched_getaffinity(0))))
+
+
+def _run_locally(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
+    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(logs), "skip_completed": False}
+    if (workers := workers_of(settings, tasks)) == 1:
+        _Stoppable(asked, [step], workers=1, **options).run()
+    else:
+        _Local([step], workers=workers, **options).run()
+
+
+def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
+    import ray
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    started = not ray.is_initialized()
+    if started:
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if not os.environ.get("RAY_ADDRESS"):  # no cluster is named: one of this machine's own
+            options |= {"num_cpus": workers_of(settings, tasks), "include_dashboard": False}
+        ray.init(**options)
+    try:
+        RayPipelineExecutor(
+            [step],
+            tasks=tasks,
+            workers=settings.engine_workers or -1,
+            mem_per_cpu_gb=settings.engine_memory_gb,
+            logging_dir=str(logs),
+            skip_completed=False,
+        ).run()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
+    """As a job array, whose end is waited for; a run that stops meanwhile leaves the job to go on."""
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    class Submitted(SlurmPipelineExecutor):
+        def launch_merge_stats(self) -> None:
+            """No second job for datatrove's own statistics: the ledger has the counts."""
+
+    assert settings.slurm_partition is not None  # the plan refuses it
+    executor = Submitted(
+        [step],
+        tasks=tasks,
+        workers=settings.engine_workers or -1,
+        time=settings.slurm_time,
+        partition=settings.slurm_partition,
+        mem_per_cpu_gb=settings.engine_memory_gb,
+        venv_path=str(Path(sys.prefix) / "bin" / "activate"),
+        sbatch_args=settings.slurm_options,
+        qos=settings.slurm_options.get("qos", ""),
+        mail_type="NONE",
+        job_name=f"prepare-{step.stage}",
+        logging_dir=str(logs),
+        skip_completed=False,
+    )
+    with _outside_of_a_job():
+        executor.run()
+    end = None
+    while missing_tasks(step.place, step.pass_name, tasks) and (end is None or time.monotonic() < end):
+        if asked():
+            logger.warning("Slurm's job %s goes on: the same command waits for it", executor.job_id)
+            raise Stopped
+        if end is None and not _in_queue(executor.job_id):
+            end = time.monotonic() + (GRACE_S if not _refused(step, tasks) else 0)
+        time.sleep(POLL_S)
+
+
+def _refused(step: TaskStep, tasks: int) -> bool:
+    return any(refusal_file(step.place, step.pass_name, number).is_file() for number in range(tasks))
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """datatrove takes a process with this variable for one of its own tasks."""
+    held = os.environ.pop("SLURM_ARRAY_TASK_ID", None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.environ["SLURM_ARRAY_TASK_ID"] = held
+
+
+def _in_queue(job: str | int | None) -> bool:
+    """Whether Slurm still has a job to run, or runs it; a queue that does not answer now is asked again."""
+    try:
+        found = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return True
+    if found.returncode and "Invalid job id" not in found.stderr:
+        return True
+    return bool(found.stdout.strip())
+
+
+ENGINES: dict[str, Callable[[TaskStep, Path, int, PrepareSettings, Callable[[], bool]], None]] = {
+    "local": _run_locally,
+    "ray": _run_on_ray,
+    "slurm": _run_on_slurm,
+}

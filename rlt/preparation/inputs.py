@@ -1,0 +1,150 @@
+"""What is read: the files behind `sources`, and a manifest of them that stops a run when one changed meanwhile."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlt.errors import Refused
+from rlt.runs.durable import read_json, write_whole
+
+MANIFEST = "inputs.json"
+PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
+GLOB = "*?["
+BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `sources`.
+
+    Args:
+        name: what its rows are called by; the file's stem, if none is given.
+        path: a file, a folder, a glob, a hub's data set, or `corpus/<name>`.
+        format: a name of `formats.FORMATS`; None: told by its columns, where that is certain.
+        license: of its rows, as text; None: unknown.
+        kind: of plain text: text, code or maths, whose rules it is judged by; None: by its format.
+        max_rows: at most so many are read.
+        split: of a hub's data set.
+    """
+
+    name: str
+    path: str
+    format: str | None = None
+    license: str | None = None
+    kind: str | None = None
+    max_rows: int | None = None
+    split: str = "train"
+
+
+def parse_sources(entries: list[Any]) -> list[Source]:
+    """The sources of the key `sources`: paths, or {path, name, format, ...}.
+
+    Raises:
+        Refused: an entry is neither, has an unknown key, or two have one name.
+    """
+    known = {field.name for field in fields(Source)}
+    sources: list[Source] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"path": entry}
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise Refused(f"sources: {entry} must be a path, or have one: {{path: ..., format: ..., license: ...}}")
+        if unknown := sorted(entry.keys() - known):
+            raise Refused(f"sources: {unknown[0]!r} of {entry['path']} is none of {', '.join(sorted(known))}")
+        for key, value in entry.items():
+            wanted = int if key == "max_rows" else str
+            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+                raise Refused(f"sources: {key}={value!r} of {entry['path']} must be {wanted.__name__}")
+        stem = Path(entry["path"]).name.split(".")[0].strip(GLOB) or "source"
+        given: dict[str, Any] = {"name": stem, **entry}
+        sources.append(Source(**given))
+    if not sources:
+        raise Refused("sources is empty: name files, as in sources=[my/rows.jsonl]")
+    for number, source in enumerate(sources):
+        if source.name in [other.name for other in sources[:number]]:
+            raise Refused(f"sources: two are called {source.name}: give them a name each, {{path: ..., name: ...}}")
+    return sources
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files of a source, sorted; none of a packaged corpus, or of a hub's data set.
+
+    Raises:
+        Refused: there is no such file, or one is listed twice.
+    """
+    from rlt.preparation.read import SUFFIXES
+
+    if source.path.startswith(PACKAGED):
+        return []
+    path = Path(source.path).expanduser()
+    if any(character in source.path for character in GLOB):
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        found = sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
+        if not found:
+            raise Refused(f"sources: {source.path} matches no file")
+        return found
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+        if not found:
+            raise Refused(f"sources: {source.path} is a folder without a file of {', '.join(SUFFIXES)}")
+        return found
+    if not path.exists():
+        if source.path.count("/") == 1 and not path.suffix:
+            return []  # a hub's data set
+        raise Refused(f"sources: {source.path} does not exist")
+    if not path.is_file():
+        raise Refused(f"sources: {source.path} is neither a file nor a folder")
+    return [path]
+
+
+def check_inputs(sources: list[Source]) -> list[tuple[Source, Path | None]]:
+    """Each file with its source, in order; None for a source that has none of its own.
+
+    Raises:
+        Refused: as `files_of`, or one file is named twice.
+    """
+    seen: dict[Path, str] = {}
+    found: list[tuple[Source, Path | None]] = []
+    for source in sources:
+        files = files_of(source)
+        found += [(source, file) for file in files] or [(source, None)]
+        for file in files:
+            if (place := file.resolve()) in seen:
+                raise Refused(f"sources: {file} is named twice, by {seen[place]} and by {source.name}")
+            seen[place] = source.name
+    return found
+
+
+def fingerprint(path: Path) -> str:
+    """xxh3-128 of a file's content, in hex."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def manifest_of(files: list[Path]) -> dict[str, dict[str, Any]]:
+    return {str(f): {"bytes": f.stat().st_size, "xxh3": fingerprint(f)} for f in files}
+
+
+def keep_to_inputs(output: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Note what the inputs are, or see that they are what the run began with: what stages decide is kept by row number.
+
+    Raises:
+        Refused: an input changed, was added or is gone.
+    """
+    now, before = manifest_of(files), read_json(output / MANIFEST)
+    if before is None:
+        write_whole(output / MANIFEST, json.dumps(now, indent=1))
+        return now
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            what = "was added" if name not in before else "is gone" if name not in now else "changed"
+            raise Refused(
+                f"input {name} {what} since this preparation began in {output}: overwrite_output_dir=true starts again"
+            )
+    return now

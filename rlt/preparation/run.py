@@ -1,0 +1,144 @@
+"""All stages of a preparation, in order: those whose settings, inputs or predecessors changed run, the others are kept.
+
+<output>/stages/03-quality/stats.json   what became of its rows; written last, with the key of what it was made from
+                           shards/      what it kept
+                           dropped/     what it did not keep, each row with its reason
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rlt.preparation.engine import Stopped, counts_file, read_counts, run_pass
+from rlt.preparation.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
+from rlt.preparation.ledger import Counts, check_chain
+from rlt.preparation.progress import bar
+from rlt.preparation.stage import Place, Stage, key_values
+from rlt.preparation.stages import stages_of
+from rlt.runs.durable import read_json, write_whole
+from rlt.runs.folder import STAGES
+from rlt.schema import PrepareSettings
+
+STATS = "stats.json"
+KEY = "key"  # of an unfinished stage: what its tasks are made from
+SECONDS = "seconds.json"  # apart from what is the same each time
+LEFT = ("work", "counts", "progress", "refused", "logs")
+
+logger = logging.getLogger("rlt")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that has ended."""
+
+    name: str
+    folder: Path
+    counts: Counts
+    seconds: float
+
+
+def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageResult]:
+    """Run what is not done.
+
+    Args:
+        asked: whether the run was asked to stop.
+
+    Raises:
+        Refused: an input changed, a stage refuses its result, or a task did not end.
+        LedgerError: a stage does not account for all of its rows.
+        Stopped: the run was asked to stop.
+    """
+    output = Path(settings.output_dir)
+    files = [path for _, path in check_inputs(parse_sources(settings.sources)) if path is not None]
+    manifest = keep_to_inputs(output, files)
+    key, before, results = sha256(json.dumps([manifest, settings.seed]).encode()).hexdigest(), None, []
+    for number, stage in enumerate(stages_of(settings)):
+        place = Place(output, output / STAGES / f"{number:02d}-{stage.name}", before)
+        key = key_of(stage, key)
+        result = finished(stage, place, key)
+        if result is None:
+            result = run_stage(stage, place, key, results[-1].counts if results else None, asked)
+            if number == 0:
+                keep_to_inputs(output, files)  # that none changed while it was read
+        check_chain(results[-1].counts if results else None, result.counts, f"stage {stage.name}")
+        stage.check_counts(result.counts)
+        results.append(result)
+        before = place.folder
+    _remove_others(output / STAGES, {result.folder for result in results})
+    return results
+
+
+def key_of(stage: Stage, before: str) -> str:
+    """What a stage's result depends on, as one hash: its settings and version, files it reads, and the stage before."""
+    files = {str(path): fingerprint(path) for path in stage.files()}
+    made_from = [stage.name, stage.version, key_values(stage.settings, stage.keys), files, before]
+    return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def finished(stage: Stage, place: Place, key: str) -> StageResult | None:
+    """The result that is there, if it was made from the same."""
+    stats: dict[str, Any] | None = read_json(place.folder / STATS)
+    if stats is None or stats["key"] != key:
+        return None
+    _clear(place.folder)  # a kill may have come right after the figures
+    seconds = read_json(place.folder / SECONDS) or 0.0
+    return StageResult(stage.name, place.folder, Counts.of_dict(stats), seconds)
+
+
+def _clear(folder: Path) -> None:
+    """What only tasks needed."""
+    for left in LEFT:
+        shutil.rmtree(folder / left, ignore_errors=True)
+    (folder / KEY).unlink(missing_ok=True)
+
+
+def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked: Callable[[], bool]) -> StageResult:
+    """Every pass of a stage; tasks that an earlier life of the same stage has done are not done again."""
+    begin = time.monotonic()
+    if read_json(place.folder / KEY) != key:
+        if place.folder.exists():
+            shutil.rmtree(place.folder)
+        place.folder.mkdir(parents=True)
+        write_whole(place.folder / KEY, json.dumps(key))
+    counts = Counts()
+    for one in stage.passes():
+        if asked():
+            raise Stopped
+        tasks = one.tasks or stage.settings.engine_tasks
+        with bar(place.folder / "progress", stage.name, one.name, before.kept if before else None):
+            run_pass(stage.name, one, place, stage.settings, tasks, asked)
+        counts = Counts()
+        for number in range(tasks):
+            found = read_counts(counts_file(place, one.name, number))
+            assert found is not None
+            counts.add(found)
+    check_chain(before, counts, f"stage {stage.name}")
+    seconds = time.monotonic() - begin
+    write_whole(place.folder / SECONDS, json.dumps(round(seconds, 3)))
+    write_whole(place.folder / STATS, json.dumps({"key": key, **counts.as_dict()}, indent=1))
+    _clear(place.folder)
+    logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)
+    return StageResult(stage.name, place.folder, counts, seconds)
+
+
+def _remove_others(folder: Path, kept: set[Path]) -> None:
+    """Folders of stages that this run no longer has."""
+    for other in set(folder.iterdir()) - kept:
+        shutil.rmtree(other)
+
+
+def results_of(output: Path) -> list[StageResult]:
+    """What is there, without running anything: the stages that ended."""
+    found = []
+    for folder in sorted((output / STAGES).glob("[0-9][0-9]-*")):
+        stats = read_json(folder / STATS)
+        if stats is not None:
+            seconds = read_json(folder / SECONDS) or 0.0
+            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds))
+    return found
