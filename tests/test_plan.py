@@ -61,7 +61,7 @@ def test_every_option_is_planned_in_the_default_run(group, option, monkeypatch):
     make_plan(config_of(f"{group}={option}", "dry_run=true"))
 
 
-@pytest.mark.parametrize("option", options("preparation") + ["base"])
+@pytest.mark.parametrize("option", options("preparation"))
 def test_every_preparation_is_planned(option, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "solution": "2"}')
     plan = make_plan(config_of("run_cfg=prepare_tiny", f"preparation={option}", f"sources=[{tmp_path}/rows.jsonl]"))
