@@ -14,7 +14,7 @@ from rlt.runs.durable import read_json, write_whole
 MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
 GLOB = "*?["
-KINDS = ("text", "code", "maths")  # of rules: `meta.kind` of a record
+KINDS = ("prose", "maths", "code")  # of rules: `meta.kind` of a record
 # Names of files and hub sets that are evaluations, whole or in one split.
 EVALUATIONS = re.compile(r"(bfcl|human[-_]?eval|mmlu|gpqa|theoremqa|math[-_]?500|aime[-_]?(20)?2[4-9])(?![a-z])", re.I)
 TRAINING_SPLITS = ("auxiliary_train",)  # of MMLU
@@ -32,7 +32,7 @@ class Source:
         path: a file, a folder, a glob, a hub's data set, or `corpus/<name>`.
         format: a name of `formats.FORMATS`; None: told by its columns, where that is certain.
         license: of its rows, as text; None: unknown.
-        kind: text, code or maths, whose rules it is judged by; None: by its format.
+        kind: prose, maths or code, whose rules it is judged by; None: by its format.
         max_rows: at most so many are read.
         split, config, revision: of a hub's data set.
     """

@@ -52,7 +52,7 @@ def as_chat(record: Record) -> Row | Dropped:
         return Dropped("a question without an answer")
     if record["kind"] not in ("chat", "rl"):
         return Dropped(f"of kind {record['kind']}, not a conversation")
-    return {"messages": openai_messages(record["messages"]), "tools": openai_tools(record["tools"])}
+    return {"messages": openai_messages(record["messages"]), "tools": record["tools"]}
 
 
 def as_preference(record: Record) -> Row | Dropped:
@@ -93,11 +93,6 @@ def _openai_message(turn: dict[str, Any]) -> dict[str, Any]:
     if turn["role"] == "assistant" and not turn["train"]:
         found["train"] = False
     return {key: value for key, value in found.items() if value is not None or key == "content"}
-
-
-def openai_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Declared functions in OpenAI's wrapping, as chat templates take them."""
-    return [{"type": "function", "function": tool} for tool in tools]
 
 
 class Write(Stage):

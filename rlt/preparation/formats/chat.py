@@ -9,6 +9,7 @@ from rlt.preparation.formats.columns import (
     Columns,
     Options,
     Unfit,
+    dialogue,
     match_results,
     parsed,
     split_thought,
@@ -55,15 +56,16 @@ def openthoughts(row: Columns, options: Options) -> Record:
 def prompt_answer(row: Columns, options: Options) -> Record:
     """A question with its gold answer alone (kind rl), or with a solution and the thought before it."""
     given = row.value("prompt", "question", "problem")
-    asked = chat_messages(given) if isinstance(given, list) else None
-    if asked is None:
+    if isinstance(given, list):
+        asked = chat_messages(given)
+    else:
         system = row.optional("system")
-        first = [message("system", system)] if system else []
-        asked = [*first, message("user", row.text("prompt", "question", "problem"))]
+        asked = [message("system", system)] if system else []
+        asked.append(message("user", row.text("prompt", "question", "problem")))
     answer = row.answer("answer", "expected_answer", "ground_truth")
     if "solution" in row.row:
-        last = message("assistant", row.text("solution"), thinking=row.optional("reasoning_trace"))
-        return make_record("chat", messages=[*asked, last], answer=answer)
+        answered = dialogue("", row.text("solution"), thinking=row.optional("reasoning_trace"))[1:]
+        return make_record("chat", messages=[*asked, *answered], answer=answer)
     if answer is None:
         raise Unfit("empty_column:answer")
     return make_record("rl", messages=asked, answer=answer)

@@ -26,7 +26,7 @@ def oasst(rows: list[Columns], options: Options) -> list[Record | Dropped]:
     """
     tree = Tree(rows)
     ends = sorted(tree.ends(), key=lambda n: (tree.ranks(n), n))
-    kept = ends[: options.answers_per_tree]
+    kept = set(ends[: options.answers_per_tree])
     inside = {n for end in kept for n in tree.path(end)}
     others = {n for end in ends for n in tree.path(end)}
     results: list[Record | Dropped] = []
