@@ -95,6 +95,7 @@ class Stage:
         1  # another one when equal settings begin to give other rows: earlier results are made again
     )
     keys: ClassVar[tuple[str, ...]] = ()  # of the settings that its results depend on
+    score_key: ClassVar[str | None] = None  # of `meta`: where kept rows have what a threshold was compared with
 
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
