@@ -4,6 +4,7 @@ Leaves `prepared/` (what other runs read), `stages/` (what each stage kept, drop
 `funnel.png`. A stage whose settings and inputs are what they were is kept; after a kill the same command goes on.
 """
 
+import errno
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlt.runs.dashboard import log_figures
 from rlt.runs.folder import CARD, mark_complete
 from rlt.schema import PrepareSettings
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 REPORT = "report"  # a value of `stage`: what is there, without running anything
 
 
@@ -40,6 +42,10 @@ def run(plan: Plan, stop) -> None:
         results = prepare(settings, lambda: stop.asked)
     except Stopped:
         sys.exit(PREEMPTED)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Refused(f"the disk of output_dir={output} is full: with more room the same command goes on") from error
     write_card(settings, results)
     kept, read = results[-1].counts.kept, results[0].counts.read
     log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
