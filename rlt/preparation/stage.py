@@ -95,6 +95,7 @@ class Stage:
         1  # another one when equal settings begin to give other rows: earlier results are made again
     )
     keys: ClassVar[tuple[str, ...]] = ()  # of the settings that its results depend on
+    outputs: ClassVar[tuple[str, ...]] = ()  # folders of the output folder that it alone writes
 
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
@@ -153,7 +154,7 @@ class RowStage(Stage):
     def task(self, task: Task) -> Counts:
         self.start(task)
         rows = task.rows()
-        judged = ((a, b) for some in _batches(rows) for a, b in zip(some, self.some(some), strict=True))
+        judged = ((a, b) for some in in_batches(rows) for a, b in zip(some, self.some(some), strict=True))
         counts = write_judged(task, judged)
         counts.notes.update(self.notes())
         return counts
@@ -198,7 +199,7 @@ def write_judged(task: Task, judged: Iterator[tuple[Record, Record | Dropped]]) 
     return counts
 
 
-def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
+def in_batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
     while some := list(islice(rows, ROWS_AT_ONCE)):
         yield some
 
