@@ -12,7 +12,7 @@ there is not run again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -168,7 +168,7 @@ class CorpusStage(Stage):
     def decisions(self) -> list[Pass]:
         raise NotImplementedError
 
-    def verdicts(self, task: Task) -> dict[int, Dropped]:
+    def verdicts(self, task: Task) -> Mapping[int, Dropped]:
         """Each row that is dropped, by its number within the shard, as decisions left it below `Task.place.work`."""
         raise NotImplementedError
 
