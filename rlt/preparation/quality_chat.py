@@ -64,9 +64,10 @@ class ChatRules:
         self.tokenizer, self.longest = None, settings.max_answer_tokens
         if self.longest is not None:
             from rlt.models.loading import load_tokenizer
+            from rlt.models.paths import resolve_model_path
 
             assert settings.tokenizer is not None
-            self.tokenizer = load_tokenizer(settings.tokenizer)
+            self.tokenizer = load_tokenizer(resolve_model_path(settings.tokenizer))
 
     def __call__(self, record: Record) -> str | None:
         for rule in self.settings.chat_rules:
@@ -225,7 +226,8 @@ def can_be_checked(gold: str) -> bool:
     if WORDS.fullmatch(gold) or chosen(gold):
         return True
     unlimited: Any = None  # no alarm, which needs the main thread
-    return bool(parse(gold if "$" in gold else f"${gold}$", parsing_timeout=unlimited))
+    parsed = parse(gold if "$" in gold else f"${gold}$", parsing_timeout=unlimited)
+    return any(not isinstance(form, str) for form in parsed)  # a string alone is what it could not read
 
 
 def gives_away(question: str, gold: str) -> bool:
