@@ -1,4 +1,4 @@
-"""One stage of a preparation on given records, without the stages before it: all of its passes, on any number of shards."""
+"""One stage of a preparation on given records, without the stages before it, on any number of shards."""
 
 from pathlib import Path
 from typing import Any
