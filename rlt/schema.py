@@ -336,8 +336,10 @@ class TokensConfig:
     """How rows become token ids, and rows of one length."""
 
     tokenizer: str | None
+    train_tokenizer: int | None
     pack_length: int
-    pack_overflow: str
+    pack_buckets: list[int] | None
+    pack_overflow: str | None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Write(Stage):
 
     name = "write"
     keys = ("to",)
+    outputs = (PREPARED,)
 
     def passes(self) -> list[Pass]:
         return [Pass("rows", self.task)]

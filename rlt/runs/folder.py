@@ -46,6 +46,7 @@ EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
 STAGES_READ = "stages_read.json"  # what each of its stages read of earlier ones: names of files and their sums
 STAGES = "stages"  # of a preparation: what each of them kept, dropped and counted
+TOKENS, PACKED, TOKENIZER = "tokens", "packed", "tokenizer"  # token ids, rows of one length, and what made them
 FUNNEL = "funnel.png"  # rows kept by each stage
 MODEL_CARD = "README.md"  # of a model that is pushed to a hub
 # What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
