@@ -16,8 +16,7 @@ from rlt.preparation.words import Hashes, shingles, words
 
 WORDS = 5
 INFO = np.dtype(
-    [("end", "<u8"), ("size", "<u4"), ("group", "<u8"), ("unlicensed", "u1"), ("quality", "<f4"), ("length", "<u4")]
-    + ORDER.descr
+    [("end", "<u8"), ("size", "<u4"), ("group", "<u8"), ("unlicensed", "u1"), ("length", "<u4")] + ORDER.descr
 )
 UNASKED = ("system", "developer")  # what all rows of a tool's or a persona's data share
 
@@ -40,17 +39,12 @@ def info_of(record: Record, text: str, order: Order) -> tuple:
     """An INFO without `end` and `size`. Group 0: the record is in none."""
     group = record["meta"].get("group")
     key = xxhash.xxh3_64_intdigest(str(group).encode()) or 1 if group else 0
-    quality = record["meta"].get("quality")
-    score = quality if isinstance(quality, int | float) else 0.0
-    return key, record["license"] is None, score, min(len(text), 2**32 - 1), *order.of(record)
+    return key, record["license"] is None, min(len(text), 2**32 - 1), *order.of(record)
 
 
 def preferred(info: np.ndarray) -> list[np.ndarray]:
-    """Keys of np.lexsort that put the best first: a known licence, quality, length, then the earliest."""
-    return [
-        *(info["id"], info["number"], info["source"]),
-        *(-info["length"].astype(np.int64), -info["quality"], info["unlicensed"]),
-    ]
+    """Keys of np.lexsort that put the best first: a known licence, then the longest, then the earliest."""
+    return [info["id"], info["number"], info["source"], -info["length"].astype(np.int64), info["unlicensed"]]
 
 
 class SetsWriter:
