@@ -1,4 +1,4 @@
-"""Exact duplicates, over all sources: of records that say the same, the first is kept; then, by key, of one prompt some.
+"""Exact duplicates, over all sources: of records that say the same the first is kept; by key, of one prompt some.
 
 Two records say the same where their texts have one normal form (normal.py) and all else of them is equal: text, or
 messages with tools, answer and tests. A record without a letter of text is no duplicate of anything. `same_prompt`

@@ -1,4 +1,4 @@
-"""The normal form in which exact duplicates are equal, as hashes: NFC, lower case, one space for whitespace of any kind.
+"""The normal form in which exact duplicates are equal, as hashes: NFC, lower case, one space for any whitespace.
 
 Texts are taken many at once: what is ASCII, or becomes so by its few other letters, goes through one table and a few
 operations on the array of all bytes, since a pass in Python over each text's spaces is what a normal form costs.

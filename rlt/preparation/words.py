@@ -65,4 +65,7 @@ def runs(hashes: np.ndarray, n: int) -> np.ndarray:
 
 def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
     """The set of a text's runs of n words, sorted, uint64; of a shorter text, the run of all its words."""
-    return np.unique(runs(hashes, min(n, len(hashes)))) if len(hashes) else hashes
+    found = np.sort(runs(hashes, min(n, len(hashes))))
+    new = np.ones(len(found), bool)
+    new[1:] = found[1:] != found[:-1]
+    return found[new]
