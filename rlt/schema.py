@@ -333,7 +333,7 @@ class ToxicityConfig:
 class DuplicatesConfig:
     """Which copies are dropped."""
 
-    same_prompt: str
+    same_prompt: str | int
     near_signature: str
     near_similarity: float
     near_in_group: str

@@ -60,8 +60,9 @@ def check_machine(settings: PrepareSettings) -> None:
     from rlt.preparation.inputs import check_inputs, parse_sources
     from rlt.preparation.stages import stages_of
 
+    stages = stages_of(settings)
     inputs = check_inputs(parse_sources(settings.sources))
-    for stage in stages_of(settings):
+    for stage in stages:
         stage.check()
     check_disk(settings, sum(path.stat().st_size for _, path in inputs if path is not None))
 

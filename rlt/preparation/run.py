@@ -42,6 +42,7 @@ class StageResult:
     folder: Path
     counts: Counts
     seconds: float
+    key: str  # what it was made from, as a hash
 
 
 def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageResult]:
@@ -91,7 +92,7 @@ def finished(stage: Stage, place: Place, key: str) -> StageResult | None:
         return None
     _clear(place.folder)  # a kill may have come right after the figures
     seconds = read_json(place.folder / SECONDS) or 0.0
-    return StageResult(stage.name, place.folder, Counts.of_dict(stats), seconds)
+    return StageResult(stage.name, place.folder, Counts.of_dict(stats), seconds, key)
 
 
 def _clear(folder: Path) -> None:
@@ -128,7 +129,7 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     write_whole(place.folder / STATS, json.dumps({"key": key, **counts.as_dict()}, indent=1))
     _clear(place.folder)
     logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)
-    return StageResult(stage.name, place.folder, counts, seconds)
+    return StageResult(stage.name, place.folder, counts, seconds, key)
 
 
 def _remove_outputs(output: Path, names: tuple[str, ...]) -> None:
@@ -150,5 +151,5 @@ def results_of(output: Path) -> list[StageResult]:
         stats = read_json(folder / STATS)
         if stats is not None:
             seconds = read_json(folder / SECONDS) or 0.0
-            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds))
+            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
     return found

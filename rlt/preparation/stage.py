@@ -12,7 +12,7 @@ there is not run again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -91,10 +91,9 @@ class Stage:
     """A step of the preparation; its counts come from its last pass."""
 
     name: ClassVar[str]
-    version: ClassVar[int] = (
-        1  # another one when equal settings begin to give other rows: earlier results are made again
-    )
+    version: ClassVar[int] = 1  # another one once equal settings give other rows: results are made again
     keys: ClassVar[tuple[str, ...]] = ()  # of the settings that its results depend on
+    score_key: ClassVar[str | None] = None  # of `meta`: where kept rows have what a threshold was compared with
     outputs: ClassVar[tuple[str, ...]] = ()  # folders of the output folder that it alone writes
 
     def __init__(self, settings: PrepareSettings):
@@ -169,7 +168,7 @@ class CorpusStage(Stage):
     def decisions(self) -> list[Pass]:
         raise NotImplementedError
 
-    def verdicts(self, task: Task) -> dict[int, Dropped]:
+    def verdicts(self, task: Task) -> Mapping[int, Dropped]:
         """Each row that is dropped, by its number within the shard, as decisions left it below `Task.place.work`."""
         raise NotImplementedError
 
