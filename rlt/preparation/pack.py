@@ -9,7 +9,6 @@ lets none see another. A sequence that is longer than a packed row is dropped, o
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlt.errors import Refused
@@ -164,8 +163,3 @@ def check_ledger(figures: dict[str, int]) -> None:
     gone = figures.get("tokens_of_dropped_rows", 0) + figures.get("tokens_of_untrained_pieces", 0)
     packed = figures.get("tokens_packed", 0)
     assert figures.get("tokens_in", 0) == packed + gone, figures
-
-
-def packed_files(folder: Path, split: str) -> list[Path]:
-    """The packed rows of a preparation's output folder; none where it has no such stage."""
-    return sorted((folder / PACKED).glob(f"{split}-*.parquet"))

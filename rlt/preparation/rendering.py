@@ -106,7 +106,8 @@ class ChatRenderer:
         answers = [turn for turn in turns if turn["role"] == "assistant"]
         if len(marked) != len(answers):
             return None
-        return Rendered(text, [(a, b) for (a, b), turn in zip(marked, answers, strict=True) if _trains(turn)])
+        spans: list[Any] = [span for span, turn in zip(marked, answers, strict=True) if _trains(turn)]
+        return Rendered(text, [(start, end) for start, end in spans])
 
     def _end(self, text: str, start: int, end: int) -> int:
         """Without the blanks that a template puts behind the token that ends a turn, which no model writes."""

@@ -23,6 +23,11 @@ def array_file(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.parquet"
 
 
+def array_files(folder: Path, split: str) -> list[Path]:
+    """All that a preparation has written of a split; none where it has no such stage."""
+    return sorted(folder.glob(f"{split}-[0-9]*.parquet"))
+
+
 class ArrayWriter:
     """Takes rows, one by one; every `ROWS_OF_A_GROUP` of them reach the file."""
 

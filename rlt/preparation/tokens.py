@@ -24,7 +24,7 @@ from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
 from rlt.preparation.token_files import TOKEN_COLUMNS, array_file, writing_arrays
 from rlt.preparation.tokenizers import fingerprint_of, load, tokenizer_folder, train
-from rlt.runs.folder import TOKENS
+from rlt.runs.folder import TOKENIZER, TOKENS
 from rlt.schema import PrepareSettings
 
 HARMONY = "harmony"  # a tokenizer that is no model's: the format of gpt-oss (harmony.py)
@@ -176,7 +176,8 @@ class Tokens(RowStage):
     def task(self, task: Task) -> Counts:
         self.start(task)
         with ExitStack() as files:
-            notes = {"tokenizer": self.encoder.fingerprint}
+            name = self.settings.tokenizer or TOKENIZER
+            notes = {"tokenizer": self.encoder.fingerprint, "tokenizer_name": name}
             write = {
                 split: files.enter_context(
                     writing_arrays(array_file(task.place.output / TOKENS, split, task.number), TOKEN_COLUMNS, notes)
