@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
-import trl
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
