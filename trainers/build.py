@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
@@ -18,15 +19,18 @@ from rlt.models.devices import device_type, on, uses_bfloat16
 from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.models.recurrent import past_adapters
+from rlt.planning.curriculum import phases_of
 from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
+from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
+from rlt.runs.folder import CACHE
 from rlt.runs.learned import (
     check_held_out,
     check_training_rows,
@@ -34,11 +38,21 @@ from rlt.runs.learned import (
     write_held_out,
     write_training_rows,
 )
-from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, TeacherSettings, Training
+from rlt.schema import (
+    DPOSettings,
+    GRPOSettings,
+    PretrainSettings,
+    SFTSettings,
+    StudentSettings,
+    TeacherSettings,
+    Training,
+    Tuning,
+)
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
 from trainers.configs import GRPOConfig, SFTConfig
+from trainers.curriculum import CurriculumSampler
 from trainers.dpo import DPOTrainer
 from trainers.examples import (
     as_dataset,
@@ -49,9 +63,22 @@ from trainers.examples import (
     whole_pairs,
     with_all_columns,
 )
+from trainers.fp8 import compute_in_fp8
 from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
+from trainers.packed import (
+    PackedCollator,
+    check_made_for,
+    check_packed,
+    held_out_by_source,
+    identity_of_files,
+    packed_files,
+    packed_rows,
+    tokenizer_of,
+    unigram_entropy,
+)
+from trainers.pretrain import PretrainTrainer, new_model
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.tracking import track, tracker_arguments
@@ -103,18 +130,26 @@ def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
         raise Refused(str(error)) from error
 
 
-def build_policy(model: Training, tokenizer) -> tuple[PreTrainedModel, LoraConfig | None]:
+def tokenizer_and_style(settings: Tuning) -> tuple[Any, ReasoningFormat]:
+    """What a run's prompts are rendered with."""
+    style = load_format(settings.reasoning_format)
+    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
+    check_tokenizer(style, tokenizer)
+    return tokenizer, style
+
+
+def build_policy(model: Training, tokenizer, name: str) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
     low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
     policy = load_policy(
-        resolve_model_path(model.model_name_or_path),
+        resolve_model_path(name),
         dtype=low if model.use_peft else torch.float32,
         attn_implementation=model.attn_implementation,
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,
         trust_remote_code=model.trust_remote_code,
     )
-    check_vocabulary(policy, tokenizer, model.model_name_or_path)
+    check_vocabulary(policy, tokenizer, name)
     if not model.use_peft:
         return policy, None
     adapter = LoraConfig(
@@ -132,11 +167,8 @@ def build_trainer(plan: Plan):
     """The trainer of a plan, and its held-out evaluation (None for sft)."""
     compile_one_at_a_time()
     settings = plan.settings
-    style = load_format(settings.reasoning_format)
-    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    check_tokenizer(style, tokenizer)
     trainer: Any
-    trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
+    trainer, evaluation = BUILDERS[str(plan.profile.config)](plan)
     policy: Any = trainer.model
     for parameter in policy.parameters():
         if parameter.requires_grad:  # TRL has made bfloat16 of adapters on quantised weights, which then stand still
@@ -150,14 +182,17 @@ def build_trainer(plan: Plan):
     return trainer, evaluation
 
 
-def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_sft(plan: Plan):
     settings: SFTSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
+    if files := packed_files(settings.dataset_id_or_path, TRAIN):
+        return build_packed_sft(plan, tokenizer, files)
     train_rows, eval_rows = split_rows(settings, style)
     examples = [sft_examples(settings, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]
     train, evaluation = (Dataset.from_list(made) if made else None for made in examples)
     arguments = trl_config(SFTConfig, plan, completion_only_loss=True)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     trainer = SFTTrainer(
         answers=held_out_answers(settings, eval_rows, tokenizer, style),
         model=policy,
@@ -172,7 +207,96 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+def build_packed_sft(plan: Plan, tokenizer, files: list[Path]):
+    """The same on rows that a preparation has tokenised and packed: the loss of each token is that of unpacked rows."""
+    settings: SFTSettings = plan.settings
+    check_packed(settings)
+    check_made_for(files, tokenizer, settings.max_length)
+    cache = Path(settings.output_dir) / CACHE
+    train = packed_rows(files, cache)
+    held_out = packed_files(settings.dataset_id_or_path, VALIDATION) if settings.eval_size else []
+    evaluation = packed_rows(held_out, cache) if held_out else None
+    if evaluation is not None:
+        evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
+    identity = identity_of_files(files)
+    check_training_rows(Path(settings.output_dir), identity)
+    arguments = trl_config(SFTConfig, plan)
+    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+    let_fsdp_run_on_cpu()
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
+    trainer = SFTTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=PackedCollator(tokenizer.pad_token_id),
+        curriculum=curriculum_of(plan, train, arguments),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[ReturnFreedMemory()],
+    )
+    leave_rows(trainer, identity, [])
+    return trainer, None
+
+
+def curriculum_of(plan: Plan, rows: Dataset, arguments: TrainingArguments) -> CurriculumSampler | None:
+    """What draws the rows of a run; None: all of them are trained on in turn."""
+    settings: PretrainSettings | SFTSettings = plan.settings
+    if settings.curriculum is None:
+        return None
+    assert settings.max_length is not None  # the plan refuses it
+    return CurriculumSampler(
+        rows["bucket"][:],
+        phases_of(settings.curriculum, settings.max_length),
+        max_length=settings.max_length,
+        rows_each=settings.per_device_train_batch_size,
+        rounds_of_step=plan.accumulation_steps,
+        steps=settings.max_steps,
+        seed=settings.seed,
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
+    )
+
+
+def build_pretraining(plan: Plan):
+    settings: PretrainSettings = plan.settings
+    folder = Path(settings.dataset_id_or_path).expanduser()
+    files = packed_files(folder, TRAIN)
+    if not files:
+        raise Refused(f"dataset_id_or_path={folder} holds no packed rows: prepare it with the stages tokens and pack")
+    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path or tokenizer_of(files)))
+    check_made_for(files, tokenizer, settings.max_length)
+    train = packed_rows(files, Path(settings.output_dir) / CACHE)
+    evaluation = held_out_by_source(folder, settings.eval_size, settings.max_length) if settings.eval_size else None
+    identity = identity_of_files(files)
+    check_training_rows(Path(settings.output_dir), identity)
+    arguments = trl_config(trl.SFTConfig, plan)
+    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+    arguments.include_num_input_tokens_seen = "non_padding"
+    let_fsdp_run_on_cpu()
+    if settings.model_name_or_path is None:
+        policy, adapter = new_model(settings, tokenizer), None
+    else:
+        policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
+    if settings.fp8:
+        compute_in_fp8(policy, settings.fp8 == "emulate")
+    trainer = PretrainTrainer(
+        unigrams=unigram_entropy(files),
+        model=policy,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=PackedCollator(tokenizer.pad_token_id, whole=arguments.torch_compile),
+        curriculum=curriculum_of(plan, train, arguments),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[ReturnFreedMemory()],
+    )
+    leave_rows(trainer, identity, [])
+    return trainer, trainer
+
+
+def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
@@ -206,15 +330,16 @@ def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: 
     return HeldOutAnswers(settings, question_rows(rows, tokenizer, settings, render), style)
 
 
-def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_dpo(plan: Plan):
     settings: DPOSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
     pairs = preference_pairs(Path(settings.dataset_id_or_path), settings.min_margin)
     pairs = pairs[: settings.dataset_size]
     check_training_rows(Path(settings.output_dir), pairs)
     rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
     arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     trainer = DPOTrainer(
         model=policy,
         args=arguments,
@@ -227,8 +352,9 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_grpo(plan: Plan):
     settings: GRPOSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
     train_rows, eval_rows = split_rows(settings, style)
     teaches = isinstance(settings, TeacherSettings)
     student_tokenizer = its_tokenizer(settings, tokenizer, style) if teaches else None
@@ -250,7 +376,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     keep_best(arguments, settings)
     functions = reward_functions(settings, style, train_rows, arguments)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     if adapter is not None and settings.use_vllm:
         check_embedding(policy, settings.lora_target_modules)
     attention = policy.config.get_text_config()._attn_implementation
@@ -301,7 +427,7 @@ def reward_functions(
     return functions
 
 
-def keep_best(arguments: GRPOConfig, settings: Training) -> None:
+def keep_best(arguments: GRPOConfig, settings: GRPOSettings) -> None:
     """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
     if settings.trl.get("load_best_model_at_end"):
         arguments.load_best_model_at_end = True
@@ -360,4 +486,9 @@ def load_function(path: str):
         raise Refused(f"reward_functions: {path!r} cannot be imported ({error})") from error
 
 
-BUILDERS = {"sft": build_sft, "dpo": build_dpo, "grpo": build_grpo}  # by `Profile.config`
+BUILDERS = {
+    "sft": build_sft,
+    "pretrain": build_pretraining,
+    "dpo": build_dpo,
+    "grpo": build_grpo,
+}  # by `Profile.config`

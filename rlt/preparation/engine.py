@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import loguru
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -138,7 +139,8 @@ class _Local(LocalPipelineExecutor):
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def one(self, rank: int) -> None:
-        self._run_for_rank(rank, local_rank=1)  # of rank 0 it logs every line to the terminal
+        loguru.logger.disable("datatrove")  # whose words on a failure come before those of this project
+        self._run_for_rank(rank, local_rank=1)
 
 
 class _Stoppable(_Local):

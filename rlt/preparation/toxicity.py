@@ -1,13 +1,95 @@
-"""How toxic a record is."""
+"""How toxic a record is: the worst of its passages.
 
-from rlt.preparation.record import Dropped, Record
-from rlt.preparation.stage import RowStage
+`svm` is alt-profanity-check's model (a linear SVM inside the package). It scores profanity rather than toxicity: "I
+will kill you" .95, "kill all the background processes" .17, but "the cock crowed thrice" 1.0, and "Go back to your
+country, you animals" .12. Any sequence classifier can stand in its place, from a folder.
+
+A passage is about one sentence long. In a longer one the insult drowns: the same insult scores 1.0 alone and .01
+among twenty sentences about the weather."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rlt.errors import Refused
+from rlt.preparation.record import Dropped, Record, texts_of
+from rlt.preparation.stage import RowStage, Task
+
+SVM = "svm"
+ACTIONS = ("drop", "tag")
+PASSAGE = 200  # characters, about; for the SVM
+END = re.compile(r"(?<=[.!?…])\s+|\n+")
+DIGITS = 4  # of a score
 
 
 class Toxicity(RowStage):
-    """How toxic a record is."""
+    """Notes `meta.toxicity`, in [0, 1]; drops what is over `max_toxicity` unless it is only to be noted."""
 
     name = "toxicity"
+    keys = ("toxicity_model", "max_toxicity", "toxicity_action")
 
-    def one(self, record: Record) -> Record | Dropped:
-        return record
+    def check(self) -> None:
+        if self.settings.toxicity_action not in ACTIONS:
+            raise Refused(f"toxicity_action={self.settings.toxicity_action}: use one of {', '.join(ACTIONS)}")
+        if self.settings.toxicity_model != SVM:
+            from rlt.preparation.classifier import check_classifier
+
+            check_classifier(Path(self.settings.toxicity_model))
+
+    def files(self) -> list[Path]:
+        if self.settings.toxicity_model == SVM:
+            return []
+        return sorted(path for path in Path(self.settings.toxicity_model).iterdir() if path.is_file())
+
+    def start(self, task: Task) -> None:
+        self.counts: Counter[str] = Counter()
+        self.scores = svm() if self.settings.toxicity_model == SVM else classifier(self.settings.toxicity_model)
+
+    def some(self, records: list[Record]) -> list[Record | Dropped]:
+        worst = self.scores([list(texts_of(record)) for record in records])
+        return [self.judged(record, round(score, DIGITS)) for record, score in zip(records, worst, strict=True)]
+
+    def judged(self, record: Record, score: float) -> Record | Dropped:
+        if score > self.settings.max_toxicity:
+            if self.settings.toxicity_action == "drop":
+                return Dropped("toxic", score)
+            self.counts["over_threshold"] += 1
+        return {**record, "meta": {**record["meta"], "toxicity": score}}
+
+    def notes(self) -> dict[str, int]:
+        return dict(self.counts)
+
+
+Scores = Callable[[list[list[str]]], list[float]]  # of records, each by its texts: the worst passage's
+
+
+def svm() -> Scores:
+    from profanity_check import predict_prob
+
+    def scores(records: list[list[str]]) -> list[float]:
+        passages = [[p for text in texts for p in passages_of(text)] for texts in records]
+        flat = [passage for some in passages for passage in some]
+        found = iter(predict_prob(flat).tolist() if flat else ())
+        return [max((next(found) for _ in some), default=0.0) for some in passages]
+
+    return scores
+
+
+def classifier(folder: str) -> Scores:
+    from rlt.preparation.classifier import Classifier
+
+    return Classifier(Path(folder))
+
+
+def passages_of(text: str, length: int = PASSAGE) -> list[str]:
+    """Sentences and lines, short ones together, long ones in pieces, each of about `length` characters."""
+    passages: list[str] = []
+    for part in END.split(text):
+        for start in range(0, len(part), length):
+            piece = part[start : start + length]
+            if passages and len(passages[-1]) + len(piece) < length // 2:
+                passages[-1] += f" {piece}"
+            else:
+                passages.append(piece)
+    return passages

@@ -100,6 +100,7 @@ class Write(Stage):
 
     name = "write"
     keys = ("to",)
+    outputs = (PREPARED,)
 
     def check(self) -> None:
         if self.settings.to not in FORMS:
