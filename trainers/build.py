@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
-import trl
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
@@ -262,8 +262,6 @@ def build_pretraining(plan: Plan):
     settings: PretrainSettings = plan.settings
     folder = Path(settings.dataset_id_or_path).expanduser()
     files = packed_files(folder, TRAIN)
-    if not files:
-        raise Refused(f"dataset_id_or_path={folder} holds no packed rows: prepare it with the stages tokens and pack")
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path or tokenizer_of(files)))
     check_made_for(files, tokenizer, settings.max_length)
     train = packed_rows(files, Path(settings.output_dir) / CACHE)
