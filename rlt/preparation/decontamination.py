@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.preparation.evaluation_sets import file_of, items_of
 from rlt.preparation.ledger import Counts
 from rlt.preparation.overlap import Index, has_choices, streams_of
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
 from rlt.runs.durable import written_whole
 

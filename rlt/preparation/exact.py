@@ -10,9 +10,9 @@ from itertools import islice
 import numpy as np
 
 from rlt.errors import Refused
+from rlt.formats.record import Record, prompt_of
 from rlt.preparation.normal import record_hashes, text_hashes
 from rlt.preparation.order import ORDER, Order
-from rlt.preparation.record import Record, prompt_of
 from rlt.preparation.spill import VERDICT, Verdicts, spilled, spilling
 from rlt.preparation.stage import CorpusStage, Pass, Task
 
