@@ -8,6 +8,8 @@ import random
 import re
 from importlib import import_module
 
+from stage_alone import text_record
+
 VERSIONS = ("kjv", "akjv", "asv", "web")
 CHANGED = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06)  # share of words, of copies
 
@@ -63,11 +65,5 @@ def similar_pairs(texts: list[str], at_least: float) -> dict[tuple[int, int], fl
     return {pair: value for pair, value in values.items() if value >= at_least}
 
 
-def as_records(texts: list[str], source: str = "bible") -> list[dict]:
-    from rlt.preparation.record import make_record
-
-    records = []
-    for number, text in enumerate(texts):
-        own = {"id": f"{source}:{number}:0", "source": source, "license": "public domain"}
-        records.append(make_record("text", text=text, **own))
-    return records
+def as_records(texts: list[str]) -> list[dict]:
+    return [text_record(number, text, "bible") for number, text in enumerate(texts)]

@@ -1,26 +1,29 @@
 """One stage of a preparation on given records, without the stages before it, on any number of shards."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from preparation import settings_of
 
+from rlt.formats.record import content_hash, make_record, message
 from rlt.preparation.ledger import Counts
 from rlt.preparation.shards import read_shard, shard, write_shard
 from rlt.preparation.stage import Place, Stage, Task
-from rlt.schema import PrepareSettings
 
-BASE = Path(__file__).parents[1] / "cfgs" / "preparation" / "base.yaml"
+SOURCES = ["a.jsonl", "b.jsonl", "bible.jsonl"]  # whose records these may be, in this order
 
 
-def settings_for(**given: Any) -> PrepareSettings:
-    """The defaults of a preparation, with some keys changed; what all runs have is not set."""
-    base = OmegaConf.to_container(OmegaConf.load(BASE))
-    assert isinstance(base, dict)
-    settings = object.__new__(PrepareSettings)
-    for key, value in {**base, "seed": 42, "sources": ["bible.jsonl", "a.jsonl", "b.jsonl"], **given}.items():
-        object.__setattr__(settings, key, value)
-    return settings
+def text_record(number: int, text: str, source: str = "a", **fields: Any) -> dict:
+    return placed(make_record("text", text=text, **fields), number, source)
+
+
+def chat_record(number: int, *turns: tuple[str, str], source: str = "a", **fields: Any) -> dict:
+    return placed(make_record("chat", messages=[message(role, said) for role, said in turns], **fields), number, source)
+
+
+def placed(record: dict, number: int, source: str) -> dict:
+    return {**record, "source": source, "id": f"{source}:{number}:{content_hash(record)}"}
 
 
 def run_alone(
@@ -28,9 +31,10 @@ def run_alone(
 ) -> tuple[Counts, list[dict], list[dict]]:
     """What a stage counts, the records that it keeps, and those that it drops; it is checked as a run checks it."""
     before, place = folder / "before", Place(folder, folder / stage.name, folder / "before")
+    shutil.rmtree(place.folder, ignore_errors=True)
     for number in range(tasks):
         write_shard(shard(before / "shards", number), records[number::tasks])
-    made = stage(settings_for(engine_tasks=tasks, **given))
+    made = stage(settings_of(folder / "out", SOURCES, engine_tasks=tasks, **given))
     made.check()
     counts = Counts()
     for one in made.passes():

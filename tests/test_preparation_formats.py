@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 
 from rlt.errors import Refused
-from rlt.preparation.formats import FORMATS, Options, apply, apply_to_group, find_format, told_by
+from rlt.formats import FORMATS, Options, apply, apply_to_group, find_format, told_by
+from rlt.formats.record import Dropped, make_record, message, turns_of
 from rlt.preparation.harmony import HarmonyEncoder, parts_of
-from rlt.preparation.record import Dropped, make_record, message, turns_of
 
 ROWS = ROOT / "tests" / "data" / "formats"
 # Of each file, row by row: the last question, the thought, the answer and the gold answer; or why it is dropped.

@@ -9,36 +9,8 @@ from rlt.errors import Refused
 from rlt.preparation.language import Detector, Language, prose_of
 
 LARGE = [
-    "ar",
-    "bn",
-    "cs",
-    "da",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fa",
-    "fi",
-    "fr",
-    "he",
-    "hi",
-    "hu",
-    "id",
-    "it",
-    "ja",
-    "ko",
-    "nl",
-    "pl",
-    "pt",
-    "ro",
-    "ru",
-    "sv",
-    "ta",
-    "te",
-    "tr",
-    "uk",
-    "vi",
-    "zh",
+    *("ar", "bn", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it"),
+    *("ja", "ko", "nl", "pl", "pt", "ro", "ru", "sv", "ta", "te", "tr", "uk", "vi", "zh"),
 ]
 GERMAN = "Der Bahnhof ist gleich hinter der Kirche, und der Zug fährt um acht Uhr."
 ENGLISH = "The station is right behind the church, and the train leaves at eight."

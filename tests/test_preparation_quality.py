@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from preparation_rows import chat, outcome, text
 
 from rlt.errors import Refused
+from rlt.formats.record import make_record, message
 from rlt.preparation.quality import Quality
 from rlt.preparation.quality_text import TEXT_RULES, TextRules, filters
-from rlt.preparation.record import make_record, message
 
 SENTENCES = [
     "The river that runs behind the old mill has flooded the lower fields twice since the spring of last year.",
@@ -39,9 +39,7 @@ BAD = {  # one text for each rule that must drop it
     "fineweb: line_punct_ratio": "\n".join(line[:-1] for line in SENTENCES),
     "fineweb: short_line_ratio": "\n".join(f"Item number {word} is here." for word in GOOD.split()[:40]),
     "fineweb: char_dup_ratio": "\n".join([*SENTENCES * 3, SENTENCES[0]]),
-    "fineweb: list_ratio": "\n\n\n".join(
-        f"The {word} stands here and has the end of it." for word in GOOD.split()[:30]
-    ),
+    "fineweb: list_ratio": "\n\n\n\n".join(f"{w} remains incomprehensible." for w in dict.fromkeys(GOOD.split())),
     "c4: too_few_sentences": " ".join(SENTENCES)[:-1],
     "c4: lorem_ipsum": f"{GOOD}\nAnd here we find lorem ipsum dolor.",
     "c4: curly_bracket": f"{GOOD}\nThe page said {{ var x }} to us.",
@@ -136,7 +134,7 @@ def documents(count: int) -> list[str]:
 
 @pytest.mark.slow
 def test_verdicts_are_those_of_datatrove_on_a_thousand_documents():
-    agree(documents(1000), 1000)
+    agree(documents(1300), 1000)
 
 
 def test_verdicts_are_those_of_datatrove():

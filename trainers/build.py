@@ -3,56 +3,46 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
 from backends.compilation import compile_one_at_a_time
 from rlt.errors import Refused
 from rlt.models.devices import device_type, on, uses_bfloat16
-from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
+from rlt.models.loading import load_student
 from rlt.models.paths import resolve_model_path
-from rlt.models.recurrent import past_adapters
-from rlt.planning.curriculum import phases_of
-from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
-from rlt.planning.trl_fields import read_table
-from rlt.preparation.split import TRAIN, VALIDATION
+from rlt.preparation.split import TRAIN
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
-from rlt.prompts.styles import ReasoningFormat, load_format
-from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
+from rlt.prompts.styles import ReasoningFormat
+from rlt.prompts.tokenizers import load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
-from rlt.runs.folder import CACHE
 from rlt.runs.learned import (
     check_held_out,
     check_training_rows,
     learned_questions,
-    write_held_out,
-    write_training_rows,
 )
 from rlt.schema import (
     DPOSettings,
     GRPOSettings,
-    PretrainSettings,
     SFTSettings,
     StudentSettings,
     TeacherSettings,
-    Training,
     Tuning,
 )
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
+from trainers.arguments import trl_config
+from trainers.build_packed import build_packed_sft, build_pretraining
 from trainers.configs import GRPOConfig, SFTConfig
-from trainers.curriculum import CurriculumSampler
 from trainers.dpo import DPOTrainer
 from trainers.examples import (
     as_dataset,
@@ -63,104 +53,14 @@ from trainers.examples import (
     whole_pairs,
     with_all_columns,
 )
-from trainers.fp8 import compute_in_fp8
 from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
-from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
-from trainers.packed import (
-    PackedCollator,
-    check_made_for,
-    check_packed,
-    held_out_by_source,
-    identity_of_files,
-    packed_files,
-    packed_rows,
-    tokenizer_of,
-    unigram_entropy,
-)
-from trainers.pretrain import PretrainTrainer, new_model
+from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar, leave_rows
+from trainers.packed import packed_files
+from trainers.policies import build_policy, tokenizer_and_style
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.tracking import track, tracker_arguments
-
-ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
-
-
-def trainer_arguments(plan: Plan) -> dict[str, Any]:
-    """Every key that names a field of the trainer's configuration, and those that follow from others."""
-    settings: Training = plan.settings
-    arguments = {
-        **settings.trl,
-        "gradient_accumulation_steps": plan.accumulation_steps,
-        "bf16": uses_bfloat16(settings.bf16),
-        **tracker_arguments(plan.config),
-        "use_cpu": device_type() == "cpu",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device_type() != "cpu",
-        "save_strategy": "steps",
-    }
-    # Pushed once, at the end, by rlt/runs/hub.py; and what a trainer does not know it cannot save.
-    arguments |= {"push_to_hub": False, "hub_token": None}
-    if "logprob_token_budget" in read_table()[str(plan.profile.config)]:
-        arguments["logprob_token_budget"] = token_budget(plan.config)
-    if not plan.profile.generates and settings.eval_size and settings.eval_steps:
-        arguments["eval_strategy"] = "steps"
-    if isinstance(settings, GRPOSettings):
-        assert settings.max_completion_length is not None  # the plan refuses it
-        arguments.pop("load_best_model_at_end", None)  # see keep_best
-        arguments |= {
-            "steps_per_generation": plan.steps_per_generation,
-            "vllm_mode": "server" if settings.use_vllm_server else "colocate",
-            "vllm_max_model_length": settings.max_prompt_length + settings.max_completion_length,
-            "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode and device_type() == "cuda",
-        }
-    return arguments
-
-
-def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
-    """The configuration of a plan's trainer.
-
-    Raises:
-        Refused: TRL or transformers find that its keys do not go together.
-    """
-    try:
-        return cls(**trainer_arguments(plan), **more)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-def tokenizer_and_style(settings: Tuning) -> tuple[Any, ReasoningFormat]:
-    """What a run's prompts are rendered with."""
-    style = load_format(settings.reasoning_format)
-    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    check_tokenizer(style, tokenizer)
-    return tokenizer, style
-
-
-def build_policy(model: Training, tokenizer, name: str) -> tuple[PreTrainedModel, LoraConfig | None]:
-    """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
-    low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
-    policy = load_policy(
-        resolve_model_path(name),
-        dtype=low if model.use_peft else torch.float32,
-        attn_implementation=model.attn_implementation,
-        load_in_4bit=model.load_in_4bit,
-        load_in_8bit=model.load_in_8bit,
-        trust_remote_code=model.trust_remote_code,
-    )
-    check_vocabulary(policy, tokenizer, name)
-    if not model.use_peft:
-        return policy, None
-    adapter = LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
-        exclude_modules=past_adapters(policy) or None,
-        task_type="CAUSAL_LM",
-    )
-    return policy, adapter
+from trainers.tracking import track
 
 
 def build_trainer(plan: Plan):
@@ -207,95 +107,6 @@ def build_sft(plan: Plan):
     return trainer, None
 
 
-def build_packed_sft(plan: Plan, tokenizer, files: list[Path]):
-    """The same on rows that a preparation has tokenised and packed: the loss of each token is that of unpacked rows."""
-    settings: SFTSettings = plan.settings
-    check_packed(settings)
-    check_made_for(files, tokenizer, settings.max_length)
-    cache = Path(settings.output_dir) / CACHE
-    train = packed_rows(files, cache)
-    held_out = packed_files(settings.dataset_id_or_path, VALIDATION) if settings.eval_size else []
-    evaluation = packed_rows(held_out, cache) if held_out else None
-    if evaluation is not None:
-        evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
-    identity = identity_of_files(files)
-    check_training_rows(Path(settings.output_dir), identity)
-    arguments = trl_config(SFTConfig, plan)
-    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-    let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
-    trainer = SFTTrainer(
-        model=policy,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=PackedCollator(tokenizer.pad_token_id),
-        curriculum=curriculum_of(plan, train, arguments),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=[ReturnFreedMemory()],
-    )
-    leave_rows(trainer, identity, [])
-    return trainer, None
-
-
-def curriculum_of(plan: Plan, rows: Dataset, arguments: TrainingArguments) -> CurriculumSampler | None:
-    """What draws the rows of a run; None: all of them are trained on in turn."""
-    settings: PretrainSettings | SFTSettings = plan.settings
-    if settings.curriculum is None:
-        return None
-    assert settings.max_length is not None  # the plan refuses it
-    return CurriculumSampler(
-        rows["bucket"][:],
-        phases_of(settings.curriculum, settings.max_length),
-        max_length=settings.max_length,
-        rows_each=settings.per_device_train_batch_size,
-        rounds_of_step=plan.accumulation_steps,
-        steps=settings.max_steps,
-        seed=settings.seed,
-        rank=arguments.process_index,
-        ranks=arguments.world_size,
-    )
-
-
-def build_pretraining(plan: Plan):
-    settings: PretrainSettings = plan.settings
-    folder = Path(settings.dataset_id_or_path).expanduser()
-    files = packed_files(folder, TRAIN)
-    if not files:
-        raise Refused(f"dataset_id_or_path={folder} holds no packed rows: prepare it with the stages tokens and pack")
-    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path or tokenizer_of(files)))
-    check_made_for(files, tokenizer, settings.max_length)
-    train = packed_rows(files, Path(settings.output_dir) / CACHE)
-    evaluation = held_out_by_source(folder, settings.eval_size, settings.max_length) if settings.eval_size else None
-    identity = identity_of_files(files)
-    check_training_rows(Path(settings.output_dir), identity)
-    arguments = trl_config(trl.SFTConfig, plan)
-    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-    arguments.include_num_input_tokens_seen = "non_padding"
-    let_fsdp_run_on_cpu()
-    if settings.model_name_or_path is None:
-        policy, adapter = new_model(settings, tokenizer), None
-    else:
-        policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
-    if settings.fp8:
-        compute_in_fp8(policy, settings.fp8 == "emulate")
-    trainer = PretrainTrainer(
-        unigrams=unigram_entropy(files),
-        model=policy,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=PackedCollator(tokenizer.pad_token_id, whole=arguments.torch_compile),
-        curriculum=curriculum_of(plan, train, arguments),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=[ReturnFreedMemory()],
-    )
-    leave_rows(trainer, identity, [])
-    return trainer, trainer
-
-
 def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
@@ -307,15 +118,6 @@ def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], li
     check_held_out(Path(settings.output_dir), eval_rows)
     check_training_rows(Path(settings.output_dir), train_rows)
     return train_rows, eval_rows
-
-
-def leave_rows(trainer, train_rows: list[dict], eval_rows: list[dict]) -> None:
-    """In the output folder: held-out rows for later evaluations, and what says whether a later life has the same."""
-    if not trainer.is_world_process_zero():
-        return
-    if eval_rows:
-        write_held_out(Path(trainer.args.output_dir), eval_rows)
-    write_training_rows(Path(trainer.args.output_dir), train_rows)
 
 
 def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):

@@ -1,7 +1,7 @@
 """Pretraining on packed texts: what follows each token, with the model's own forward pass.
 
-The model is called as transformers' models are, with positions that begin again at each sequence: its attention then lets
-no sequence see another, by a block mask or by FlashAttention's lengths, and Liger's loss, torch.compile and FP8 apply.
+The model is called as transformers' models are, with positions that begin again at each sequence: its attention then
+lets no sequence see another, by a block mask or FlashAttention's lengths, and Liger, torch.compile and FP8 apply.
 What is added: a micro-batch that runs out of memory is repeated in smaller passes; the loss on held-out rows of each
 source; tokens per second.
 """

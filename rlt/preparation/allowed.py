@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from rlt.errors import Refused
+from rlt.formats.inputs import Source, fingerprint
 from rlt.preparation.evaluation_sets import file_of
-from rlt.preparation.inputs import Source, fingerprint
 
 # Words of a licence that forbid training, whatever else it says; letters and digits alone count.
 FORBIDDEN = re.compile(

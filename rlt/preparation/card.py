@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlt.preparation.inputs import MANIFEST, parse_sources
+from rlt.formats.inputs import MANIFEST, parse_sources
+from rlt.formats.record import Record, texts_of
 from rlt.preparation.pii import Pii
-from rlt.preparation.record import Record, texts_of
 from rlt.preparation.run import StageResult
 from rlt.preparation.shards import read_shard
 from rlt.preparation.stages import STAGES as BY_NAME

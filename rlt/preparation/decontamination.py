@@ -13,15 +13,16 @@ import numpy as np
 import xxhash
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.preparation.evaluation_sets import file_of, items_of
 from rlt.preparation.ledger import Counts
 from rlt.preparation.overlap import Index, has_choices, streams_of
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
 from rlt.runs.durable import written_whole
 
 REASONS = ("holds an evaluation item", "variant of a row that holds an evaluation item")
 REPORTED = 0.2  # share of an item, from which a row that is kept is noted
+CANDIDATES = 20  # keys that a record holds most of, whose choices are looked for
 HELD, PART, TEMPLATE = 0, 1, 2  # what a scored row is
 NAMES = {PART: "contamination", TEMPLATE: "template_match"}  # of notes in `meta`
 NOTED = {PART: "rows kept that hold a part of an item", TEMPLATE: "rows kept that hold an item in other numbers"}
@@ -85,10 +86,12 @@ class Decontamination(Stage):
         """A SCORED row, if there is something to drop or to note."""
         streams, most = streams_of(record), self.settings.max_contamination
         key, share = best(plain, streams)
-        if share >= REPORTED:
-            return row, HELD if share >= most else PART, share, key, group_key(record)
-        key, share = best(masked, streams)
-        return (row, TEMPLATE, share, key, 0) if share >= most else None
+        if share >= most:
+            return row, HELD, share, key, group_key(record)
+        like, of_template = best(masked, streams)
+        if of_template >= most:
+            return row, TEMPLATE, of_template, like, 0
+        return (row, PART, share, key, 0) if share >= REPORTED else None
 
     def rows(self, task: Task) -> Counts:
         """Every row, by its own score and that of its group."""
@@ -123,8 +126,8 @@ def _scored(task: Task, number: int) -> Path:
 def best(index: Index, streams: list[list[bytes]]) -> tuple[int, float]:
     """The key that a record holds most of, and its share; of multiple choice, where the choices are there too."""
     shares = index.shares(index.found(streams))
-    for key in np.argsort(-shares, kind="stable")[:20].tolist():
-        if shares[key] < REPORTED:
+    for key in np.argsort(-shares, kind="stable")[:CANDIDATES].tolist():
+        if shares[key] == 0:
             break
         if has_choices(index.items[key], streams):
             return key, float(shares[key])

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from rlt.preparation.record import Dropped, Record
+from rlt.formats.record import Dropped, Record
 
 VOCABULARY = "o200k_base.tiktoken"
 VOCABULARY_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"  # a folder, in which the renderer looks for it

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from rlt.preparation.record import LISTS, PLAIN, Record
+from rlt.formats.record import LISTS, PLAIN, Record
 
 FOLD = bytes((32 if chr(c).isspace() else ord(chr(c).lower())) if c < 128 else c for c in range(256))
 BEYOND = re.compile(r"[^\x00-\x7f]+")

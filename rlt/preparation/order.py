@@ -7,8 +7,8 @@ dropped. The id's hash orders what has one number.
 import numpy as np
 import xxhash
 
-from rlt.preparation.inputs import parse_sources
-from rlt.preparation.record import Record
+from rlt.formats.inputs import parse_sources
+from rlt.formats.record import Record
 from rlt.schema import PrepareSettings
 
 ORDER = np.dtype([("source", "<u4"), ("number", "<u8"), ("id", "<u8")])

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rlt.formats.record import LISTS, Record
 from rlt.preparation.evaluation_sets import Item
-from rlt.preparation.record import LISTS, Record
 from rlt.preparation.words import Hashes, runs, words
 
 LONG, MIDDLE, SHORT = 13, 8, 5  # words

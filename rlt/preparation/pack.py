@@ -1,7 +1,8 @@
 """Rows of one length, by best-fit decreasing over many sequences at once (arXiv 2404.10830 packs pretraining data so).
 
 Each token of a kept row stands in exactly one packed row; `seq_lengths` says where sequences begin, so that training
-lets none see another. A sequence that is longer than a packed row is dropped, or cut in pieces: both are counted.
+lets none see another. A sequence that is longer than a packed row is dropped, or cut in pieces: both are counted. With
+rows of several lengths, what may be cut is cut into those, and what may not stands in the shortest row that holds it.
 
 <output>/packed/train-00000.parquet      and validation-00000.parquet; the stage's own shards keep the records
 """
@@ -9,12 +10,13 @@ lets none see another. A sequence that is longer than a packed row is dropped, o
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
 from rlt.preparation.token_files import PACKED_COLUMNS, array_file, notes_of, read_arrays, writing_arrays
@@ -122,9 +124,12 @@ class Packer:
         if length > most and overflow == "drop":
             self.figures["tokens_of_dropped_rows"] += length
             return Dropped(TOO_LONG)
-        self.figures["rows_cut"] += length > most
-        for start in range(0, length, most):
-            ids, mask = row["input_ids"][start : start + most], row["loss_mask"][start : start + most]
+        cuts = pieces(length, self.sizes) if overflow == "split" else [length]
+        self.figures["rows_cut"] += len(cuts) > 1
+        start = 0
+        for end in accumulate(cuts):
+            ids, mask = row["input_ids"][start:end], row["loss_mask"][start:end]
+            start = end
             if mask.any():
                 self._hold(Sequence(ids, mask, row["id"], row["source"]))
             else:  # of a long prompt: nothing would be learned of it
@@ -156,6 +161,16 @@ class Packer:
                 tokens_packed=len(row["input_ids"]), packed_rows=1, room=one.length, sequences=len(members)
             )
         self.held, self.held_tokens = [], 0
+
+
+def pieces(length: int, sizes: list[int]) -> list[int]:
+    """Lengths of the pieces that a sequence is cut in: always the longest packed row that it still fills, then the rest
+    (Dataset Decomposition, arXiv 2405.13226)."""
+    found = []
+    for size in reversed(sizes):
+        found += [size] * (length // size)
+        length %= size
+    return [*found, length] if length else found
 
 
 def check_ledger(figures: dict[str, int]) -> None:

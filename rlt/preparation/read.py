@@ -15,12 +15,12 @@ from typing import Any
 import xxhash
 
 from rlt.errors import Refused
-from rlt.preparation.formats import FORMATS, Format, apply, apply_to_group, find_format
-from rlt.preparation.formats.columns import Options, Row, Unfit
-from rlt.preparation.inputs import Input, Source, inputs_of, parse_sources
+from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format
+from rlt.formats.columns import Options, Row, Unfit
+from rlt.formats.inputs import Input, Source, inputs_of, parse_sources
+from rlt.formats.readers import Bad, rows_of
+from rlt.formats.record import Dropped, Record, content_hash, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.readers import Bad, rows_of
-from rlt.preparation.record import Dropped, Record, content_hash, texts_of
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.preparation.stage import Pass, Stage, Task
 from rlt.runs.durable import read_json, write_whole

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record, texts_of
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, Stage, Task

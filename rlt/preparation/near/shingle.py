@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from rlt.formats.record import Record, turns_of
 from rlt.preparation.order import ORDER, Order
-from rlt.preparation.record import Record, turns_of
 from rlt.preparation.words import Hashes, shingles, words
 
 WORDS = 5

@@ -1,7 +1,7 @@
 """Instructions and answers of general topics."""
 
-from rlt.preparation.formats.columns import Columns, Options, dialogue
-from rlt.preparation.record import Record, make_record
+from rlt.formats.columns import Columns, Options, dialogue
+from rlt.formats.record import Record, make_record
 
 NO_INPUT = ("noinput", "<noinput>")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlt.preparation.record import Record, message
+from rlt.formats.record import Record, message
 
 Row = dict[str, Any]
 THOUGHT_KEYS = ("thinking", "reasoning_content", "reasoning")

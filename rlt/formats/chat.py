@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from rlt.data.sources import TAGS
-from rlt.preparation.formats.columns import (
+from rlt.formats.columns import (
     THOUGHT_KEYS,
     Columns,
     Options,
@@ -16,7 +16,7 @@ from rlt.preparation.formats.columns import (
     tool_call,
     tool_list,
 )
-from rlt.preparation.record import Record, make_record, message
+from rlt.formats.record import Record, make_record, message
 
 ROLES = {
     "system": "system",

@@ -5,8 +5,8 @@ import json
 import re
 from typing import Any
 
-from rlt.preparation.formats.chat import content_of, role_of
-from rlt.preparation.formats.columns import (
+from rlt.formats.chat import content_of, role_of
+from rlt.formats.columns import (
     Columns,
     Options,
     Unfit,
@@ -18,7 +18,7 @@ from rlt.preparation.formats.columns import (
     tool_call,
     tool_list,
 )
-from rlt.preparation.record import Dropped, Record, make_record, message
+from rlt.formats.record import Dropped, Record, make_record, message
 
 GLAIVE_TURN = re.compile(r"(?:\A\s*|\n\n\n)(USER|ASSISTANT|FUNCTION RESPONSE):[ \n]?")
 GLAIVE_CALL = re.compile(

@@ -118,7 +118,7 @@ def files_of(source: Source) -> list[Path]:
     Raises:
         Refused: there is no such file, or it cannot be read.
     """
-    from rlt.preparation.readers import SUFFIXES
+    from rlt.formats.readers import SUFFIXES
 
     if source.path.startswith(PACKAGED):
         return []
@@ -140,7 +140,7 @@ def _readable(paths: list[Path], otherwise: str) -> list[Path]:
     Raises:
         Refused: there is none, one is of no kind that is read, or is a link that leads nowhere.
     """
-    from rlt.preparation.readers import SUFFIXES
+    from rlt.formats.readers import SUFFIXES
 
     found = []
     for path in paths:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from rlt.preparation.formats.columns import Columns, Options, Unfit
-from rlt.preparation.record import Dropped, Record, make_record, message
+from rlt.formats.columns import Columns, Options, Unfit
+from rlt.formats.record import Dropped, Record, make_record, message
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 WORST = 10**9  # where a message has no rank

@@ -19,9 +19,9 @@ import zstandard
 
 from rlt.data.files import read_file
 from rlt.errors import Refused
-from rlt.preparation.corpora import corpus_rows
-from rlt.preparation.inputs import PACKAGED, Source
-from rlt.preparation.plain import NotPlain, parse_object, plain
+from rlt.formats.corpora import corpus_rows
+from rlt.formats.inputs import PACKAGED, Source
+from rlt.formats.plain import NotPlain, parse_object, plain
 from rlt.schema import ReadConfig
 
 PACKED = ("", ".gz", ".zst")

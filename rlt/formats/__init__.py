@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.preparation.formats import chat, choice, general, harmony, math, tools, trees
-from rlt.preparation.formats.columns import Columns, One, Options, Row, Unfit
-from rlt.preparation.record import Dropped, Record
+from rlt.formats import chat, choice, general, harmony, math, tools, trees
+from rlt.formats.columns import Columns, One, Options, Row, Unfit
+from rlt.formats.record import Dropped, Record
 
 Many = Callable[[list[Columns], Options], list[Record | Dropped]]
 
