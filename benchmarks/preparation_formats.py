@@ -17,8 +17,8 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "te
 
 from preparation import run, settings_of
 
-from rlt.preparation.formats import FORMATS, Options, apply, apply_to_group
-from rlt.preparation.plain import parse_object
+from rlt.formats import FORMATS, Options, apply, apply_to_group
+from rlt.formats.plain import parse_object
 
 ROWS = Path(__file__).parents[1] / "tests" / "data" / "formats"
 AT_LEAST = 10_000

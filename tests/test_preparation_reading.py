@@ -14,12 +14,12 @@ from conftest import ROOT
 from preparation import dropped, kept, run, settings_of, write_rows
 
 from rlt.errors import Refused
-from rlt.preparation.corpora import CORPORA, corpus_rows
-from rlt.preparation.formats import FORMATS, Options, apply
-from rlt.preparation.inputs import check_inputs, files_of, parse_sources
+from rlt.formats import FORMATS, Options, apply
+from rlt.formats.corpora import CORPORA, corpus_rows
+from rlt.formats.inputs import check_inputs, files_of, parse_sources
+from rlt.formats.readers import Bad, Reader
+from rlt.formats.record import Dropped
 from rlt.preparation.prerequisites import check_machine
-from rlt.preparation.readers import Bad, Reader
-from rlt.preparation.record import Dropped
 
 FORMATS_HERE = ROOT / "tests" / "data" / "formats"
 LINES = b'{"text": "one"}\n{"text": "two"}\n'

@@ -9,12 +9,12 @@ from preparation import dropped, kept, run, settings_of, write_rows
 
 from rlt.data.sources import load_rows
 from rlt.errors import Refused
+from rlt.formats import FORMATS, Options, apply
+from rlt.formats.record import Dropped, make_record, message
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
 from rlt.planning.plan import make_plan
-from rlt.preparation.formats import FORMATS, Options, apply
 from rlt.preparation.prerequisites import check_machine
-from rlt.preparation.record import Dropped, make_record, message
 from rlt.preparation.write import FORMS, as_chat, as_preference, as_rows, as_text
 
 FORMATS_HERE = ROOT / "tests" / "data" / "formats"
