@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rlt.formats.record import Record, make_record, message
 from rlt.planning.configuration import compose_config
 from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.clean import Clean
@@ -18,7 +19,6 @@ from rlt.preparation.language import Language
 from rlt.preparation.pii import Pii
 from rlt.preparation.quality import Quality
 from rlt.preparation.quality_text import TEXT_RULES, filters, verdict
-from rlt.preparation.record import Record, make_record, message
 from rlt.preparation.stage import ROWS_AT_ONCE, Place, RowStage, Task
 from rlt.preparation.toxicity import Toxicity
 

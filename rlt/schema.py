@@ -61,10 +61,9 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The policy."""
+class ModelKeys:
+    """How a model is held and trained."""
 
-    model_name_or_path: str
     model_size: float
     model_max_length: int
     trust_remote_code: bool
@@ -80,15 +79,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where rows come from and how they are shown."""
+class ModelConfig(ModelKeys):
+    """The policy."""
+
+    model_name_or_path: str
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where rows come from, and how many of them are held out."""
 
     dataset_id_or_path: str
+    eval_size: int
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Which questions, and how they are shown."""
+
     dataset_split: str
     dataset_seed: int
     dataset_size: int | None
     eval_dataset_id_or_path: str | None
-    eval_size: int
     reasoning_format: str
     use_dataset_system_prompt: bool
     max_prompt_length: int
@@ -100,6 +112,18 @@ class SFTKeys:
 
     max_length: int | None
     logprob_token_budget: int | None
+    curriculum: list[Any] | None
+
+
+@dataclass(frozen=True)
+class PretrainKeys:
+    """Keys of pretraining: from a shape and random weights, or from a model."""
+
+    model_name_or_path: str | None
+    model_shape: dict[str, Any] | None
+    max_length: int
+    curriculum: list[Any] | None
+    fp8: bool | str
 
 
 @dataclass(frozen=True)
@@ -309,7 +333,7 @@ class ToxicityConfig:
 class DuplicatesConfig:
     """Which copies are dropped."""
 
-    same_prompt: str
+    same_prompt: str | int
     near_signature: str
     near_similarity: float
     near_in_group: str
@@ -336,17 +360,29 @@ class TokensConfig:
     """How rows become token ids, and rows of one length."""
 
     tokenizer: str | None
+    train_tokenizer: int | None
     pack_length: int
-    pack_overflow: str
+    pack_buckets: list[int] | None
+    pack_overflow: str | None
 
 
 @dataclass(frozen=True)
-class Training(RunConfig, TrainConfig, ModelConfig, DataConfig):
+class Training(RunConfig, TrainConfig, ModelKeys, SourceConfig):
     """A run that trains."""
 
 
 @dataclass(frozen=True)
-class SFTSettings(Training, SFTKeys):
+class PretrainSettings(Training, PretrainKeys):
+    """A model learns what follows in packed texts."""
+
+
+@dataclass(frozen=True)
+class Tuning(Training, ModelConfig, DataConfig):
+    """A run that trains a model on questions, traces or pairs."""
+
+
+@dataclass(frozen=True)
+class SFTSettings(Tuning, SFTKeys):
     """A teacher's warm-up: it learns to explain."""
 
 
@@ -356,12 +392,12 @@ class StudentSettings(SFTSettings, AnswersConfig):
 
 
 @dataclass(frozen=True)
-class DPOSettings(Training, PairConfig):
+class DPOSettings(Tuning, PairConfig):
     """A teacher learns which of its own traces is the better one."""
 
 
 @dataclass(frozen=True)
-class GRPOSettings(Training, GRPOKeys):
+class GRPOSettings(Tuning, GRPOKeys):
     """A student learns from rewards of its answers."""
 
 
@@ -417,7 +453,7 @@ class Profile:
         config: the TRL configuration that its other keys name fields of; None: it trains nothing itself (a job).
             trainers/build.py has one builder for each.
         generates: completions while it trains.
-        learns_from: what its rows are: questions with solutions, their reasoning traces, or pairs of those.
+        learns_from: what its rows are: questions with solutions, their traces, pairs of those, or packed text.
         learner: whose answer a trace becomes.
         teaches: its completions are explanations, rewarded by a student's understanding.
         stages: it is a list of other runs.
@@ -427,9 +463,9 @@ class Profile:
     """
 
     settings: type[RunConfig]
-    config: Literal["grpo", "sft", "dpo"] | None = None
+    config: Literal["grpo", "sft", "dpo", "pretrain"] | None = None
     generates: bool = False
-    learns_from: Literal["questions", "traces", "pairs"] | None = None
+    learns_from: Literal["questions", "traces", "pairs", "text"] | None = None
     learner: Literal["teacher", "student"] | None = None
     teaches: bool = False
     stages: bool = False
@@ -450,6 +486,7 @@ class Profile:
 PROFILES = {
     "sft": Profile(SFTSettings, config="sft", learns_from="traces", learner="teacher"),
     "student_sft": Profile(StudentSettings, config="sft", learns_from="traces", learner="student"),
+    "pretrain": Profile(PretrainSettings, config="pretrain", learns_from="text"),
     "dpo": Profile(DPOSettings, config="dpo", learns_from="pairs", learner="teacher"),
     "grpo": Profile(GRPOSettings, config="grpo", generates=True, learns_from="questions", learner="student"),
     "teacher_grpo": Profile(

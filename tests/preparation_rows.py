@@ -7,8 +7,8 @@ from typing import Any
 
 from preparation import settings_of
 
+from rlt.formats.record import Record, make_record, message
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Record, make_record, message
 from rlt.preparation.shards import read_shard, shard, write_shard
 from rlt.preparation.stage import Place, RowStage, Task
 

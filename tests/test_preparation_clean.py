@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparation_rows import chat, outcome, text
 
+from rlt.formats.record import message, texts_of
 from rlt.preparation.clean import Clean, Cleaner
-from rlt.preparation.record import message, texts_of
 
 # Characters of which repairs are made: halves of pairs, mojibake, controls, blank lines, accents to compose.
 AWKWARD = st.text(

@@ -16,10 +16,10 @@ from preparation import QUICK, bytes_below, dropped, kept, questions, run, setti
 
 from rlt.data.sources import load_rows
 from rlt.errors import Refused
+from rlt.formats.record import Dropped
 from rlt.preparation import stages
 from rlt.preparation.clean import Clean
 from rlt.preparation.ledger import LedgerError
-from rlt.preparation.record import Dropped
 from rlt.preparation.run import results_of
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.stage import Pass, RowStage
@@ -276,6 +276,22 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on(
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert launch("prepare.py", *arguments).returncode == 0
     assert results_of(small_disk / "out")[-1].counts.kept == 20_000
+
+
+def test_a_pipeline_begins_with_a_preparation_and_trains_on_its_rows(tiny_teacher, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{**row, "reasoning_trace": "Add."} for row in questions(12)])
+    learns = f"model_name_or_path:{tiny_teacher},max_steps:1,train_batch_size:4,eval_size:0"
+    stages = (
+        f"{{name:data,run:prepare_rlt,set:{{sources:[{source}],stages:[{','.join(QUICK)}]}}}}",
+        f"{{name:warmup,run:teacher_sft_tiny,set:{{dataset_id_or_path:'{{data}}',{learns}}}}}",
+    )
+    run = ["pipeline_tiny", f"stages=[{','.join(stages)}]", f"output_dir={tmp_path / 'out'}"]
+    done = launch("train.py", *run)
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 rows kept" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>data</h2>" in page and "<h2>warmup</h2>" in page
+    assert json.loads((tmp_path / "out" / "warmup" / "training_rows.json").read_text())["rows"] == 12
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from preparation_rows import chat, outcome, text
 
 from rlt.errors import Refused
+from rlt.formats.record import message, texts_of
 from rlt.preparation.domain import MATHS, PROSE, domain_of, domain_of_text
 from rlt.preparation.pii import Finder, Pii
 from rlt.preparation.pii_patterns import ENTITIES, flattened
-from rlt.preparation.record import message, texts_of
 
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----"
 TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from preparation_rows import chat, outcome, text
 
 from rlt.errors import Refused
+from rlt.formats.record import make_record, message
 from rlt.preparation.quality import Quality
 from rlt.preparation.quality_text import TEXT_RULES, TextRules, filters
-from rlt.preparation.record import make_record, message
 
 SENTENCES = [
     "The river that runs behind the old mill has flooded the lower fields twice since the spring of last year.",

@@ -3,41 +3,45 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
 from backends.collective import let_fsdp_run_on_cpu
 from backends.compilation import compile_one_at_a_time
 from rlt.errors import Refused
 from rlt.models.devices import device_type, on, uses_bfloat16
-from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
+from rlt.models.loading import load_student
 from rlt.models.paths import resolve_model_path
-from rlt.models.recurrent import past_adapters
-from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
-from rlt.planning.trl_fields import read_table
+from rlt.preparation.split import TRAIN
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
-from rlt.prompts.styles import ReasoningFormat, load_format
-from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
+from rlt.prompts.styles import ReasoningFormat
+from rlt.prompts.tokenizers import load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
 from rlt.runs.learned import (
     check_held_out,
     check_training_rows,
     learned_questions,
-    write_held_out,
-    write_training_rows,
 )
-from rlt.schema import DPOSettings, GRPOSettings, SFTSettings, StudentSettings, TeacherSettings, Training
+from rlt.schema import (
+    DPOSettings,
+    GRPOSettings,
+    SFTSettings,
+    StudentSettings,
+    TeacherSettings,
+    Tuning,
+)
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
+from trainers.arguments import trl_config
+from trainers.build_packed import build_packed_sft, build_pretraining
 from trainers.configs import GRPOConfig, SFTConfig
 from trainers.dpo import DPOTrainer
 from trainers.examples import (
@@ -51,92 +55,20 @@ from trainers.examples import (
 )
 from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
-from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar
+from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar, leave_rows
+from trainers.packed import packed_files
+from trainers.policies import build_policy, tokenizer_and_style
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
-from trainers.tracking import track, tracker_arguments
-
-ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
-
-
-def trainer_arguments(plan: Plan) -> dict[str, Any]:
-    """Every key that names a field of the trainer's configuration, and those that follow from others."""
-    settings: Training = plan.settings
-    arguments = {
-        **settings.trl,
-        "gradient_accumulation_steps": plan.accumulation_steps,
-        "bf16": uses_bfloat16(settings.bf16),
-        **tracker_arguments(plan.config),
-        "use_cpu": device_type() == "cpu",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device_type() != "cpu",
-        "save_strategy": "steps",
-    }
-    # Pushed once, at the end, by rlt/runs/hub.py; and what a trainer does not know it cannot save.
-    arguments |= {"push_to_hub": False, "hub_token": None}
-    if "logprob_token_budget" in read_table()[str(plan.profile.config)]:
-        arguments["logprob_token_budget"] = token_budget(plan.config)
-    if not plan.profile.generates and settings.eval_size and settings.eval_steps:
-        arguments["eval_strategy"] = "steps"
-    if isinstance(settings, GRPOSettings):
-        assert settings.max_completion_length is not None  # the plan refuses it
-        arguments.pop("load_best_model_at_end", None)  # see keep_best
-        arguments |= {
-            "steps_per_generation": plan.steps_per_generation,
-            "vllm_mode": "server" if settings.use_vllm_server else "colocate",
-            "vllm_max_model_length": settings.max_prompt_length + settings.max_completion_length,
-            "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode and device_type() == "cuda",
-        }
-    return arguments
-
-
-def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
-    """The configuration of a plan's trainer.
-
-    Raises:
-        Refused: TRL or transformers find that its keys do not go together.
-    """
-    try:
-        return cls(**trainer_arguments(plan), **more)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-def build_policy(model: Training, tokenizer) -> tuple[PreTrainedModel, LoraConfig | None]:
-    """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
-    low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
-    policy = load_policy(
-        resolve_model_path(model.model_name_or_path),
-        dtype=low if model.use_peft else torch.float32,
-        attn_implementation=model.attn_implementation,
-        load_in_4bit=model.load_in_4bit,
-        load_in_8bit=model.load_in_8bit,
-        trust_remote_code=model.trust_remote_code,
-    )
-    check_vocabulary(policy, tokenizer, model.model_name_or_path)
-    if not model.use_peft:
-        return policy, None
-    adapter = LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
-        exclude_modules=past_adapters(policy) or None,
-        task_type="CAUSAL_LM",
-    )
-    return policy, adapter
+from trainers.tracking import track
 
 
 def build_trainer(plan: Plan):
     """The trainer of a plan, and its held-out evaluation (None for sft)."""
     compile_one_at_a_time()
     settings = plan.settings
-    style = load_format(settings.reasoning_format)
-    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
-    check_tokenizer(style, tokenizer)
     trainer: Any
-    trainer, evaluation = BUILDERS[str(plan.profile.config)](plan, tokenizer, style)
+    trainer, evaluation = BUILDERS[str(plan.profile.config)](plan)
     policy: Any = trainer.model
     for parameter in policy.parameters():
         if parameter.requires_grad:  # TRL has made bfloat16 of adapters on quantised weights, which then stand still
@@ -150,14 +82,17 @@ def build_trainer(plan: Plan):
     return trainer, evaluation
 
 
-def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_sft(plan: Plan):
     settings: SFTSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
+    if files := packed_files(settings.dataset_id_or_path, TRAIN):
+        return build_packed_sft(plan, tokenizer, files)
     train_rows, eval_rows = split_rows(settings, style)
     examples = [sft_examples(settings, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]
     train, evaluation = (Dataset.from_list(made) if made else None for made in examples)
     arguments = trl_config(SFTConfig, plan, completion_only_loss=True)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     trainer = SFTTrainer(
         answers=held_out_answers(settings, eval_rows, tokenizer, style),
         model=policy,
@@ -172,7 +107,7 @@ def build_sft(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, of which the model has learned none before where that can be had.
 
     Raises:
@@ -183,15 +118,6 @@ def split_rows(settings: Training, style: ReasoningFormat) -> tuple[list[dict], 
     check_held_out(Path(settings.output_dir), eval_rows)
     check_training_rows(Path(settings.output_dir), train_rows)
     return train_rows, eval_rows
-
-
-def leave_rows(trainer, train_rows: list[dict], eval_rows: list[dict]) -> None:
-    """In the output folder: held-out rows for later evaluations, and what says whether a later life has the same."""
-    if not trainer.is_world_process_zero():
-        return
-    if eval_rows:
-        write_held_out(Path(trainer.args.output_dir), eval_rows)
-    write_training_rows(Path(trainer.args.output_dir), train_rows)
 
 
 def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):
@@ -206,15 +132,16 @@ def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: 
     return HeldOutAnswers(settings, question_rows(rows, tokenizer, settings, render), style)
 
 
-def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_dpo(plan: Plan):
     settings: DPOSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
     pairs = preference_pairs(Path(settings.dataset_id_or_path), settings.min_margin)
     pairs = pairs[: settings.dataset_size]
     check_training_rows(Path(settings.output_dir), pairs)
     rows = whole_pairs(settings, teaching_rows(pairs, tokenizer, style, settings).rows, tokenizer)
     arguments = trl_config(DPOConfig, plan)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     trainer = DPOTrainer(
         model=policy,
         args=arguments,
@@ -227,8 +154,9 @@ def build_dpo(plan: Plan, tokenizer, style: ReasoningFormat):
     return trainer, None
 
 
-def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
+def build_grpo(plan: Plan):
     settings: GRPOSettings = plan.settings
+    tokenizer, style = tokenizer_and_style(settings)
     train_rows, eval_rows = split_rows(settings, style)
     teaches = isinstance(settings, TeacherSettings)
     student_tokenizer = its_tokenizer(settings, tokenizer, style) if teaches else None
@@ -250,7 +178,7 @@ def build_grpo(plan: Plan, tokenizer, style: ReasoningFormat):
     keep_best(arguments, settings)
     functions = reward_functions(settings, style, train_rows, arguments)
     let_fsdp_run_on_cpu()
-    policy, adapter = build_policy(settings, tokenizer)
+    policy, adapter = build_policy(settings, tokenizer, settings.model_name_or_path)
     if adapter is not None and settings.use_vllm:
         check_embedding(policy, settings.lora_target_modules)
     attention = policy.config.get_text_config()._attn_implementation
@@ -301,7 +229,7 @@ def reward_functions(
     return functions
 
 
-def keep_best(arguments: GRPOConfig, settings: Training) -> None:
+def keep_best(arguments: GRPOConfig, settings: GRPOSettings) -> None:
     """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
     if settings.trl.get("load_best_model_at_end"):
         arguments.load_best_model_at_end = True
@@ -360,4 +288,9 @@ def load_function(path: str):
         raise Refused(f"reward_functions: {path!r} cannot be imported ({error})") from error
 
 
-BUILDERS = {"sft": build_sft, "dpo": build_dpo, "grpo": build_grpo}  # by `Profile.config`
+BUILDERS = {
+    "sft": build_sft,
+    "pretrain": build_pretraining,
+    "dpo": build_dpo,
+    "grpo": build_grpo,
+}  # by `Profile.config`

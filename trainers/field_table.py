@@ -7,13 +7,14 @@ from rlt.planning.trl_fields import TABLE, fields_of
 
 def build_table() -> dict[str, dict[str, list[str]]]:
     """The table as the installed TRL has it."""
+    import trl
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
     from trl import DPOConfig
 
     from trainers.configs import GRPOConfig, SFTConfig
 
-    kinds = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig}
+    kinds = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "pretrain": trl.SFTConfig}
     choices = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
     return {
         **{name: fields_of(kind) for name, kind in kinds.items()},

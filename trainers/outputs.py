@@ -18,6 +18,7 @@ from rlt.generation.seeds import request_seed
 from rlt.reports.curves import draw_curves
 from rlt.runs.durable import as_json_lines, read_json_lines, write_whole, written_whole
 from rlt.runs.folder import COMPLETIONS, CURVES, METRICS
+from rlt.runs.learned import write_held_out, write_training_rows
 from trainers.tracking import log_completions
 
 logger = logging.getLogger("rlt")
@@ -170,3 +171,12 @@ class Plot(TrainerCallback):
             draw_curves({self.folder.name: self.folder}, self.folder / CURVES)
 
     on_train_end = on_save
+
+
+def leave_rows(trainer, train_rows: list[dict], eval_rows: list[dict]) -> None:
+    """In the output folder: held-out rows for later evaluations, and what says whether a later life has the same."""
+    if not trainer.is_world_process_zero():
+        return
+    if eval_rows:
+        write_held_out(Path(trainer.args.output_dir), eval_rows)
+    write_training_rows(Path(trainer.args.output_dir), train_rows)

@@ -12,22 +12,25 @@ import trl
 from backends.collective import is_sharded
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
+from trainers.curriculum import CurriculumSampler, FollowsCurriculum
+from trainers.packed import sequences_of
 from trainers.recovery import RecoversMemory
 from trainers.stopping import GivesUpSteps
 
 
-class SFTTrainer(GivesUpSteps, trl.SFTTrainer, RecoversMemory):
-    """Trains on rows with `input_ids` and `completion_mask`.
+class SFTTrainer(FollowsCurriculum, GivesUpSteps, trl.SFTTrainer, RecoversMemory):
+    """Trains on rows with `input_ids` and `completion_mask`, or on packed rows.
 
     Args:
         answers: a `HeldOutAnswers`, asked at every evaluation; None: the loss alone.
+        curriculum: draws packed rows; None: all of them, shuffled.
         other arguments: as in TRL's `SFTTrainer`.
     """
 
     args: Any  # SFTConfig
 
-    def __init__(self, *args, answers=None, **kwargs):
-        self.answers = answers
+    def __init__(self, *args, answers=None, curriculum: CurriculumSampler | None = None, **kwargs):
+        self.answers, self.curriculum = answers, curriculum
         super().__init__(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -42,9 +45,7 @@ class SFTTrainer(GivesUpSteps, trl.SFTTrainer, RecoversMemory):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Overridden because TRL runs the output head on every position, three quarters of which carry no loss here.
         kill_point("backward")
-        labels, mask = inputs["labels"], inputs["attention_mask"].bool()
-        sequences = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
-        counted = [(row[m] != -100).nonzero().flatten().tolist() for row, m in zip(labels, mask, strict=True)]
+        sequences, counted = sequences_of(inputs)
         inner = self.accelerator.unwrap_model(model)
         log_probs, _ = self._read(model, inner, sequences, counted, sharded=is_sharded(self.accelerator))
         loss = -torch.cat(log_probs).sum()

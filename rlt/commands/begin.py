@@ -62,7 +62,8 @@ def show(plan: Plan) -> None:
     missing = list(plan.missing)
     if plan.warms_up_first:
         name = plan.config["warmup_run"]
-        missing.append(f"model {plan.config['model_name_or_path']}: warm-up {name} would run first")
+        what = f"rows {plan.config['dataset_id_or_path']}" if plan.profile.learns_from == "text" else None
+        missing.append(f"{what or 'model ' + str(plan.config['model_name_or_path'])}: warm-up {name} would run first")
     if plan.profile.stages:
         missing += pipeline.problems(plan)
     sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)

@@ -24,6 +24,7 @@ from rlt.runs.folder import (
     ALL_TRACES,
     EVALUATION,
     HELD_OUT,
+    PREPARED,
     REPORT,
     STAGES_READ,
     TRACES,
@@ -40,7 +41,7 @@ from rlt.survival.stop_signals import StopOnSignal
 # Of a stage's folder, what another may read: weights and settings of a model, rows, and an evaluation.
 MADE = (
     *("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json"),
-    *(HELD_OUT, TRACES, TRACES_AS_LINES, ALL_TRACES, EVALUATION),
+    *(HELD_OUT, TRACES, TRACES_AS_LINES, ALL_TRACES, EVALUATION, f"{PREPARED}/*"),
 )
 
 logger = logging.getLogger("rlt")
@@ -168,7 +169,7 @@ def check(plan: Plan) -> list[tuple[Stage, dict[str, Any]]]:
 
 def command_of(config: dict[str, Any], plan: Plan) -> list[str]:
     """What starts a stage of a pipeline's plan, but for its arguments: as the pipeline was started itself."""
-    if plan.sharding is None:
+    if plan.sharding is None or profile_of(config).prepares:
         return ["train.py"]
     return ["launch.py", str(plan.devices), *_sharding_word(config, plan.sharding)]
 
@@ -216,7 +217,8 @@ def problems(plan: Plan) -> list[str]:
 
 def reads(config: dict[str, Any]) -> bool:
     """Whether a stage learns, or makes, something of its rows: such rows may not be asked later."""
-    return not (profile_of(config).asks or profile_of(config).stages)
+    profile = profile_of(config)
+    return not (profile.asks or profile.stages or profile.prepares)
 
 
 def check_evaluations(stages: list[tuple[Stage, dict[str, Any]]], anew: bool = False) -> None:

@@ -12,7 +12,8 @@ from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.plan import Plan
 from rlt.runs.dashboard import log_figures
-from rlt.runs.folder import CARD, mark_complete
+from rlt.runs.durable import read_json
+from rlt.runs.folder import CARD, MARKER, mark_complete
 from rlt.schema import PrepareSettings
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -46,8 +47,10 @@ def run(plan: Plan, stop) -> None:
         if error.errno not in FULL:
             raise
         raise Refused(f"the disk of output_dir={output} is full: with more room the same command goes on") from error
-    write_card(settings, results)
     kept, read = results[-1].counts.kept, results[0].counts.read
-    log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
-    mark_complete(output, {"rows": kept})
+    done = {"rows": kept, "key": results[-1].key}
+    if read_json(output / MARKER) != done or not (output / CARD).is_file():
+        write_card(settings, results)
+        log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
+        mark_complete(output, done)
     sys.stdout.write(f"{report(results)}\n{settings.run_name}: {kept} of {read} rows kept; {output / CARD}\n")

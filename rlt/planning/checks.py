@@ -19,6 +19,7 @@ from rlt.schema import (
     PROFILES,
     EvaluateSettings,
     GRPOSettings,
+    PretrainSettings,
     RunConfig,
     Sampling,
     StudentConfig,
@@ -26,6 +27,7 @@ from rlt.schema import (
     TeacherRewardConfig,
     TeacherSettings,
     Training,
+    Tuning,
     VerifiedRewardConfig,
     own_keys,
 )
@@ -52,7 +54,6 @@ FIXED = frozenset(
         *("hub_strategy", "hub_always_push"),
         *("chat_template_kwargs", "completion_only_loss", "dataloader_pin_memory", "disable_tqdm", "model_init_kwargs"),
         *("remove_unused_columns", "save_only_model", "save_strategy", "use_cpu"),
-        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),  # of a call that is not made here
         *("vllm_server_host", "vllm_server_port", "vllm_structured_outputs_regex"),
     }
 )
@@ -63,7 +64,13 @@ GRPO_FIXED = (
     *("cast_lm_head_to_fp32", "eval_delay", "eval_on_start", "use_transformers_continuous_batching"),
     *("vllm_group_port", "max_tool_calling_iterations", "log_multimodal"),  # of what no run here does
 )
-FIXED_BY_CONFIG = {"sft": SFT_FIXED, "grpo": GRPO_FIXED}
+COMPILED = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # of a call that only pretraining makes
+FIXED_BY_CONFIG = {
+    "sft": (*SFT_FIXED, *COMPILED),
+    "grpo": (*GRPO_FIXED, *COMPILED),
+    "dpo": COMPILED,
+    "pretrain": SFT_FIXED,
+}
 
 
 def known_keys(trainer: str) -> dict[str, list[str]]:
@@ -142,8 +149,6 @@ def check_common(settings: Training) -> None:
     for key in ("learning_rate", "eval_size", "seed", "max_grad_norm"):
         if getattr(settings, key) < 0:
             raise Refused(f"{key}={getattr(settings, key)} must not be negative")
-    if settings.max_prompt_length < 1:
-        raise Refused(f"max_prompt_length={settings.max_prompt_length} must be positive")
     if settings.max_steps < -1:
         raise Refused(f"max_steps={settings.max_steps}: use -1 for num_train_epochs, or a number above 0")
     if settings.max_steps <= 0 and settings.num_train_epochs <= 0:
@@ -158,21 +163,10 @@ def check_common(settings: Training) -> None:
     if settings.trl.get("load_best_model_at_end"):
         check_best(settings)
     profile = settings.profile
-    if not profile.holds_out and settings.eval_size:
+    if profile.learns_from == "pairs" and settings.eval_size:
         raise Refused(f"eval_size={settings.eval_size}: preference training holds no traces out; set eval_size=0")
-    if isinstance(settings, StudentSettings) and settings.eval_answers:
-        check_verifier(settings)
-        if not settings.eval_size or not settings.eval_steps:
-            raise Refused(f"eval_answers={settings.eval_answers} needs eval_size and eval_steps above 0")
-    if not profile.generates and settings.eval_dataset_id_or_path and not settings.eval_size:
-        raise Refused("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
-    if profile.learns_from == "traces" and settings.eval_size and not settings.eval_steps:
+    if profile.learns_from in ("traces", "text") and settings.eval_size and not settings.eval_steps:
         raise Refused(f"eval_size={settings.eval_size}: rows are held out and never looked at; set eval_steps")
-    size, held_out = settings.dataset_size, settings.eval_size
-    if size is not None and size < 1:
-        raise Refused(f"dataset_size={size} must be positive, or null for all rows")
-    if size and held_out >= size and not settings.eval_dataset_id_or_path:
-        raise Refused(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
     every = settings.eval_steps
     if profile.generates and every and (every < 1 or every % 1):
         raise Refused(f"eval_steps={settings.eval_steps} must be a whole number of steps, or null")
@@ -182,6 +176,40 @@ def check_common(settings: Training) -> None:
         raise Refused(f"save_minutes={settings.save_minutes} must be positive, or null to save by steps alone")
     if settings.stop_grace_s <= 0:
         raise Refused(f"stop_grace_s={settings.stop_grace_s} must be positive")
+
+
+def check_rows(settings: Tuning) -> None:
+    """Which rows are trained on, which held out, and how long their prompts may be."""
+    if settings.max_prompt_length < 1:
+        raise Refused(f"max_prompt_length={settings.max_prompt_length} must be positive")
+    if isinstance(settings, StudentSettings) and settings.eval_answers:
+        check_verifier(settings)
+        if not settings.eval_size or not settings.eval_steps:
+            raise Refused(f"eval_answers={settings.eval_answers} needs eval_size and eval_steps above 0")
+    if not settings.profile.generates and settings.eval_dataset_id_or_path and not settings.eval_size:
+        raise Refused("eval_dataset_id_or_path with eval_size=0: its rows are never looked at; set eval_size")
+    size, held_out = settings.dataset_size, settings.eval_size
+    if size is not None and size < 1:
+        raise Refused(f"dataset_size={size} must be positive, or null for all rows")
+    if size and held_out >= size and not settings.eval_dataset_id_or_path:
+        raise Refused(f"eval_size={held_out} leaves nothing of dataset_size={size} rows to train on")
+
+
+def check_pretraining(settings: PretrainSettings) -> None:
+    """Where weights come from, and what it is computed in."""
+    if (settings.model_name_or_path is None) == (settings.model_shape is None):
+        raise Refused(
+            f"model_name_or_path={settings.model_name_or_path} and model_shape={settings.model_shape}: name a model to "
+            "go on from, or the shape of a new one"
+        )
+    if settings.model_shape is not None and "model_type" not in settings.model_shape:
+        raise Refused("model_shape needs model_type, such as llama, and fields of its configuration")
+    if settings.model_shape is not None and (settings.use_peft or settings.load_in_4bit or settings.load_in_8bit):
+        raise Refused("use_peft=true with model_shape: random weights are trained as a whole")
+    if settings.fp8 not in (False, True, "emulate"):
+        raise Refused(f"fp8={settings.fp8}: use true, false, or emulate, which computes the same without the hardware")
+    if settings.fp8 and importlib.util.find_spec("torchao") is None:
+        raise Refused(f"fp8={settings.fp8} needs a package that is missing: pip install torchao")
 
 
 def check_best(settings: Training) -> None:

@@ -24,7 +24,7 @@ from rlt.models.paths import MERGED, adapter_base, is_adapter
 from rlt.places import KEY_VARIABLE, LOCAL_STARTS
 from rlt.planning.memory import GIB, parameters
 from rlt.prompts.styles import load_format
-from rlt.runs.folder import is_complete
+from rlt.runs.folder import PACKED, is_complete
 from rlt.schema import profile_of, server_urls
 
 logger = logging.getLogger("rlt")
@@ -91,8 +91,10 @@ def check_servers_answer(config: dict[str, Any]) -> None:
 def check_data(config: dict[str, Any]) -> None:
     sources = [config.get(key) for key in ("dataset_id_or_path", "eval_dataset_id_or_path")]
     for key, source in zip(("dataset_id_or_path", "eval_dataset_id_or_path"), sources, strict=True):
-        if source is None:
+        if source is None or has_packed_rows(source):
             continue
+        if profile_of(config).learns_from == "text":
+            raise Refused(f"{key}={source} holds no packed rows: prepare it with the stages tokens and pack")
         try:
             inspect_source(source)
         except Refused as error:
@@ -117,6 +119,11 @@ def check_data(config: dict[str, Any]) -> None:
         found = len(load_rows(files[0], size=held_out + 1, tags=tags).rows)
         if found <= held_out:
             raise Refused(f"eval_size={held_out} leaves nothing of {found} rows to train on")
+
+
+def has_packed_rows(source: str) -> bool:
+    """Whether it is the output folder of a preparation that packs."""
+    return any((Path(source).expanduser() / PACKED).glob("train-*.parquet"))
 
 
 def check_models_exist(named: dict[str, str]) -> None:

@@ -47,6 +47,8 @@ class Shape:
 def model_folder(config: dict[str, Any]) -> Path | None:
     """Where the policy's files are on this machine, with nothing loaded or converted; an adapter's are its base's."""
     name = config["model_name_or_path"]
+    if name is None:
+        return None
     folder = cache_folder() / name.removeprefix("embedded/") if is_embedded(name) else Path(name).expanduser()
     try:
         for place in (folder, folder / MERGED):
@@ -88,7 +90,7 @@ def _product(shape: list[int]) -> int:
 def shape_of(config: dict[str, Any]) -> Shape:
     """From a local config.json; else that of a usual transformer, 100 hidden units per layer and 12 x hidden² each."""
     size, folder = parameters(config), model_folder(config)
-    found = model_settings(folder) if folder else {}
+    found = model_settings(folder) if folder else config.get("model_shape") or {}
     found = found.get("text_config", found)
     if not {"hidden_size", "num_hidden_layers"} <= found.keys():  # not here, or named otherwise
         layers = (size / 12 / 100**2) ** (1 / 3)

@@ -18,9 +18,12 @@ from rlt.planning.checks import (
     check_groups,
     check_keys,
     check_lengths,
+    check_pretraining,
     check_reward,
+    check_rows,
     check_sharding,
 )
+from rlt.planning.curriculum import check_curriculum
 from rlt.planning.grace import warn_of_short_grace
 from rlt.planning.job_checks import check_job
 from rlt.planning.machine import (
@@ -39,7 +42,17 @@ from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
-from rlt.schema import GRPOSettings, PrepareSettings, Profile, TeacherSettings, profile_of, renamed
+from rlt.schema import (
+    GRPOSettings,
+    PrepareSettings,
+    PretrainSettings,
+    Profile,
+    SFTSettings,
+    TeacherSettings,
+    Tuning,
+    profile_of,
+    renamed,
+)
 
 SLOW_ADAPTER = 5e-6  # of learning rates
 
@@ -115,7 +128,7 @@ def make_plan(
     Args:
         config: the flat configuration, interpolations resolved.
         devices: processes that train.
-        warms_up_first: another run will first make the model at `model_name_or_path`.
+        warms_up_first: another run will first make the model, or the rows, that this one begins with.
         sharding: over the devices, one of `rlt.launching.environment.SHARDINGS`; None: one process.
         list_missing: put what this machine merely lacks (files, network, a GPU) into `Plan.missing` instead of
             refusing the run for it; None: as a dry run does.
@@ -151,6 +164,12 @@ def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding:
     if isinstance(settings, TeacherSettings):
         check_reward(settings)
     check_common(settings)
+    if isinstance(settings, Tuning):
+        check_rows(settings)
+    if isinstance(settings, PretrainSettings):
+        check_pretraining(settings)
+    if isinstance(settings, PretrainSettings | SFTSettings) and settings.curriculum is not None:
+        check_curriculum(settings)
     if settings.use_peft and settings.learning_rate < SLOW_ADAPTER:
         logger.warning(
             "learning_rate=%s with use_peft=true: Adam moves an adapter by at most that much a step, from zero, which "
@@ -170,11 +189,12 @@ def _missing(plan: Plan, listed: bool) -> Iterator[str]:
     """
     config = plan.config
     models = [key for key in MODELS if not (key == "model_name_or_path" and plan.warms_up_first)]
+    there = {} if plan.warms_up_first and plan.profile.learns_from == "text" else config  # by a preparation
     checks = (
         partial(check_packages, config),
         partial(check_device, config, plan.gpus),
         partial(check_servers_answer, config),
-        partial(check_data, config),
+        partial(check_data, there),
         partial(check_models_exist, {key: config[key] for key in models if config.get(key) is not None}),
         partial(_check_preparation, plan),
         partial(check_comparison, config),

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlt.errors import Refused
@@ -10,8 +11,9 @@ from rlt.planning.configuration import compose_config, named_keys, quoted
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.profiles import with_memory_profile
 from rlt.planning.trl_fields import typed_settings
-from rlt.runs.folder import check_output, is_complete
+from rlt.runs.folder import MARKER, check_output, is_complete
 from rlt.runs.trackers import as_override
+from rlt.schema import profile_of
 
 STARTING = "http://127.0.0.1:0"  # the address of servers until they have their ports
 
@@ -60,7 +62,7 @@ def with_warmup(
     config: dict[str, Any], given: list[str], devices: int = 1, sharding: str = "ddp"
 ) -> tuple[dict[str, Any], list[str] | None]:
     """The run as it starts from its warm-up's model, unless a model was named; and the arguments of a warm-up that has
-    yet to run.
+    yet to run. A preparation is one too: the run then starts from its rows.
 
     Of the run's own keys a warm-up takes only where results and logs go, and how often ranks restart; its micro-batch
     has to fit the devices.
@@ -68,7 +70,8 @@ def with_warmup(
     Raises:
         Refused: the warm-up cannot run on these devices, or another run stands in its folder.
     """
-    if config["warmup_run"] is None or named_keys(given) & {"model_name_or_path", "model_cfg"}:
+    key = "dataset_id_or_path" if profile_of(config).learns_from == "text" else "model_name_or_path"
+    if config["warmup_run"] is None or named_keys(given) & {key, "model_cfg"}:
         return config, None
     name = config["warmup_run"]
     arguments = [f"run_cfg={name}", f"results_dir={quoted(config['results_dir'])}"]
@@ -76,15 +79,17 @@ def with_warmup(
     if config["restarts"]:
         arguments.append(f"restarts={config['restarts']}")
     first, _ = compose_config(arguments)
-    config = {**config, "model_name_or_path": first["output_dir"]}
+    config = {**config, key: first["output_dir"]}
+    prepares = profile_of(first).prepares
     try:
-        if is_complete(first):  # whatever it took to make
+        if is_complete(first) or (prepares and (Path(first["output_dir"]) / MARKER).is_file()):  # whatever it took
             check_output(first)
             return config, None
-        share, each = first["train_batch_size"] // devices, first["per_device_train_batch_size"]
-        if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
-            arguments.append(f"per_device_train_batch_size={fits[-1]}")
-            first["per_device_train_batch_size"] = fits[-1]
+        if not prepares:
+            share, each = first["train_batch_size"] // devices, first["per_device_train_batch_size"]
+            if fits := [size for size in range(1, each + 1) if share and share % size == 0]:
+                arguments.append(f"per_device_train_batch_size={fits[-1]}")
+                first["per_device_train_batch_size"] = fits[-1]
         plan = make_plan(first, devices, sharding=sharding, list_missing=config["dry_run"])
     except Refused as error:
         raise Refused(f"warm-up {name}: {error}") from None

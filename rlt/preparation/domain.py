@@ -6,7 +6,7 @@ Digits alone do not make mathematics: a list of telephone numbers has more of th
 
 import re
 
-from rlt.preparation.record import Record, texts_of
+from rlt.formats.record import Record, texts_of
 
 PROSE, MATHS, CODE = "prose", "maths", "code"
 SOURCE_FILES = (".py", ".js", ".ts", ".java", ".c", ".h", ".cpp", ".hpp", ".cs", ".go", ".rs", ".rb", ".php", ".sh")

@@ -17,10 +17,10 @@ from pathlib import Path
 import orjson
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, map_texts, texts_of, turns_of
 from rlt.preparation.domain import PROSE, domain_of
 from rlt.preparation.pii_patterns import ANYWHERE, CONTEXT, ENTITIES, NAMES, Span, flattened, recognisers
 from rlt.preparation.pii_replace import STYLES, Replacements, Surrogates, replaced
-from rlt.preparation.record import Dropped, Record, map_texts, texts_of, turns_of
 from rlt.preparation.stage import RowStage, Task
 
 ROUNDS = 10  # of looking again: a replacement can bring a number nearer to a word about telephones

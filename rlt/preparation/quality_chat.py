@@ -19,9 +19,9 @@ from typing import Any
 
 import orjson
 
+from rlt.formats.record import Record, prompt_of
 from rlt.preparation.language import Detector, prose_of
 from rlt.preparation.quality_loops import Loops
-from rlt.preparation.record import Record, prompt_of
 from rlt.schema import PrepareSettings
 
 Turns = list[dict[str, Any]]

@@ -1,71 +1,127 @@
 """The first stage: every row of every source becomes a record, or is dropped with its reason.
 
 Sources are read file by file, each once, into blocks of records; then the blocks are dealt out to shards, whose number
-(`engine_tasks`) is how many tasks every later stage has.
+(`engine_tasks`) is how many tasks every later stage has. Formats whose rows depend on one another (trees, trajectories)
+have a file's rows parted by group first, into `PARTS` files of which one at a time is held in memory.
 """
 
+import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from rlt.data.files import read_file
-from rlt.preparation.formats import FORMATS
-from rlt.preparation.inputs import Source, check_inputs, parse_sources
+import xxhash
+
+from rlt.errors import Refused
+from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format
+from rlt.formats.columns import Options, Row, Unfit
+from rlt.formats.inputs import Input, Source, inputs_of, parse_sources
+from rlt.formats.readers import Bad, rows_of
+from rlt.formats.record import Dropped, Record, content_hash, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record, content_hash, make_record, message, texts_of
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.preparation.stage import Pass, Stage, Task
+from rlt.runs.durable import read_json, write_whole
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BLOCK = 1000  # rows
+PARTS = 64  # of a file whose rows depend on one another
+LOOKED_AT = 20  # first rows, by which a source's format is told or checked
 
 
 class Read(Stage):
     """Reads and formats."""
 
     name = "read"
-    keys = ("sources", "engine_tasks")
+    keys = ("sources", "engine_tasks", "keep_calculations", "answers_per_tree", "longest_line")
 
     def passes(self) -> list[Pass]:
-        self.inputs = check_inputs(parse_sources(self.settings.sources))
-        return [Pass("format", self.format, tasks=len(self.inputs)), Pass("rows", self.deal)]
+        return [Pass("format", self.format, tasks=len(inputs_of(self.settings.sources))), Pass("rows", self.deal)]
+
+    def check(self) -> None:
+        """That every source has rows, of a format that is known: by its first ones."""
+        for source in parse_sources(self.settings.sources):
+            self.format_of(source)
+
+    def check_counts(self, counts: Counts) -> None:
+        if not self.settings.allow_empty_sources:
+            for source in parse_sources(self.settings.sources):
+                if source.name not in counts.sources:
+                    raise Refused(f"sources: {source.path} holds no row; allow_empty_sources=true goes on without it")
+        super().check_counts(counts)
+
+    def format_of(self, source: Source) -> Format:
+        parts = [part for part in inputs_of(self.settings.sources) if part.source == source]
+        given = (row for part in parts for _, row in self.rows(part, Counter()))
+        first = list(islice((row for row in given if not isinstance(row, Bad)), LOOKED_AT))
+        if not first and source.format is None and self.settings.allow_empty_sources:
+            return FORMATS["text"]  # of no row
+        return find_format(source.format, first, f"sources: {source.path}")
+
+    def rows(self, part: Input, notes: Counter[str]) -> Iterator[tuple[str, Row | Bad]]:
+        """What an input holds, each row with its number, behind that of its file where its source has several."""
+        named = FORMATS.get(part.source.format or "")
+        lines = named.lines if named is not None else None
+        for number, path in part.files:
+            empty = True
+            for row_number, row in enumerate(rows_of(part.source, path, self.settings, lines, notes)):
+                empty = False
+                yield f"{number}-{row_number}" if part.several else str(row_number), row
+            notes["files without a row"] += empty
 
     def format(self, task: Task) -> Counts:
         """One input, into blocks of what is kept and what is dropped."""
-        source, path = self.inputs[task.number]
-        counts = Counts()
-        rows = self.records(source, path)
+        part = inputs_of(self.settings.sources)[task.number]
+        counts, notes = Counts(), Counter()
+        known = self.format_of(part.source)
+        given = islice(self.rows(part, notes), part.source.max_rows)
+        results = self.formatted(known, given, task)
         block = 0
-        while some := list(islice(rows, BLOCK)):
-            with writing(shard(task.place.work / f"{task.number:05d}", block)) as write:
-                for row in some:
-                    write(row)
-                    counts.take(source.name, row.get("reason"))
+        while some := list(islice(results, BLOCK)):
+            with writing(shard(task.place.work / "blocks" / f"{task.number:05d}", block)) as write:
+                for number, row, result in some:
+                    entry = _entry(part.source, number, row, result)
+                    write(entry)
+                    counts.take(part.source.name, entry.get("reason"))
             block += 1
+            task.progress(counts.read)
+        (task.place.work / "notes").mkdir(parents=True, exist_ok=True)
+        write_whole(task.place.work / "notes" / f"{task.number:05d}.json", json.dumps(+notes))
         return counts
 
-    def records(self, source: Source, path: Path | None) -> Iterator[dict[str, Any]]:
-        assert path is not None
-        for number, row in enumerate(islice(read_file(path), source.max_rows)):
-            result = self.record(row)
-            if isinstance(result, Dropped):
-                yield {"reason": result.reason, "score": None, "source": source.name, "row": number, "given": row}
-            else:
-                result |= {"source": source.name, "license": source.license}
-                result["id"] = f"{source.name}:{number}:{content_hash(result)}"
-                yield result
-
-    def record(self, row: dict[str, Any]) -> Record | Dropped:
-        if not FORMATS:
-            turns = [message("user", row["question"]), message("assistant", row["solution"])]
-            return make_record("chat", messages=turns, answer=row["solution"])
-        raise NotImplementedError
+    def formatted(
+        self, known: Format, given: Iterator[tuple[str, Row | Bad]], task: Task
+    ) -> Iterator[tuple[str, Any, Record | Dropped]]:
+        """Each row with its number and what becomes of it."""
+        options = Options(self.settings.keep_calculations, self.settings.answers_per_tree)
+        if known.group is None:
+            for number, row in given:
+                if isinstance(row, Bad):
+                    yield number, row.given, Dropped(row.reason)
+                else:
+                    yield number, row, apply(known, row, options)
+            return
+        folder = task.place.work / "parts" / f"{task.number:05d}"
+        with ExitStack() as files:
+            parts = [files.enter_context(writing(shard(folder, n))) for n in range(PARTS)]
+            for number, row in given:
+                if isinstance(row, Bad):
+                    yield number, row.given, Dropped(row.reason)
+                    continue
+                try:
+                    group = known.group(row)
+                except Unfit as unfit:
+                    yield number, row, Dropped(unfit.reason)
+                    continue
+                parts[xxhash.xxh3_64_intdigest(group.encode()) % PARTS]({"group": group, "number": number, "row": row})
+        for n in range(PARTS):
+            yield from _grouped(known, read_shard(shard(folder, n)), options)
 
     def deal(self, task: Task) -> Counts:
         """Every so many-th block, into this task's shard."""
         counts = Counts()
-        blocks = sorted(task.place.work.glob("*/*"))
+        blocks = sorted((task.place.work / "blocks").glob("*/*"))
         with (
             writing(shard(task.place.shards, task.number)) as keep,
             writing(shard(task.place.dropped, task.number)) as drop,
@@ -78,4 +134,31 @@ class Read(Stage):
                     else:
                         counts.take(row["source"], None, sum(map(len, texts_of(row))))
                         keep(row)
+                task.progress(counts.read)
+        if task.number == 0:
+            for path in sorted((task.place.work / "notes").iterdir()):
+                counts.notes.update(read_json(path))
         return counts
+
+
+def _entry(source: Source, number: str, row: Any, result: Record | Dropped) -> dict[str, Any]:
+    """A line of a block: the record, or the row as it was given beside its reason."""
+    if isinstance(result, Dropped):
+        return {"reason": result.reason, "score": None, "source": source.name, "row": number, "given": row}
+    result |= {"source": source.name, "license": source.license}
+    if source.kind is not None:
+        result["meta"]["kind"] = source.kind
+    result["id"] = f"{source.name}:{number}:{content_hash(result)}"
+    return result
+
+
+def _grouped(
+    known: Format, rows: Iterator[dict[str, Any]], options: Options
+) -> Iterator[tuple[str, Any, Record | Dropped]]:
+    """The results of a part, group by group."""
+    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["group"]].append(row)
+    for group in groups.values():
+        results = apply_to_group(known, [member["row"] for member in group], options)
+        yield from ((m["number"], m["row"], result) for m, result in zip(group, results, strict=True))

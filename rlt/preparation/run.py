@@ -15,11 +15,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlt.formats.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.engine import Stopped, counts_file, read_counts, run_pass
-from rlt.preparation.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.ledger import Counts, check_chain
 from rlt.preparation.progress import bar
 from rlt.preparation.stage import Place, Stage, key_values
+from rlt.preparation.stages import STAGES as BY_NAME
 from rlt.preparation.stages import stages_of
 from rlt.runs.durable import read_json, write_whole
 from rlt.runs.folder import STAGES
@@ -41,6 +42,7 @@ class StageResult:
     folder: Path
     counts: Counts
     seconds: float
+    key: str  # what it was made from, as a hash
 
 
 def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageResult]:
@@ -71,6 +73,8 @@ def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageR
         results.append(result)
         before = place.folder
     _remove_others(output / STAGES, {result.folder for result in results})
+    for name in BY_NAME.keys() - settings.stages:
+        _remove_outputs(output, BY_NAME[name].outputs)
     return results
 
 
@@ -84,11 +88,11 @@ def key_of(stage: Stage, before: str) -> str:
 def finished(stage: Stage, place: Place, key: str) -> StageResult | None:
     """The result that is there, if it was made from the same."""
     stats: dict[str, Any] | None = read_json(place.folder / STATS)
-    if stats is None or stats["key"] != key:
+    if stats is None or stats["key"] != key or not all((place.output / name).is_dir() for name in stage.outputs):
         return None
     _clear(place.folder)  # a kill may have come right after the figures
     seconds = read_json(place.folder / SECONDS) or 0.0
-    return StageResult(stage.name, place.folder, Counts.of_dict(stats), seconds)
+    return StageResult(stage.name, place.folder, Counts.of_dict(stats), seconds, key)
 
 
 def _clear(folder: Path) -> None:
@@ -104,6 +108,7 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     if read_json(place.folder / KEY) != key:
         if place.folder.exists():
             shutil.rmtree(place.folder)
+        _remove_outputs(place.output, stage.outputs)
         place.folder.mkdir(parents=True)
         write_whole(place.folder / KEY, json.dumps(key))
     counts = Counts()
@@ -124,7 +129,13 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     write_whole(place.folder / STATS, json.dumps({"key": key, **counts.as_dict()}, indent=1))
     _clear(place.folder)
     logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)
-    return StageResult(stage.name, place.folder, counts, seconds)
+    return StageResult(stage.name, place.folder, counts, seconds, key)
+
+
+def _remove_outputs(output: Path, names: tuple[str, ...]) -> None:
+    """Folders with what a stage has written for other runs, in an earlier form."""
+    for name in names:
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _remove_others(folder: Path, kept: set[Path]) -> None:
@@ -140,5 +151,5 @@ def results_of(output: Path) -> list[StageResult]:
         stats = read_json(folder / STATS)
         if stats is not None:
             seconds = read_json(folder / SECONDS) or 0.0
-            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds))
+            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
     return found

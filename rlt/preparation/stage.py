@@ -12,7 +12,7 @@ there is not run again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record, texts_of
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.schema import PrepareSettings
 
@@ -91,10 +91,10 @@ class Stage:
     """A step of the preparation; its counts come from its last pass."""
 
     name: ClassVar[str]
-    version: ClassVar[int] = (
-        1  # another one when equal settings begin to give other rows: earlier results are made again
-    )
+    version: ClassVar[int] = 1  # another one once equal settings give other rows: results are made again
     keys: ClassVar[tuple[str, ...]] = ()  # of the settings that its results depend on
+    score_key: ClassVar[str | None] = None  # of `meta`: where kept rows have what a threshold was compared with
+    outputs: ClassVar[tuple[str, ...]] = ()  # folders of the output folder that it alone writes
 
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
@@ -153,7 +153,7 @@ class RowStage(Stage):
     def task(self, task: Task) -> Counts:
         self.start(task)
         rows = task.rows()
-        judged = ((a, b) for some in _batches(rows) for a, b in zip(some, self.some(some), strict=True))
+        judged = ((a, b) for some in in_batches(rows) for a, b in zip(some, self.some(some), strict=True))
         counts = write_judged(task, judged)
         counts.notes.update(self.notes())
         return counts
@@ -168,7 +168,7 @@ class CorpusStage(Stage):
     def decisions(self) -> list[Pass]:
         raise NotImplementedError
 
-    def verdicts(self, task: Task) -> dict[int, Dropped]:
+    def verdicts(self, task: Task) -> Mapping[int, Dropped]:
         """Each row that is dropped, by its number within the shard, as decisions left it below `Task.place.work`."""
         raise NotImplementedError
 
@@ -198,7 +198,7 @@ def write_judged(task: Task, judged: Iterator[tuple[Record, Record | Dropped]]) 
     return counts
 
 
-def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
+def in_batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
     while some := list(islice(rows, ROWS_AT_ONCE)):
         yield some
 

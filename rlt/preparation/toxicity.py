@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlt.errors import Refused
-from rlt.preparation.record import Dropped, Record, texts_of
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.stage import RowStage, Task
 
 SVM = "svm"

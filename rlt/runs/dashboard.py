@@ -64,6 +64,8 @@ def _measured(config: dict[str, Any]) -> str:
         return "rows kept by each stage"
     if not profile.trains:
         return "each stage's own figures" if profile.stages else "reward and format rate of the traces"
+    if profile.learns_from == "text":
+        return "loss on held-out rows of each source, beside the entropy of unigrams; tokens per second"
     if not held_out or not profile.holds_out:
         return "the loss on its training rows" if not profile.generates else "reward in training"
     if profile.generates:

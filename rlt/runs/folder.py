@@ -34,6 +34,7 @@ EVALUATIONS = "evaluations.jsonl"  # held-out questions, one object per evaluati
 HELD_OUT = "held_out.jsonl"  # the questions that a run holds out, as a dataset
 LEARNED = "training_rows.json"  # how many rows a run trains on, and their sum
 CHECKPOINTS = "checkpoint-*"
+CACHE = ".cache"  # packed rows as a trainer maps them into memory
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
 PARTS = "parts"  # of a job: rows as they were made, and what they were made from
 TRACES = "traces.parquet"  # of a collection: what is kept
@@ -46,6 +47,7 @@ EVALUATION_PICTURE = "evaluation.png"
 REPORT = "report.html"  # of a pipeline
 STAGES_READ = "stages_read.json"  # what each of its stages read of earlier ones: names of files and their sums
 STAGES = "stages"  # of a preparation: what each of them kept, dropped and counted
+TOKENS, PACKED, TOKENIZER = "tokens", "packed", "tokenizer"  # token ids, rows of one length, and what made them
 FUNNEL = "funnel.png"  # rows kept by each stage
 MODEL_CARD = "README.md"  # of a model that is pushed to a hub
 # What trackers leave (runs/dashboard.py); W&B names its folder `wandb` itself.
@@ -54,7 +56,7 @@ WANDB_RUN, MLFLOW_RUN = "wandb_run_id", "mlflow_run_id"  # which run a resumed o
 # A run may be continued with other values of these: lengths of the run, logging, saving, devices.
 CONTINUABLE = frozenset(
     {
-        *("max_steps", "num_train_epochs", "requires", "dry_run", "warmup_run", "restarts"),
+        *("max_steps", "num_train_epochs", "curriculum", "requires", "dry_run", "warmup_run", "restarts"),
         "deterministic",
         *("output_dir", "results_dir", "run_name", "overwrite_output_dir"),
         *("logging_steps", "report_to", "eval_steps", "save_completions_probability"),

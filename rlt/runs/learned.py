@@ -41,6 +41,8 @@ def lineage(model: Path) -> Iterator[dict]:
             config["dataset_size"] = None  # of pairs, there
         yield {**config, "output_dir": str(place)}  # where it is now
         before = config["model_name_or_path"]
+        if before is None:  # its weights were random
+            return
         if _is_gone(before):
             logger.warning("%s was made from %s, which is gone: what that was trained on is not known", place, before)
         yield from lineage(Path(before).expanduser())
@@ -71,6 +73,8 @@ def learned_rows(config: dict) -> list[dict]:
     Raises:
         Refused: the source is gone, or has other rows than those that the run was trained on.
     """
+    if profile_of(config).learns_from == "text":  # which has no questions of its own
+        return []
     rows, folder = rows_of(config).rows, Path(config["output_dir"])
     if (file := folder / HELD_OUT).is_file():
         held_out = questions_of(read_json_lines(file))

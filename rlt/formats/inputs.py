@@ -1,6 +1,7 @@
 """What is read: the files behind `sources`, and a manifest of them that stops a run when one changed meanwhile."""
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from rlt.runs.durable import read_json, write_whole
 MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
 GLOB = "*?["
+KINDS = ("prose", "maths", "code")  # of rules: `meta.kind` of a record
+# Names of files and hub sets that are evaluations, whole or in one split.
+EVALUATIONS = re.compile(r"(bfcl|human[-_]?eval|mmlu|gpqa|theoremqa|math[-_]?500|aime[-_]?(20)?2[4-9])(?![a-z])", re.I)
+TRAINING_SPLITS = ("auxiliary_train",)  # of MMLU
+TESTED = re.compile(r"(gsm8k|arc[-_](easy|challenge|c|e)|ai2_arc)(?![a-z])", re.I)
+TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.I)
 BLOCK = 2**22
 
 
@@ -25,9 +32,9 @@ class Source:
         path: a file, a folder, a glob, a hub's data set, or `corpus/<name>`.
         format: a name of `formats.FORMATS`; None: told by its columns, where that is certain.
         license: of its rows, as text; None: unknown.
-        kind: of plain text: text, code or maths, whose rules it is judged by; None: by its format.
+        kind: prose, maths or code, whose rules it is judged by; None: by its format.
         max_rows: at most so many are read.
-        split: of a hub's data set.
+        split, config, revision: of a hub's data set.
     """
 
     name: str
@@ -37,6 +44,22 @@ class Source:
     kind: str | None = None
     max_rows: int | None = None
     split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one task reads.
+
+    Args:
+        files: of the source, each with its number; (0, None) of a source that has none of its own.
+        several: whether the source has more files than one, so that a row's number needs its file's.
+    """
+
+    source: Source
+    files: tuple[tuple[int, Path | None], ...]
+    several: bool
 
 
 def parse_sources(entries: list[Any]) -> list[Source]:
@@ -58,9 +81,14 @@ def parse_sources(entries: list[Any]) -> list[Source]:
             wanted = int if key == "max_rows" else str
             if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
                 raise Refused(f"sources: {key}={value!r} of {entry['path']} must be {wanted.__name__}")
+        if entry.get("kind") not in (None, *KINDS):
+            raise Refused(f"sources: kind={entry['kind']} of {entry['path']} is none of {', '.join(KINDS)}")
+        if (entry.get("max_rows") or 1) < 1:
+            raise Refused(f"sources: max_rows={entry['max_rows']} of {entry['path']} must be at least 1")
         stem = Path(entry["path"]).name.split(".")[0].strip(GLOB) or "source"
         given: dict[str, Any] = {"name": stem, **entry}
         sources.append(Source(**given))
+        refuse_evaluation(sources[-1])
     if not sources:
         raise Refused("sources is empty: name files, as in sources=[my/rows.jsonl]")
     for number, source in enumerate(sources):
@@ -69,35 +97,62 @@ def parse_sources(entries: list[Any]) -> list[Source]:
     return sources
 
 
+def refuse_evaluation(source: Source) -> None:
+    """Raises:
+    Refused: the source is an evaluation set, as its name says; by name alone, whatever its rows are.
+    """
+    path = Path(source.path)
+    known = EVALUATIONS.match(path.name) and source.split not in TRAINING_SPLITS
+    names = f"{path.parent.name}/{path.name}"
+    on_hub = source.path.count("/") == 1 and not path.suffix
+    if known or (TESTED.search(names) and (TEST.search(path.name) or (on_hub and TEST.search(source.split)))):
+        raise Refused(
+            f"sources: {source.path} is an evaluation set, as its name says: no run trains on it; name it in "
+            "evaluation_sets, or rename the file if it is none"
+        )
+
+
 def files_of(source: Source) -> list[Path]:
     """The files of a source, sorted; none of a packaged corpus, or of a hub's data set.
 
     Raises:
-        Refused: there is no such file, or one is listed twice.
+        Refused: there is no such file, or it cannot be read.
     """
-    from rlt.preparation.read import SUFFIXES
+    from rlt.formats.readers import SUFFIXES
 
     if source.path.startswith(PACKAGED):
         return []
     path = Path(source.path).expanduser()
     if any(character in source.path for character in GLOB):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
-        found = sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
-        if not found:
-            raise Refused(f"sources: {source.path} matches no file")
-        return found
+        return _readable(sorted(anchor.glob(str(path.relative_to(anchor)))), f"{source.path} matches no file")
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
-        if not found:
-            raise Refused(f"sources: {source.path} is a folder without a file of {', '.join(SUFFIXES)}")
-        return found
-    if not path.exists():
-        if source.path.count("/") == 1 and not path.suffix:
-            return []  # a hub's data set
-        raise Refused(f"sources: {source.path} does not exist")
-    if not path.is_file():
-        raise Refused(f"sources: {source.path} is neither a file nor a folder")
-    return [path]
+        found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        return _readable(found, f"{source.path} is a folder without a file of {', '.join(SUFFIXES)}")
+    if not path.exists() and source.path.count("/") == 1 and not path.suffix and not path.is_symlink():
+        return []  # a hub's data set
+    return _readable([path], f"{source.path} does not exist")
+
+
+def _readable(paths: list[Path], otherwise: str) -> list[Path]:
+    """The files among them.
+
+    Raises:
+        Refused: there is none, one is of no kind that is read, or is a link that leads nowhere.
+    """
+    from rlt.formats.readers import SUFFIXES
+
+    found = []
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise Refused(f"sources: {path} is a link that leads nowhere")
+        if path.is_file():
+            if not path.name.endswith(SUFFIXES):
+                raise Refused(f"sources: {path} is none of {', '.join(SUFFIXES)}")
+            found.append(path)
+    if not found:
+        raise Refused(f"sources: {otherwise}")
+    return found
 
 
 def check_inputs(sources: list[Source]) -> list[tuple[Source, Path | None]]:
@@ -116,6 +171,24 @@ def check_inputs(sources: list[Source]) -> list[tuple[Source, Path | None]]:
                 raise Refused(f"sources: {file} is named twice, by {seen[place]} and by {source.name}")
             seen[place] = source.name
     return found
+
+
+def inputs_of(entries: list[Any]) -> list[Input]:
+    """What the tasks of the first stage read, of the key `sources`: a file each, or all of a source with `max_rows`.
+
+    Raises:
+        Refused: as `check_inputs`.
+    """
+    together: dict[Source, list[Path | None]] = {}
+    for source, path in check_inputs(parse_sources(entries)):
+        together.setdefault(source, []).append(path)
+    inputs = []
+    for source, paths in together.items():
+        numbered = tuple(enumerate(paths))
+        several = len(paths) > 1
+        parts = [numbered] if source.max_rows else [(one,) for one in numbered]
+        inputs += [Input(source, part, several) for part in parts]
+    return inputs
 
 
 def fingerprint(path: Path) -> str:

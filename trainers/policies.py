@@ -1,0 +1,48 @@
+"""The trained model, its adapter, and the tokenizer that it reads with."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from rlt.models.devices import uses_bfloat16
+from rlt.models.loading import check_vocabulary, load_policy, load_tokenizer
+from rlt.models.paths import resolve_model_path
+from rlt.models.recurrent import past_adapters
+from rlt.prompts.styles import ReasoningFormat, load_format
+from rlt.prompts.tokenizers import check_tokenizer
+from rlt.schema import Training, Tuning
+
+
+def tokenizer_and_style(settings: Tuning) -> tuple[Any, ReasoningFormat]:
+    """What a run's prompts are rendered with."""
+    style = load_format(settings.reasoning_format)
+    tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
+    check_tokenizer(style, tokenizer)
+    return tokenizer, style
+
+
+def build_policy(model: Training, tokenizer, name: str) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """The trained model and its adapter's configuration; full fine-tuning keeps float32 master weights."""
+    low = torch.bfloat16 if uses_bfloat16(model.bf16) else torch.float32
+    policy = load_policy(
+        resolve_model_path(name),
+        dtype=low if model.use_peft else torch.float32,
+        attn_implementation=model.attn_implementation,
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        trust_remote_code=model.trust_remote_code,
+    )
+    check_vocabulary(policy, tokenizer, name)
+    if not model.use_peft:
+        return policy, None
+    adapter = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        exclude_modules=past_adapters(policy) or None,
+        task_type="CAUSAL_LM",
+    )
+    return policy, adapter
