@@ -23,7 +23,7 @@ from rlt.preparation.rendering import ChatRenderer, Rendered
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
 from rlt.preparation.token_files import TOKEN_COLUMNS, array_file, writing_arrays
-from rlt.preparation.tokenizers import fingerprint_of, load, tokenizer_folder, train
+from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_folder, train
 from rlt.runs.folder import TOKENIZER, TOKENS
 from rlt.schema import PrepareSettings
 
@@ -71,7 +71,8 @@ class Encoder:
         for record, one in zip(records, found, strict=True):
             if one is None:
                 ids = next(plain).ids
-                results.append(self._judged(Encoded([*ids, self.end], [1] * (len(ids) + 1)), record["text"]))
+                judged = self._judged(Encoded(ids, [1] * len(ids)), record["text"])
+                results.append(judged if isinstance(judged, Dropped) else with_end(judged, self.end))
             elif isinstance(one, Dropped):
                 results.append(one)
             else:
@@ -102,8 +103,7 @@ class Encoder:
         """Raises:
         Refused: decoding does not give the text back.
         """
-        ids = row.ids[:-1] if row.ids[-1] == self.end and not text.endswith(end_of_text(self.tokenizer)) else row.ids
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = self.tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         normalizer = self.rendered.normalizer
         wanted = {text, normalizer.normalize_str(text)} if normalizer else {text}
         if decoded not in wanted and decoded.lstrip() not in {one.lstrip() for one in wanted}:
@@ -111,6 +111,11 @@ class Encoder:
                 f"tokenizer={self.name} does not give a text back that it has cut into tokens: it changes what a model "
                 "would learn; name another"
             )
+
+
+def with_end(row: Encoded, end: int) -> Encoded:
+    """A text's tokens and the one that says that it is over, which is learned too."""
+    return Encoded([*row.ids, end], [*row.mask, 1])
 
 
 def cut(rendered: Rendered) -> Iterator[tuple[str, int]]:
@@ -146,6 +151,8 @@ class Tokens(RowStage):
         named, size = self.settings.tokenizer, self.settings.train_tokenizer
         if (named is None) == (size is None):
             raise Refused(f"tokenizer={named} and train_tokenizer={size}: stage tokens needs one of them")
+        if size is not None and size < SMALLEST:
+            raise Refused(f"train_tokenizer={size} must be at least {SMALLEST}: 256 bytes and the special tokens")
         if named is not None and named != HARMONY and not is_embedded(named) and named.startswith(LOCAL_STARTS):
             folder = Path(named).expanduser()
             if not (folder / "tokenizer.json").is_file():
