@@ -122,7 +122,7 @@ def rows(count: int, seed: int) -> Iterator[dict]:
     """Short texts of a Bible's words: of ten, one is an exact copy and one a near copy of the one before it."""
     from bible import chapters
 
-    from rlt.preparation.record import make_record
+    from rlt.formats.record import make_record
 
     generator, vocabulary = random.Random(seed), sorted({w for chapter in chapters("kjv") for w in chapter.split()})
     words: list[str] = []
