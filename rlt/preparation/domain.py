@@ -1,8 +1,8 @@
 """What a record is about, as far as rules differ by it: prose, mathematics or code.
 
-A source can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is code, as
-is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a number.
-Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
+A source or format can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is
+code, as is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a
+number. Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
 
 import re
 
