@@ -1,6 +1,7 @@
 """Token ids and loss masks: by hand-written templates, by transformers' own mask, by what each text must give back."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,19 @@ def tokenizer_with(template: str, special: tuple[str, ...] = ()):
     return tokenizer
 
 
-@pytest.fixture
-def encoder(tmp_path):
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
     """From a chat template to what makes tokens of records."""
 
+    @cache
+    def made(template: str) -> Encoder:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tokenizer_with(template).save_pretrained(folder)
+        return Encoder(str(folder))
+
     def make(template: str) -> Encoder:
-        tokenizer_with(template).save_pretrained(tmp_path / "tokenizer")
-        return Encoder(str(tmp_path / "tokenizer"))
+        made(template).counted.clear()
+        return made(template)
 
     return make
 
@@ -192,7 +199,8 @@ def test_special_tokens_in_a_plain_text_are_text(encoder):
 
 def test_tools_and_calls_reach_the_template(encoder):
     template = (
-        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -214,7 +222,7 @@ def test_a_developers_turn_is_a_system_prompt_where_the_template_does_not_know_d
 def test_a_tokenizer_that_changes_texts_is_refused(encoder):
     from tokenizers import pre_tokenizers
 
-    ours = encoder(CHATML)
+    ours = encoder(CHATML + "{# of its own #}")
     bytes_of_words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ours.plain.pre_tokenizer = pre_tokenizers.Sequence(bytes_of_words)
     with pytest.raises(Refused, match="does not give a text back"):
