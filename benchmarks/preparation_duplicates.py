@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ def exact(folder: Path) -> None:
     """Normal form, hash and the search for equal ones, of texts in memory; then the whole stage, files included."""
     import numpy as np
     from bible import as_records, corpus
-    from stage_alone import run_alone
+    from stage_alone import lay_out, run_passes
 
     from rlt.preparation.exact import Exact
     from rlt.preparation.normal import text_hashes
@@ -59,16 +60,17 @@ def exact(folder: Path) -> None:
         beyond = sum(not text.isascii() for text in some) / len(some)
         best = min(seconds_of(find) for _ in range(5))
         report(what=f"exact, {name}", texts_beyond_ascii=beyond, mb=size, mb_per_s=size / best)
-    records = as_records(texts)
-    taken = seconds_of(lambda: run_alone(Exact, folder, records, near_alarm_share=1))
+    lay_out(folder, as_records(texts))
+    taken = seconds_of(lambda: run_passes(Exact, folder))
     report(what="exact, whole stage with files", mb_per_s=size / taken)
 
 
 def near(folder: Path) -> None:
     from bible import as_records, corpus, similar_pairs
-    from stage_alone import run_alone
+    from stage_alone import lay_out, run_alone, run_passes
 
     from rlt.preparation.near import Near
+    from rlt.preparation.shards import read_shard, shard
 
     texts = corpus()
     size, true, records = sum(len(t.encode()) for t in texts) / 1e6, similar_pairs(texts, 0.8), as_records(texts)
@@ -76,9 +78,11 @@ def near(folder: Path) -> None:
     report(what="datatrove, signatures alone", documents_per_s=1 / theirs)
     for name in ("rensa", "numpy", "torch"):
         run_alone(Near, folder, records[:100], near_signature=name)  # what is only loaded once
+        lay_out(folder, records)
         begin = time.process_time()
-        counts, kept, _ = run_alone(Near, folder, records, near_signature=name)
+        counts = run_passes(Near, folder, near_signature=name)
         taken = time.process_time() - begin
+        kept = sorted(row["id"] for row in read_shard(shard(folder / "near" / "shards", 0)))
         alike, missed = counts.notes["pairs alike"], counts.notes["pairs alike that bands alone miss"]
         report(
             what=f"near, {name}, whole stage with files",
@@ -89,7 +93,7 @@ def near(folder: Path) -> None:
             recall=alike / len(true),
             recall_of_bands_alone=(alike - missed) / len(true),
             kept=len(kept),
-            kept_hash=hash(frozenset(row["id"] for row in kept)) & 0xFFFF,
+            kept_hash=sha256("\n".join(kept).encode()).hexdigest()[:8],
         )
 
 
@@ -108,13 +112,14 @@ def datatrove_seconds(texts: list[str], folder: Path) -> float:
 
 def decontamination(folder: Path) -> None:
     from bible import as_records, corpus
-    from stage_alone import run_alone
+    from stage_alone import lay_out, run_passes
 
     from rlt.preparation.decontamination import Decontamination
 
     texts = corpus()
-    size, records = sum(len(t.encode()) for t in texts) / 1e6, as_records(texts)
-    taken = seconds_of(lambda: run_alone(Decontamination, folder, records, evaluation_sets=["human-eval"]))
+    size = sum(len(t.encode()) for t in texts) / 1e6
+    lay_out(folder, as_records(texts))
+    taken = seconds_of(lambda: run_passes(Decontamination, folder, evaluation_sets=["human-eval"]))
     report(what="decontamination, whole stage with files", mb_per_s=size / taken, documents_per_s=len(texts) / taken)
 
 

@@ -124,7 +124,8 @@ class Near(CorpusStage):
     def rare(self, task: Task) -> None:
         """Each row's rarest runs."""
         table = np.load(task.place.work / "table.npy")
-        hashes, info = Sets(task.place.work / "sets").shard(task.number)
+        sets = Sets(task.place.work / "sets")
+        hashes, info = sets.shard(task.number)
         with spilling(task.place.work / "rare", task.number, PARTS) as spill:
             for row in range(0, len(info), ROWS_AT_ONCE):
                 some = info[row : row + ROWS_AT_ONCE]
@@ -133,6 +134,7 @@ class Near(CorpusStage):
                 own = np.array(hashes[end - int(sizes.sum()) : end])
                 tokens, of = rare_tokens(own, sizes, table, self.settings.near_similarity)
                 _spill(spill, tokens, places_of(task.number, of + row))
+                sets.forget()
 
     def pairs(self, task: Task) -> None:
         """Rows that share a token, for the shard of the first of each two to look at."""
