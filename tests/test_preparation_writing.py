@@ -119,7 +119,7 @@ def test_the_runs_here_read_what_was_written_and_find_all_rows(tmp_path):
 
 def test_a_warm_up_of_a_teacher_takes_what_was_written(tmp_path):
     prepared(tmp_path, {"path": str(FORMATS_HERE / "gsm8k.jsonl"), "format": "gsm8k"})
-    named = [f"dataset_id_or_path={tmp_path / 'out'}", "eval_size=1", f"output_dir={tmp_path / 'warm'}"]
+    named = [f"dataset_id_or_path={tmp_path / 'out'}", f"output_dir={tmp_path / 'warm'}"]
     assert make_plan(config_of("run_cfg=teacher_sft_tiny", *named)).missing == ()
 
 
