@@ -17,9 +17,12 @@ EQUATION = re.compile(
     r"|\\(?:frac|sqrt|boxed|cdot|times|sum|int|begin\{)"
 )
 CODE_LINE = re.compile(
-    r"^\s*(?:(?:def|class|if|elif|for|while|with|try|except|else|finally)\b.*:|(?:import|from)\s+[\w.]+(?: import .*)?"
-    r"|(?:return|raise|assert|yield|pass|break|continue|package|using|#include|#define|const|let|var|public|private|static|fn|func)"
-    r"\b.*|@\w[\w.]*(?:\(.*)?|//.*|/\*.*|[\w.\[\]'\"]+\s*[-+*/|&:]?=(?!=).*|.*[;{}]|.*[(\[]|[\w.]+\(.*\)|[\])}]+[,;:]?)\s*$",
+    r"^[ \t]*(?:(?:def|class|if|elif|for|while|with|try|except|else|finally)\b.*:"
+    r"|(?:import|from)\s+[\w.]+(?: import .*)?"
+    r"|(?:return|raise|assert|yield|pass|break|continue|package|using|#include|#define|const|let|var|public|private|static"
+    r"|fn|func)\b.*"
+    r"|@\w[\w.]*(?:\(.*)?|//.*|/\*.*|[\w.\[\]'\"]+\s*[-+*/|&:]?=(?!=).*|.*[;{}]|.*[(\[]|[\w.]+\(.*\)"
+    r"|[\])}]+[,;:]?)[ \t]*$",
     re.MULTILINE,
 )
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 TEXT_RULES = ("gopher_quality", "gopher_repetition", "fineweb", "c4")
+LONG_WORD = re.compile(r"(?<!\S)\S{5000}")  # a blob, on which the tokenizer would take a square of time
 BLANK_LINE = re.compile(r"^[ \t]+$", re.MULTILINE)  # which repetition rules would take for repeated lines
 
 
@@ -31,6 +32,8 @@ class TextRules:
         """
         if not text.strip():
             return "empty"
+        if LONG_WORD.search(text):
+            return "word_too_long"
         text = BLANK_LINE.sub("", text)
         for name in self.names:
             rule = self.filters["c4_formulas" if name == "c4" and with_formulas else name]
