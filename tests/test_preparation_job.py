@@ -16,10 +16,10 @@ from preparation import QUICK, bytes_below, dropped, kept, questions, run, setti
 
 from rlt.data.sources import load_rows
 from rlt.errors import Refused
+from rlt.formats.record import Dropped
 from rlt.preparation import stages
 from rlt.preparation.clean import Clean
 from rlt.preparation.ledger import LedgerError
-from rlt.preparation.record import Dropped
 from rlt.preparation.run import results_of
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.stage import Pass, RowStage

@@ -8,9 +8,9 @@ import pytest
 from conftest import EMBEDDED
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, make_record, message
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
-from rlt.preparation.record import Dropped, make_record, message
 from rlt.preparation.rendering import NOT_ASKED, REFUSED, SPECIAL, THOUGHTLESS, TWO_ANSWERS, ChatRenderer
 from rlt.preparation.run import prepare
 from rlt.preparation.token_files import array_file, read_arrays, writing_arrays

@@ -12,7 +12,16 @@ DOORS = ("train", "launch", "score", "report", "gates", "serve", "prepare")
 ORDER = (
     *("rlt.commands", "rlt.jobs", "trainers", "rlt.serving", "rlt.workers", "rlt.generation", "rlt.worker_groups"),
     *("backends", "rlt.survival"),
-    *("rlt.reports", "rlt.planning", "rlt.traces", "rlt.preparation", "rlt.launching", "rlt.runs", "rlt.rewards"),
+    *(
+        "rlt.reports",
+        "rlt.planning",
+        "rlt.traces",
+        "rlt.preparation",
+        "rlt.formats",
+        "rlt.launching",
+        "rlt.runs",
+        "rlt.rewards",
+    ),
     *("rlt.logprobs", "rlt.prompts", "rlt.data", "rlt.models", "rlt.wire"),
     *("rlt.schema", "rlt.estimates", "rlt.errors", "rlt.places"),
 )

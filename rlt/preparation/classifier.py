@@ -7,7 +7,7 @@ from typing import Any
 from rlt.errors import Refused
 
 WINDOW = 512  # tokens, at most; a model that reads less gets less
-STRIDE = 64  # tokens that two windows share
+OVERLAP = 8  # of a window, one in so many tokens is in the next one too
 ROWS = 32  # windows at once, of about one length
 HARMLESS = (
     "non-toxic",
@@ -55,7 +55,9 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from rlt.models.devices import device_type
+        from rlt.models.loading import quiet_libraries
 
+        quiet_libraries()
         self.device = device_type()
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -65,14 +67,19 @@ class Classifier:
         self.by_label = by_label(config)
         harmless = [int(n) for n, label in config.get("id2label", {}).items() if str(label).lower() in HARMLESS]
         self.harmless = None if self.by_label else harmless[0]
-        self.window = min(WINDOW, self.tokenizer.model_max_length)
+        positions = getattr(self.model.config, "max_position_embeddings", WINDOW)
+        self.window = min(WINDOW, positions, self.tokenizer.model_max_length)
 
     def __call__(self, records: list[list[str]]) -> list[float]:
         owners, windows = [], []
         for number, texts in enumerate(records):
             for text in filter(str.strip, texts):
                 pieces = self.tokenizer(
-                    text, truncation=True, max_length=self.window, stride=STRIDE, return_overflowing_tokens=True
+                    text,
+                    truncation=True,
+                    max_length=self.window,
+                    stride=self.window // OVERLAP,
+                    return_overflowing_tokens=True,
                 )["input_ids"]
                 owners += [number] * len(pieces)
                 windows += pieces

@@ -8,7 +8,7 @@ stay: Persian and emoji need them. Nothing is cut: a record that is too long is 
 import re
 from collections import Counter
 
-from rlt.preparation.record import Dropped, Record, map_texts, texts_of
+from rlt.formats.record import Dropped, Record, map_texts, texts_of
 from rlt.preparation.stage import RowStage, Task
 
 LINE_BREAK = re.compile("\r\n|\r")

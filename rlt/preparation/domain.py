@@ -1,19 +1,19 @@
 """What a record is about, as far as rules differ by it: prose, mathematics or code.
 
-A source can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is code, as
-is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a number.
-Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
+A source or format can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is
+code, as is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a
+number. Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
 
 import re
 
-from rlt.preparation.record import Record, texts_of
+from rlt.formats.record import Record, texts_of
 
 PROSE, MATHS, CODE = "prose", "maths", "code"
 SOURCE_FILES = (".py", ".js", ".ts", ".java", ".c", ".h", ".cpp", ".hpp", ".cs", ".go", ".rs", ".rb", ".php", ".sh")
 SOURCE_FILES += (".sql", ".kt", ".swift", ".scala", ".r", ".jl", ".pl", ".lua", ".ps1", ".yaml", ".yml", ".toml")
 # `x = 3`, `48/2 = 24`, `3 < y`, `2 × 4`, `5 + 7`, `\frac`: an operator between operands, or a command of LaTeX.
 EQUATION = re.compile(
-    r"[\w)\]}%] ?(?:=|[<>≤≥≈] ?) ?[-−(\[$]?\$?[\d\\]|\d ?[×÷*^·] ?\d|\d \+ \d|\d [-−/] \d"
+    r"[\w)\]}%] ?(?:=| [<>] |[≤≥≈]) ?[-−(\[$]?\$?[\d\\]|\d ?[×÷*^·] ?[-−(]?\d|\d \+ \d|\d [-−/] \d"
     r"|\\(?:frac|sqrt|boxed|cdot|times|sum|int|begin\{)"
 )
 CODE_LINE = re.compile(
@@ -24,6 +24,7 @@ CODE_LINE = re.compile(
 )
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 NUMBER = re.compile(r"[-−$£€]? ?\d[\d,.]*(?:/\d+)? ?%?|\\?\$?\\(?:frac|sqrt|boxed).*")
+LEAST_EQUATIONS = 2
 PER_EQUATION = 150  # characters: one equation in so many is mathematics
 CODE_SHARE = 0.4  # of the lines that are not blank
 LOOKED_AT = 20_000  # characters of a record
@@ -47,4 +48,4 @@ def domain_of_text(text: str) -> str:
     if not FENCE.search(text) and len(lines) >= 3 and len(CODE_LINE.findall(text)) > CODE_SHARE * len(lines):
         return CODE
     equations = sum(1 for _ in EQUATION.finditer(text))
-    return MATHS if equations * PER_EQUATION > len(text) else PROSE
+    return MATHS if equations >= LEAST_EQUATIONS and equations * PER_EQUATION > len(text) else PROSE

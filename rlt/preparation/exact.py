@@ -1,4 +1,4 @@
-"""Exact duplicates, over all sources: of records that say the same, the first is kept; then, by key, of one prompt some.
+"""Exact duplicates, over all sources: of records that say the same the first is kept; by key, of one prompt some.
 
 Two records say the same where their texts have one normal form (normal.py) and all else of them is equal: text, or
 messages with tools, answer and tests. A record without a letter of text is no duplicate of anything. `same_prompt`
@@ -10,9 +10,9 @@ from itertools import islice
 import numpy as np
 
 from rlt.errors import Refused
+from rlt.formats.record import Record, prompt_of
 from rlt.preparation.normal import record_hashes, text_hashes
 from rlt.preparation.order import ORDER, Order
-from rlt.preparation.record import Record, prompt_of
 from rlt.preparation.spill import VERDICT, Verdicts, spilled, spilling
 from rlt.preparation.stage import CorpusStage, Pass, Task
 
@@ -80,11 +80,16 @@ def entries_of(records: list[Record], order: Order, by_prompt: bool, shard: int,
     kept = [n for n, digest in enumerate(whole) if digest]
     entries = np.empty(len(kept), ENTRY)
     entries["high"], entries["low"] = _halves([whole[n] for n in kept])
-    entries["prompt_high"], entries["prompt_low"] = _halves([asked[n] or whole[n] for n in kept])
+    prompts = [asked[n] or _not(whole[n]) for n in kept]  # without a prompt that counts: one that no other row has
+    entries["prompt_high"], entries["prompt_low"] = _halves(prompts)
     if kept:
         entries["source"], entries["number"], entries["id"] = zip(*(order.of(records[n]) for n in kept), strict=True)
     entries["shard"], entries["row"] = shard, np.array(kept, dtype=np.uint32) + np.uint32(row)
     return entries
+
+
+def _not(digest: bytes | None) -> bytes:
+    return bytes(255 - byte for byte in digest or b"")
 
 
 def _halves(digests: list) -> tuple[np.ndarray, np.ndarray]:

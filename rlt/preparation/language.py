@@ -12,8 +12,8 @@ import re
 from collections import Counter
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, completion_of, prompt_of
 from rlt.preparation.domain import PROSE, domain_of
-from rlt.preparation.record import Dropped, Record, completion_of, prompt_of
 from rlt.preparation.stage import RowStage, Task
 
 NOT_PROSE = re.compile(

@@ -14,9 +14,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
 from rlt.preparation.token_files import PACKED_COLUMNS, array_file, notes_of, read_arrays, writing_arrays

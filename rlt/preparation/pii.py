@@ -17,13 +17,13 @@ from pathlib import Path
 import orjson
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, map_texts, texts_of, turns_of
 from rlt.preparation.domain import PROSE, domain_of
 from rlt.preparation.pii_patterns import ANYWHERE, CONTEXT, ENTITIES, NAMES, Span, flattened, recognisers
 from rlt.preparation.pii_replace import STYLES, Replacements, Surrogates, replaced
-from rlt.preparation.record import Dropped, Record, map_texts, texts_of, turns_of
 from rlt.preparation.stage import RowStage, Task
 
-ROUNDS = 4  # of looking again, as a replacement can bring two halves together
+ROUNDS = 10  # of looking again: a replacement can bring a number nearer to a word about telephones
 
 
 class Pii(RowStage):
@@ -127,17 +127,17 @@ def without_pii(record: Record, finder: Finder, replace: Replacements, counts: C
 
     def change(text: str) -> str:
         nonlocal before
-        lead, before = before, flattened(text)[-CONTEXT:]
         for _ in range(ROUNDS):
             flat = flattened(text)
             again = [Span(*match.span(), known[match[0]]) for match in anywhere.finditer(flat)]
-            spans = apart([*finder(flat, lead, prose), *again])
+            spans = apart([*finder(flat, before, prose), *again])
             if not spans:
                 break
             counts.update(span.entity for span in spans)
             text = replaced(text, spans, replace, flat)
             if replace.surrogates:
                 break
+        before = flattened(text)[-CONTEXT:]
         return text
 
     changed = map_texts(record, change)

@@ -22,7 +22,8 @@ ANYWHERE = ("url_credentials", "secret", "email")  # in mathematics and code too
 NAMES = {"PERSON": "name", "PER": "name", "GPE": "place", "LOC": "place"}  # labels of spaCy's models
 
 LEAST_SCORE = 0.5  # of Presidio
-CARD = re.compile(r"(?<![\d.,])\d(?:[ -]?\d){11,18}(?!\d|[.,]\d)")
+# No operand of a sum: every tenth number of that length passes for a card.
+CARD = re.compile(r"(?<![\w.,])(?<![-+*/^×÷=] )(?<![+*/^×÷])\d(?:[ -]?\d){11,18}(?!\w|[.,]\d| ?[+*/^×÷=]| - ?\d)")
 IBAN = re.compile(r"[A-Z]{2}\d{2}[ -]?[A-Z0-9]{4}")
 SSN = re.compile(r"(?<![\w.-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 WALLET = re.compile(r"(?<![A-Za-z0-9])(?:bc1|[13])[a-zA-HJ-NP-Z0-9]{25,59}(?![A-Za-z0-9])")
@@ -51,7 +52,8 @@ VERSION = re.compile(
 )
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 PHONE = re.compile(
-    r"(?<![\w.,/=-])(?:\+|\(\+?)?\d(?:[ ().\-/]{0,2}\d){6,16}(?: ?(?:x|ext\.?) ?\d{1,5})?(?![\w%]|[.,]\d)"
+    r"(?<![\w.,/=)^*-])(?:\(?\+(?=[1-9])|\((?!\+))?\d(?:[ ().\-/]{0,2}\d){6,16}"
+    r"(?: ?(?:x|ext\.?) ?\d{1,5})?(?![\w%]|[.,]\d)"
 )
 ABOUT_PHONES = re.compile(
     r"\b(?:tele)?(?:phones?|fax)\b|\b(?:tel|cell|mobile|call|dial|ring|whatsapp|sms|text|hotline|contact|reach|telefon|handy"
@@ -59,7 +61,11 @@ ABOUT_PHONES = re.compile(
     re.IGNORECASE,
 )
 CONTEXT = 60  # characters before a number in which something says that it is a telephone's
-ISO_DATE = re.compile(r"(?:19|20)\d\d[-/.](?:0\d|1[0-2])[-/.][0-3]\d|[0-3]?\d[-/.][0-3]?\d[-/.](?:19|20)\d\d")
+# A date, a span of years, a short number without any space.
+NO_PHONE = re.compile(
+    r"(?:19|20)\d\d[-/.](?:0\d|1[0-2])[-/.][0-3]\d|[0-3]?\d[-/.][0-3]?\d[-/.](?:19|20)\d\d"
+    r"|(?:19|20)\d\d ?- ?(?:19|20)\d\d\Z|\d{7,9}\Z"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -155,8 +161,8 @@ def phones(recogniser: Any) -> Finder:
 
     def find(text: str, before: str) -> Iterator[tuple[int, int]]:
         for match in PHONE.finditer(text):
-            lead = (before + text[max(0, match.start() - CONTEXT) : match.start()])[-CONTEXT:]
-            if match[0][0] != "+" and not ABOUT_PHONES.search(lead) or ISO_DATE.match(match[0]):
+            lead = f"{before}\n{text[max(0, match.start() - CONTEXT) : match.start()]}"[-CONTEXT:]
+            if "+" not in match[0][:2] and not ABOUT_PHONES.search(lead) or NO_PHONE.match(match[0]):
                 continue
             if any(True for _ in recogniser.analyze(match[0], recogniser.supported_entities)):
                 yield match.span()

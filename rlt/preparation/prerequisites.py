@@ -57,13 +57,16 @@ def check_machine(settings: PrepareSettings) -> None:
         raise Refused("engine=ray needs a package that is missing: ./setup.sh data ray")
     if settings.engine == "slurm" and shutil.which("sbatch") is None:
         raise Refused("engine=slurm: there is no sbatch on this machine; start it on a login node of the cluster")
-    from rlt.preparation.inputs import check_inputs, parse_sources
+    from rlt.formats.inputs import check_inputs, parse_sources
+    from rlt.preparation.allowed import check_allowed
+    from rlt.preparation.decontamination import Decontamination
     from rlt.preparation.stages import stages_of
 
     stages = stages_of(settings)
     inputs = check_inputs(parse_sources(settings.sources))
     for stage in stages:
         stage.check()
+    check_allowed(inputs, settings.evaluation_sets if Decontamination.name in settings.stages else [])
     check_disk(settings, sum(path.stat().st_size for _, path in inputs if path is not None))
 
 

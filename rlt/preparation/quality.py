@@ -7,10 +7,10 @@ why not; no rule changes one."""
 from collections import Counter
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.preparation.domain import CODE, MATHS, domain_of
 from rlt.preparation.quality_chat import CHAT_RULES, ChatRules
 from rlt.preparation.quality_text import TEXT_RULES, TextRules
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.stage import RowStage, Task
 
 

@@ -1,8 +1,8 @@
 """Rules for conversations, preferences and questions with a gold answer; each gives a reason to drop, or None.
 
-turns        begins with system or user, alternates, ends with the assistant (kind rl: with the user), none is empty
-answer       a gold answer that a record has is not blank; kind rl has one, or tests; math-verify or a choice reads
-it, and
+turns        begins with system or user, alternates, ends with the assistant (kind rl may end with the user), none is
+empty answer       a gold answer that a record has is not blank; kind rl has one, or tests; math-verify or a choice
+reads it, and
              the question does not give it away
 repetition   no loop in what an assistant says or thinks
 truncated    no open fence or thought, no answer of the teacher's greatest length that ends in mid-sentence
@@ -19,9 +19,9 @@ from typing import Any
 
 import orjson
 
+from rlt.formats.record import Record, prompt_of
 from rlt.preparation.language import Detector, prose_of
 from rlt.preparation.quality_loops import Loops
-from rlt.preparation.record import Record, prompt_of
 from rlt.schema import PrepareSettings
 
 Turns = list[dict[str, Any]]
@@ -64,9 +64,10 @@ class ChatRules:
         self.tokenizer, self.longest = None, settings.max_answer_tokens
         if self.longest is not None:
             from rlt.models.loading import load_tokenizer
+            from rlt.models.paths import resolve_model_path
 
             assert settings.tokenizer is not None
-            self.tokenizer = load_tokenizer(settings.tokenizer)
+            self.tokenizer = load_tokenizer(resolve_model_path(settings.tokenizer))
 
     def __call__(self, record: Record) -> str | None:
         for rule in self.settings.chat_rules:
@@ -160,9 +161,8 @@ def _order(turns: Turns, kind: str) -> str | None:
     for turn, following in pairwise(turns):
         if following["role"] not in FOLLOWS[turn["role"]]:
             return f"{following['role']} after {turn['role']}"
-    last = "user" if kind == "rl" else "assistant"
-    if turns[-1]["role"] != last:
-        return f"last is not {last}"
+    if turns[-1]["role"] not in (("user", "assistant") if kind == "rl" else ("assistant",)):
+        return "last is not assistant"
     blank = {t["role"] for t in turns if not (t["content"] or "").strip() and not t["tool_calls"]} - {"tool", "system"}
     return f"empty {min(blank)}" if blank else None
 
@@ -225,7 +225,8 @@ def can_be_checked(gold: str) -> bool:
     if WORDS.fullmatch(gold) or chosen(gold):
         return True
     unlimited: Any = None  # no alarm, which needs the main thread
-    return bool(parse(gold if "$" in gold else f"${gold}$", parsing_timeout=unlimited))
+    parsed = parse(gold if "$" in gold else f"${gold}$", parsing_timeout=unlimited)
+    return any(not isinstance(form, str) for form in parsed)  # a string alone is what it could not read
 
 
 def gives_away(question: str, gold: str) -> bool:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from rlt.preparation.record import Dropped, Record, texts_of
+from rlt.formats.record import Dropped, Record, texts_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_THOUGHT = "a thought that no template has"

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlt.formats.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.engine import Stopped, counts_file, read_counts, run_pass
-from rlt.preparation.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.ledger import Counts, check_chain
 from rlt.preparation.progress import bar
 from rlt.preparation.stage import Place, Stage, key_values

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlt.preparation.record import Dropped
+from rlt.formats.record import Dropped
 from rlt.runs.durable import written_whole
 
 BLOCK = 2**21  # bytes that a writer holds before it sorts and writes them

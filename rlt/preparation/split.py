@@ -2,7 +2,7 @@
 
 import xxhash
 
-from rlt.preparation.record import Dropped, Record, group_of
+from rlt.formats.record import Dropped, Record, group_of
 from rlt.preparation.stage import RowStage
 
 TRAIN, VALIDATION = "train", "validation"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record, texts_of
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.schema import PrepareSettings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from rlt.preparation.record import texts_of
+from rlt.formats.record import texts_of
 from rlt.preparation.shards import read_shard
 from rlt.preparation.split import TRAIN
 from rlt.preparation.stage import Task

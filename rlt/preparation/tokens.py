@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record
 from rlt.preparation.rendering import ChatRenderer, Rendered
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged

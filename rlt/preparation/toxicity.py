@@ -4,6 +4,10 @@
 will kill you" .95, "kill all the background processes" .17, but "the cock crowed thrice" 1.0, and "Go back to your
 country, you animals" .12. Any sequence classifier can stand in its place, from a folder.
 
+Of the sixty lines in its test, at the default of .9: all 15 that insult with swear words, 7 of 15 threats and
+slanders that mostly use none, and 2 of 30 harmless ones ("the cock crowed thrice", "he rode to town on an ass"):
+precision .92, recall .73.
+
 A passage is about one sentence long. In a longer one the insult drowns: the same insult scores 1.0 alone and .01
 among twenty sentences about the weather."""
 
@@ -13,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlt.errors import Refused
-from rlt.preparation.record import Dropped, Record, texts_of
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.stage import RowStage, Task
 
 SVM = "svm"

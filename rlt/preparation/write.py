@@ -8,7 +8,6 @@
     text        {text, id, source}
 """
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import orjson
 
 from rlt.errors import Refused
+from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
-from rlt.preparation.record import Dropped, Record, texts_of
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, Stage, Task
@@ -52,7 +51,7 @@ def as_chat(record: Record) -> Row | Dropped:
         return Dropped("a question without an answer")
     if record["kind"] not in ("chat", "rl"):
         return Dropped(f"of kind {record['kind']}, not a conversation")
-    return {"messages": openai_messages(record["messages"]), "tools": openai_tools(record["tools"])}
+    return {"messages": openai_messages(record["messages"]), "tools": record["tools"]}
 
 
 def as_preference(record: Record) -> Row | Dropped:
@@ -95,11 +94,6 @@ def _openai_message(turn: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None or key == "content"}
 
 
-def openai_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Declared functions in OpenAI's wrapping, as chat templates take them."""
-    return [{"type": "function", "function": tool} for tool in tools]
-
-
 class Write(Stage):
     """Writes what comes out; rows that do not have the form that is asked for are dropped."""
 
@@ -112,17 +106,12 @@ class Write(Stage):
             raise Refused(f"to={self.settings.to}: use one of {', '.join(FORMS)}")
 
     def passes(self) -> list[Pass]:
-        return [Pass("empty", self.empty, tasks=1), Pass("rows", self.task)]
-
-    def empty(self, task: Task) -> None:
-        """No file of an earlier run stays, of which there may have been more."""
-        folder = task.place.output / PREPARED
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        return [Pass("rows", self.task)]
 
     def task(self, task: Task) -> Counts:
         counts, form = Counts(), FORMS[self.settings.to]
         folder = task.place.output / PREPARED
+        folder.mkdir(exist_ok=True)
         with ExitStack() as files:
             keep = files.enter_context(writing(shard(task.place.shards, task.number)))
             drop = files.enter_context(writing(shard(task.place.dropped, task.number)))

@@ -1,7 +1,7 @@
 """Instructions and answers of general topics."""
 
-from rlt.preparation.formats.columns import Columns, Options, dialogue, split_thought
-from rlt.preparation.record import Record, make_record
+from rlt.formats.columns import Columns, Options, dialogue
+from rlt.formats.record import Record, make_record
 
 NO_INPUT = ("noinput", "<noinput>")
 
@@ -34,6 +34,5 @@ def dolly(row: Columns, options: Options) -> Record:
 
 
 def _instruction(instruction: str, given: str | None, output: str) -> Record:
-    thought, answer = split_thought(output)
-    messages = dialogue(f"{instruction}\n\n{given}" if given else instruction, answer, thinking=thought)
-    return make_record("chat", messages=messages)
+    asked = f"{instruction}\n\n{given}" if given else instruction
+    return make_record("chat", messages=dialogue(asked, output))

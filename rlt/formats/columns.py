@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlt.preparation.record import Record, message
+from rlt.formats.record import Record, message
 
 Row = dict[str, Any]
 THOUGHT_KEYS = ("thinking", "reasoning_content", "reasoning")
@@ -90,7 +90,15 @@ class Columns:
 
 
 def dialogue(question: str, answer: str, *, system: str | None = None, thinking: str | None = None) -> list[dict]:
-    """One question and its answer, behind a system prompt where there is one."""
+    """One question and its answer, behind a system prompt where there is one; an answer may begin with its thought.
+
+    Raises:
+        Unfit: as `split_thought`, or there is a thought and no answer.
+    """
+    if thinking is None:
+        thinking, answer = split_thought(answer)
+        if not answer:
+            raise Unfit("empty_assistant")
     first = [message("system", system)] if system else []
     return [*first, message("user", question), message("assistant", answer, thinking=thinking)]
 
@@ -145,7 +153,7 @@ def tool_call(name: Any, arguments: Any, number: str | int) -> dict[str, Any]:
 
 
 def tool_list(given: Any) -> list[dict[str, Any]]:
-    """Declared functions, each {name, description, parameters}: of OpenAI's wrapping, JSON text, or bare.
+    """Declared functions in OpenAI's wrapping, which chat templates take: given so, bare, or as JSON text of either.
 
     Raises:
         Unfit: they cannot be parsed, or one has no name.
@@ -159,7 +167,7 @@ def tool_list(given: Any) -> list[dict[str, Any]]:
     tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in given or ()]
     if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
         raise Unfit("unparsable tools")
-    return [_as_schema(tool) for tool in tools]
+    return [{"type": "function", "function": _as_schema(tool)} for tool in tools]
 
 
 def _as_schema(value: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rlt.preparation.formats.chat import chat_messages
-from rlt.preparation.formats.columns import Columns, Options, Unfit, dialogue, match_results, tool_call, tool_list
-from rlt.preparation.record import Record, make_record, message
+from rlt.formats.chat import chat_messages
+from rlt.formats.columns import Columns, Options, Unfit, dialogue, match_results, tool_call, tool_list
+from rlt.formats.record import Record, make_record, message
 
 CODE = {"kind": "code"}
 

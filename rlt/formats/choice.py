@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from rlt.preparation.formats.columns import Columns, Options, Unfit, dialogue
-from rlt.preparation.record import Record, make_record
+from rlt.formats.columns import Columns, Options, Unfit, dialogue
+from rlt.formats.record import Record, make_record
 
 LETTERS = "ABCDEFGH"
 

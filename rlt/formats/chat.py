@@ -4,18 +4,19 @@ import re
 from typing import Any
 
 from rlt.data.sources import TAGS
-from rlt.preparation.formats.columns import (
+from rlt.formats.columns import (
     THOUGHT_KEYS,
     Columns,
     Options,
     Unfit,
+    dialogue,
     match_results,
     parsed,
     split_thought,
     tool_call,
     tool_list,
 )
-from rlt.preparation.record import Record, make_record, message
+from rlt.formats.record import Record, make_record, message
 
 ROLES = {
     "system": "system",
@@ -24,6 +25,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
+GOLD = ("answer", "expected_answer", "ground_truth")
 
 
 def messages(row: Columns, options: Options) -> Record:
@@ -55,15 +57,18 @@ def openthoughts(row: Columns, options: Options) -> Record:
 def prompt_answer(row: Columns, options: Options) -> Record:
     """A question with its gold answer alone (kind rl), or with a solution and the thought before it."""
     given = row.value("prompt", "question", "problem")
-    asked = chat_messages(given) if isinstance(given, list) else None
-    if asked is None:
+    if isinstance(given, list):
+        asked = chat_messages(given)
+    else:
         system = row.optional("system")
-        first = [message("system", system)] if system else []
-        asked = [*first, message("user", row.text("prompt", "question", "problem"))]
-    answer = row.answer("answer", "expected_answer", "ground_truth")
+        asked = [message("system", system)] if system else []
+        asked.append(message("user", row.text("prompt", "question", "problem")))
+    if not row.row.keys() & {"solution", *GOLD}:
+        raise Unfit("bad_column:answer")
+    answer = row.answer(*GOLD)
     if "solution" in row.row:
-        last = message("assistant", row.text("solution"), thinking=row.optional("reasoning_trace"))
-        return make_record("chat", messages=[*asked, last], answer=answer)
+        answered = dialogue("", row.text("solution"), thinking=row.optional("reasoning_trace"))[1:]
+        return make_record("chat", messages=[*asked, *answered], answer=answer)
     if answer is None:
         raise Unfit("empty_column:answer")
     return make_record("rl", messages=asked, answer=answer)

@@ -1,11 +1,12 @@
 """Calls of functions, each in the public set's own syntax."""
 
 import ast
+import json
 import re
 from typing import Any
 
-from rlt.preparation.formats.chat import content_of, role_of
-from rlt.preparation.formats.columns import (
+from rlt.formats.chat import content_of, role_of
+from rlt.formats.columns import (
     Columns,
     Options,
     Unfit,
@@ -17,7 +18,7 @@ from rlt.preparation.formats.columns import (
     tool_call,
     tool_list,
 )
-from rlt.preparation.record import Dropped, Record, make_record, message
+from rlt.formats.record import Dropped, Record, make_record, message
 
 GLAIVE_TURN = re.compile(r"(?:\A\s*|\n\n\n)(USER|ASSISTANT|FUNCTION RESPONSE):[ \n]?")
 GLAIVE_CALL = re.compile(
@@ -27,9 +28,7 @@ GLAIVE_END = "<|endoftext|>"
 HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 HERMES_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 HERMES_TOOLS = re.compile(r"\s*<tools>\s*(.*?)\s*</tools>", re.DOTALL)
-APIBENCH = re.compile(
-    r"""[#{'"\s]*Instruction['"]?\s*:\s*(.+?)[,\s]*[#'"\s]*Output['"]?\s*:\s*(.+?)[\s}]*\Z""", re.DOTALL
-)
+APIBENCH = re.compile(r"\A\s*#*\s*Instruction:\s*(.+?)\s*#*\s*Output:\s*(.+?)\s*\Z", re.DOTALL)
 TOOLBENCH_STEP = re.compile(
     r"\A\s*(?:Thought:\s*(.*?))?\s*\bAction:\s*(\S+)\s*\n\s*Action Input:\s*(.*?)\s*\Z", re.DOTALL
 )
@@ -100,14 +99,22 @@ def _hermes_answer(text: str, number: int) -> dict[str, Any]:
 def gorilla(row: Columns, options: Options) -> Record:
     """Gorilla: OpenFunctions v1 (a call as Python writes it), and APIBench (instruction and output in one text)."""
     if "api_call" in row.row:
-        found = APIBENCH.match(row.text("code"))
-        if found is None:
-            raise Unfit("no instruction in its text")
-        asked, output = (part.strip().strip("'\"") for part in found.groups())
-        return make_record("chat", messages=dialogue(asked, output), answer=row.text("api_call"), meta={"kind": "code"})
+        messages = dialogue(*_instruction_and_output(row.text("code")))
+        return make_record("chat", messages=messages, answer=row.text("api_call"), meta={"kind": "code"})
     calls = _python_calls(row.text("model_answer"))
     turns = [message("user", row.text("question")), message("assistant", None, tool_calls=calls)]
     return make_record("chat", messages=turns, tools=tool_list(row.value("function")), answer=row.row["model_answer"])
+
+
+def _instruction_and_output(text: str) -> tuple[str, str]:
+    """Of `###Instruction: ... ###Output: ...`, or of a dictionary as Python writes it."""
+    if found := APIBENCH.match(text):
+        return found.group(1), found.group(2)
+    given = parsed(text, "no instruction in its text")
+    asked, output = (given.get("Instruction"), given.get("Output")) if isinstance(given, dict) else (None, None)
+    if not isinstance(asked, str) or not output:
+        raise Unfit("no instruction in its text")
+    return asked, output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
 
 
 def _python_calls(text: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from rlt.runs.durable import read_json, write_whole
 MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
 GLOB = "*?["
-KINDS = ("text", "code", "maths")  # of rules: `meta.kind` of a record
+KINDS = ("prose", "maths", "code")  # of rules: `meta.kind` of a record
 # Names of files and hub sets that are evaluations, whole or in one split.
 EVALUATIONS = re.compile(r"(bfcl|human[-_]?eval|mmlu|gpqa|theoremqa|math[-_]?500|aime[-_]?(20)?2[4-9])(?![a-z])", re.I)
 TRAINING_SPLITS = ("auxiliary_train",)  # of MMLU
@@ -32,7 +32,7 @@ class Source:
         path: a file, a folder, a glob, a hub's data set, or `corpus/<name>`.
         format: a name of `formats.FORMATS`; None: told by its columns, where that is certain.
         license: of its rows, as text; None: unknown.
-        kind: text, code or maths, whose rules it is judged by; None: by its format.
+        kind: prose, maths or code, whose rules it is judged by; None: by its format.
         max_rows: at most so many are read.
         split, config, revision: of a hub's data set.
     """
@@ -83,7 +83,7 @@ def parse_sources(entries: list[Any]) -> list[Source]:
                 raise Refused(f"sources: {key}={value!r} of {entry['path']} must be {wanted.__name__}")
         if entry.get("kind") not in (None, *KINDS):
             raise Refused(f"sources: kind={entry['kind']} of {entry['path']} is none of {', '.join(KINDS)}")
-        if (entry.get("max_rows") or 1) < 1:
+        if entry.get("max_rows") is not None and entry["max_rows"] < 1:
             raise Refused(f"sources: max_rows={entry['max_rows']} of {entry['path']} must be at least 1")
         stem = Path(entry["path"]).name.split(".")[0].strip(GLOB) or "source"
         given: dict[str, Any] = {"name": stem, **entry}
@@ -118,7 +118,7 @@ def files_of(source: Source) -> list[Path]:
     Raises:
         Refused: there is no such file, or it cannot be read.
     """
-    from rlt.preparation.readers import SUFFIXES
+    from rlt.formats.readers import SUFFIXES
 
     if source.path.startswith(PACKAGED):
         return []
@@ -140,7 +140,7 @@ def _readable(paths: list[Path], otherwise: str) -> list[Path]:
     Raises:
         Refused: there is none, one is of no kind that is read, or is a link that leads nowhere.
     """
-    from rlt.preparation.readers import SUFFIXES
+    from rlt.formats.readers import SUFFIXES
 
     found = []
     for path in paths:

@@ -2,8 +2,8 @@
 
 import re
 
-from rlt.preparation.formats.columns import Columns, Options, Unfit, after_last, boxed, dialogue, without_commas
-from rlt.preparation.record import Record, make_record
+from rlt.formats.columns import Columns, Options, Unfit, after_last, boxed, dialogue, without_commas
+from rlt.formats.record import Record, make_record
 
 CALCULATION = re.compile(r"<<[^<>]*>>")
 MATHS = "maths"  # of `meta.kind`: whose rules of quality and personal data count

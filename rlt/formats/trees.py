@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from rlt.preparation.formats.columns import Columns, Options, Unfit
-from rlt.preparation.record import Dropped, Record, make_record, message
+from rlt.formats.columns import Columns, Options, Unfit
+from rlt.formats.record import Dropped, Record, make_record, message
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 WORST = 10**9  # where a message has no rank
@@ -26,7 +26,7 @@ def oasst(rows: list[Columns], options: Options) -> list[Record | Dropped]:
     """
     tree = Tree(rows)
     ends = sorted(tree.ends(), key=lambda n: (tree.ranks(n), n))
-    kept = ends[: options.answers_per_tree]
+    kept = set(ends[: options.answers_per_tree])
     inside = {n for end in kept for n in tree.path(end)}
     others = {n for end in ends for n in tree.path(end)}
     results: list[Record | Dropped] = []

@@ -6,12 +6,14 @@ A record is plain JSON, so that any stage, engine or person can read it:
     source      the name of the source it came from, and `license`, as the source's entry says
     kind        text | chat | preference | rl
     text        of kind text; else None
-    messages    [{role, content, thinking, tool_calls, tool_call_id, name, train}], what is not there is None
-    tools       [JSON schema of a function]
+    messages    [{role, content, thinking, tool_calls, tool_call_id, name, train}], what is not there is None;
+                tool_calls [{id, name, arguments}], arguments an object
+    tools       [{type: function, function: {name, description, parameters}}]
     answer      the gold final answer, or None
     chosen, rejected    messages, of kind preference
     tests       code that checks a solution, or None
-    meta        {group, lang, split, ...}: what stages add, `extra` has the source's own other columns
+    meta        {kind, group, lang, split, ...}: what formats and stages add; `kind` is prose, maths or code, `extra`
+                has the source's own other columns
 """
 
 from collections.abc import Callable, Iterator

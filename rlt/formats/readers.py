@@ -19,9 +19,9 @@ import zstandard
 
 from rlt.data.files import read_file
 from rlt.errors import Refused
-from rlt.preparation.corpora import corpus_rows
-from rlt.preparation.inputs import PACKAGED, Source
-from rlt.preparation.plain import NotPlain, parse_object, plain
+from rlt.formats.corpora import corpus_rows
+from rlt.formats.inputs import PACKAGED, Source
+from rlt.formats.plain import NotPlain, parse_object, plain
 from rlt.schema import ReadConfig
 
 PACKED = ("", ".gz", ".zst")
@@ -326,13 +326,12 @@ class Scan:
             return
         keyed = self.take("[{") == "{"
         end = "}" if keyed else "]"
-        while self.peek() != end:
+        more = self.peek() != end or self.take(end) == ","
+        while more:
             if keyed:
                 self.value()
                 self.take(":")
             yield self.value()
-            if self.peek() != end:
-                self.take(",")
-        self.at += 1
+            more = self.take(f",{end}") == ","
         if self.peek():
             raise Refused(f"{self.path} holds something behind its list of rows")

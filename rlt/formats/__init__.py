@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.preparation.formats import chat, choice, general, harmony, math, tools, trees
-from rlt.preparation.formats.columns import Columns, One, Options, Row, Unfit
-from rlt.preparation.record import Dropped, Record
+from rlt.formats import chat, choice, general, harmony, math, tools, trees
+from rlt.formats.columns import Columns, One, Options, Row, Unfit
+from rlt.formats.record import Dropped, Record
 
 Many = Callable[[list[Columns], Options], list[Record | Dropped]]
 
@@ -69,10 +69,10 @@ FORMATS: dict[str, Format] = {
     ),
     "logiqa2nli": Format(("label major_premise minor_premise conclusion",), choice.logiqa2nli),
     "arc": Format(("question choices answerKey", "question answerKey"), choice.arc),
-    "alpaca": Format(("instruction input output",), general.alpaca),
+    "alpaca": Format(("instruction input output", "instruction input output text"), general.alpaca),
     "dolly": Format(("instruction context response category",), general.dolly),
     "oasst": Format(("message_id parent_id text role message_tree_id",), many=trees.oasst, group=trees.tree_of),
-    "harmony_code": Format(("content path", "text path"), harmony.code),
+    "harmony_code": Format(("content path", "text path"), harmony.code, looks=lambda row: "content" in row),
     "harmony_completion": Format(
         tuple(
             f"{asked} {done}" for asked in ("prompt", "instruction") for done in ("completion", "solution", "output")
@@ -92,14 +92,15 @@ FORMATS: dict[str, Format] = {
     ),
     "messages": Format(("messages",), chat.messages),
     "sharegpt": Format(("conversations",), chat.sharegpt),
-    "openr1": Format(("problem solution generations messages",), chat.openr1),
+    "openr1": Format(("problem solution answer generations messages",), chat.openr1),
     "openthoughts": Format(
         ("conversations",), chat.openthoughts, looks=_in_first("conversations", "<|begin_of_thought|>")
     ),
-    "numina": Format(("problem solution", "problem solution messages"), math.numina),
+    "numina": Format(("problem solution", "problem solution messages", "problem solution answer"), math.numina),
     "openmath2": Format(("problem generated_solution expected_answer",), math.numina),
     "prompt-answer": Format(
-        ("prompt answer", "question answer", "problem answer", "question solution"), chat.prompt_answer
+        ("prompt answer", "question answer", "problem answer", "question solution", "question solution answer"),
+        chat.prompt_answer,
     ),
     "text": Format(("text",), chat.text),
 }
