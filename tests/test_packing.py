@@ -6,7 +6,7 @@ from itertools import accumulate, product
 import numpy
 import pytest
 import torch
-from conftest import build
+from conftest import build, config_of
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,15 +14,19 @@ from test_preparation_tokens import outputs, settings, write_texts
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from rlt.data.sources import load_rows
 from rlt.errors import Refused
 from rlt.logprobs import token_log_probs
 from rlt.models.loading import load_policy, load_tokenizer
+from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.pack import WINDOW, Packer, check_ledger, pieces
 from rlt.preparation.run import prepare
 from rlt.preparation.shards import read_shard, shard
 from rlt.preparation.token_files import array_file, read_arrays
+from rlt.prompts.styles import load_format
 from rlt.runs.folder import PACKED, TOKENS
+from trainers.examples import sft_examples
 from trainers.packed import IGNORED, PackedCollator, check_made_for, packed_files, sequences_of, unigram_entropy
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60)
@@ -332,6 +336,34 @@ def test_a_run_on_packed_rows_trains_evaluates_and_goes_on(prepared, tiny_teache
     again, _ = build(SFT, tmp_path / "run", *overrides, "max_steps=3")
     again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert again.state.global_step == 3
+
+
+@pytest.mark.parametrize("learner", ["teacher", "student"])
+def test_tokens_as_a_teachers_or_students_are_those_of_its_run_on_the_same_rows(learner, tiny_teacher, tmp_path):
+    rows = [{"question": f"{a}?", "solution": f"{a}!", "reasoning_trace": f"so {a} " * (a % 3)} for a in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    keys = {
+        "stages": ["read", "write", "tokens", "pack"],
+        "tokenizer": tiny_teacher,
+        "tokens_as": learner,
+        "pack_length": 512,
+    }
+    results = prepare(settings(tmp_path, engine_tasks=1, **keys), lambda: False)
+    assert dict(results[2].counts.dropped) == {"no reasoning_trace": 4}
+    run = f"run_cfg={'teacher_sft_tiny' if learner == 'teacher' else 'student_sft_tiny'}"
+    config = config_of(run, f"model_name_or_path={tiny_teacher}", f"dataset_id_or_path={tmp_path}/out")
+    style, tokenizer = load_format("stratos"), load_tokenizer(tiny_teacher)
+    wanted = sft_examples(typed_settings(config), load_rows(str(tmp_path / "out")).rows, tokenizer, style)
+    found = list(read_arrays(array_file(tmp_path / "out" / TOKENS, "train", 0)))
+    assert [one["input_ids"].tolist() for one in found] == [one["input_ids"] for one in wanted]
+    assert [one["loss_mask"].tolist() for one in found] == [one["completion_mask"] for one in wanted]
+    trainer, _ = build([run, *SFT[1:]], tmp_path / "run", f"model_name_or_path={tiny_teacher}",
+                       f"dataset_id_or_path={tmp_path}/out", "eval_size=0", "eval_steps=null", "max_steps=1",
+                       "load_best_model_at_end=false")  # fmt: skip
+    batches = DataLoader(trainer.train_dataset, batch_size=1, collate_fn=trainer.data_collator)
+    assert sum(int((batch["labels"] != IGNORED).sum()) for batch in batches) == sum(
+        sum(one["completion_mask"]) for one in wanted
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,10 @@ def check_made_for(files: list[Path], tokenizer: Any, max_length: int | None) ->
             f"vocabulary: prepare the rows with tokenizer={tokenizer.name_or_path}"
         )
     if max_length is not None and int(notes["pack_length"]) > max_length:
-        raise Refused(f"max_length={max_length}: the packed rows of {files[0].parent} have {notes['pack_length']}")
+        have = notes["pack_length"]
+        raise Refused(
+            f"max_length={max_length}: the packed rows of {files[0].parent} have {have}, set max_length={have}"
+        )
 
 
 def check_packed(settings: SFTSettings) -> None:
