@@ -1,6 +1,7 @@
 """The split: by group, by a hash that nothing else moves."""
 
-from stage_alone import run_alone, text_record
+from preparation import kept, run, settings_of, write_rows
+from stage_alone import chat_record, run_alone, text_record
 
 from rlt.preparation.split import Split
 
@@ -36,3 +37,47 @@ def test_a_larger_share_only_adds_to_what_is_held_out(tmp_path):
         _, kept, _ = run_alone(Split, tmp_path, grouped(400, 1), 1, validation_share=share)
         sides.append({row["id"] for row in kept if row["meta"]["split"] == "validation"})
     assert sides[0] == set() and sides[1] < sides[2]
+
+
+def answers(questions: int, of_each: int) -> list[dict[str, str]]:
+    asked = [f"How much is {n} and {n * n}?" for n in range(questions)]
+    return [{"question": q, "solution": f"Way {way}: add them."} for way in range(of_each) for q in asked]
+
+
+def sides_of(folder, rows: list[dict[str, str]]) -> dict[str, set[str]]:
+    """By question: where its rows are after reading and splitting."""
+    settings = settings_of(folder / "out", [write_rows(folder / "rows.jsonl", rows)], validation_share=0.3)
+    sides: dict[str, set[str]] = {}
+    for row in kept(run(settings)["split"]):
+        assert "group" not in row["meta"]
+        sides.setdefault(row["messages"][0]["content"], set()).add(row["meta"]["split"])
+    return sides
+
+
+def test_answers_to_one_question_are_never_on_both_sides_and_a_row_in_front_moves_none(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    rows = answers(50, 4)
+    sides = sides_of(tmp_path / "a", rows)
+    assert len(sides) == 50 and {"train"} in sides.values() and {"validation"} in sides.values()
+    assert all(len(one) == 1 for one in sides.values())
+    more = sides_of(tmp_path / "b", [{"question": "Is one prime?", "solution": "No."}, *rows])
+    assert sides.items() <= more.items() and len(more) == 51
+
+
+def test_what_decides_is_the_normal_form_of_the_group_else_of_the_question_else_of_the_text(tmp_path):
+    def sides(*records: dict) -> set[str]:
+        _, found, _ = run_alone(Split, tmp_path, list(records), validation_share=0.5)
+        return {row["meta"]["split"] for row in found}
+
+    for n in range(20):
+        asked = f"What is {n} squared?"
+        own = chat_record(0, ("user", asked), ("assistant", f"{n * n}"))
+        variant = chat_record(1, ("user", f"Square {n}."), ("assistant", f"{n * n}"), meta={"group": asked})
+        spaced = chat_record(2, ("system", "Add."), ("user", f"what IS  {n} squared?\n"), ("assistant", "?"))
+        assert len(sides(own, variant, spaced, chat_record(3, ("user", asked), source="b"))) == 1
+        assert len(sides(text_record(0, asked), text_record(7, asked.upper(), source="b"))) == 1
+        nothing_asked = [chat_record(m, ("assistant", f"Hello {n}."), source=s) for m, s in ((0, "a"), (9, "b"))]
+        assert len(sides(*nothing_asked)) == 1
+    assert len(sides(*(text_record(n, f"Text {n}") for n in range(20)))) == 2
+    assert len(sides(*(chat_record(n, ("assistant", f"Hello {n}.")) for n in range(20)))) == 2

@@ -71,11 +71,6 @@ def content_hash(record: Record) -> str:
     return xxhash.xxh3_64_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
 
 
-def group_of(record: Record) -> str:
-    """What must stay on one side of a split: variants of one problem, answers to one question; else the record."""
-    return record["meta"].get("group") or record["id"]
-
-
 def map_texts(record: Record, change: Callable[[str], str]) -> Record:
     """The record with every text changed: thoughts, strings inside a tool call's arguments, answer and tests too."""
     changed = {key: _mapped(record[key], change) for key in PLAIN}

@@ -1,8 +1,14 @@
-"""Training and validation, by group: variants of one problem stand on one side, whatever their number."""
+"""Training and validation, by group: variants of one problem stand on one side, whatever their number.
+
+The group is `meta.group`; else what is asked, so that many answers to one question stay together; else the content. Of
+each the normal form counts (normal.py), whichever of them it is: a problem's own row stands beside its variants. Where
+a row stands in its file, or in which file, decides nothing.
+"""
 
 import xxhash
 
-from rlt.formats.record import Dropped, Record, group_of
+from rlt.formats.record import Dropped, Record, content_hash, prompt_of
+from rlt.preparation.normal import text_hashes
 from rlt.preparation.stage import RowStage
 
 TRAIN, VALIDATION = "train", "validation"
@@ -13,9 +19,19 @@ class Split(RowStage):
     """Notes `meta.split`: a hash of the group decides, so that more rows, or another order, move no row."""
 
     name = "split"
+    version = 2  # rows without a group stand with their question
     keys = ("validation_share", "seed")
 
-    def one(self, record: Record) -> Record | Dropped:
-        part = xxhash.xxh3_64_intdigest(group_of(record).encode(), seed=self.settings.seed) / WHOLE
+    def some(self, records: list[Record]) -> list[Record | Dropped]:
+        groups = text_hashes([group_text(record) for record in records])
+        return [self.placed(r, g or content_hash(r).encode()) for r, g in zip(records, groups, strict=True)]
+
+    def placed(self, record: Record, group: bytes) -> Record:
+        part = xxhash.xxh3_64_intdigest(group, seed=self.settings.seed) / WHOLE
         split = VALIDATION if part < self.settings.validation_share else TRAIN
         return {**record, "meta": {**record["meta"], "split": split}}
+
+
+def group_text(record: Record) -> str:
+    """What rows of one side share; empty: this record has nothing of the kind."""
+    return record["meta"].get("group") or prompt_of(record) or record["text"] or ""
