@@ -52,7 +52,7 @@ def speed(work: Callable[[], object], texts: list[str]) -> float:
 
 
 def stage_speed(kind: type[RowStage], texts: list[str], record: Callable[[str], Record], folder: Path) -> float:
-    config = compose_config(["run_cfg=prepare_tiny", f"output_dir={folder}"])
+    config = compose_config(["run_cfg=prepare_tiny", f"output_dir={folder}"])[0]
     stage = kind(typed_settings(config))
     stage.start(Task(Place(folder, folder, None), 0, 1, lambda count: None))
     records = [record(text) for text in texts]

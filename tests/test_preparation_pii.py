@@ -23,6 +23,7 @@ from rlt.preparation.pii import Finder, Pii
 from rlt.preparation.pii_patterns import ENTITIES, flattened
 
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----"
+CUT = "-----BEGIN PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA" * 5
 TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
 
 
@@ -61,6 +62,7 @@ def found(finder: Finder, content: str, prose: bool = True) -> list[tuple[str, s
         (f"token {'ghp_' + 'a1B2' * 9}", ("secret", "ghp_" + "a1B2" * 9)),
         (f"Bearer {TOKEN}", ("secret", TOKEN)),
         (f"here:\n{KEY}\n", ("secret", KEY)),
+        (f"cut off: {CUT} ...", ("secret", CUT)),
     ],
 )  # fmt: skip
 def test_what_is_found(finder, content, expected):
@@ -85,12 +87,19 @@ def test_what_is_found(finder, content, expected):
         "commit 4e1243bd22c66e76c2ba9eddc1f91394e57f9f83, uuid 123e4567-e89b-12d3-a456-426614174000",
         "postgres://{user}:{password}@host, https://example.com:8080/@ann, mailto:nobody@localhost",
         "QUJDMTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0NTY3ODkw" * 20,
+        "The line -----BEGIN PRIVATE KEY----- begins a key, and it goes on with its body.",
         "sk-learn is not a key, AKIA neither, eyJ too",
     ],
 )  # fmt: skip
 def test_what_is_left_alone(finder, content):
     prose = "123-45-6789 + " not in content
     assert found(finder, content, prose) == []
+
+
+def test_many_values_in_one_place_are_all_found(finder):
+    values = [f"a{n}@b.co" for n in range(300)]
+    for separator in (",", " ", "; "):
+        assert found(finder, separator.join(values)) == [("email", value) for value in values]
 
 
 def recall(finder: Finder, entity: str, template: str, values: list[str]) -> float:
@@ -301,6 +310,19 @@ def test_names_are_found_with_a_model_from_a_folder(tmp_path):
 def test_what_cannot_work_is_refused(tmp_path, key, value, said):
     with pytest.raises(Refused, match=said):
         outcome(Pii, tmp_path, [], **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("package", "changed", "said"),
+    [
+        ("faker", {"pii_style": "surrogate"}, "pii_style=surrogate needs the package faker: ./setup.sh data test"),
+        ("presidio_analyzer", {}, "needs the package presidio_analyzer: ./setup.sh data"),
+    ],
+)
+def test_missing_packages_are_named(tmp_path, monkeypatch, package, changed, said):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Refused, match=said):
+        outcome(Pii, tmp_path, [], **changed)
 
 
 def test_checking_imports_neither_presidio_nor_spacy():

@@ -1,6 +1,7 @@
 """Toxicity: what the worst passage says, whatever stands around it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -170,6 +171,12 @@ def test_labels_that_do_not_say_what_is_harmless_are_refused(tmp_path, labels, s
     folder = saved(tmp_path / "model", labels, "single_label_classification")
     with pytest.raises(Refused, match=said):
         outcome(Toxicity, tmp_path, [], toxicity_model=str(folder))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    with pytest.raises(Refused, match="toxicity_model=svm needs the package alt-profanity-check: ./setup.sh data"):
+        outcome(Toxicity, tmp_path, [])
 
 
 def test_what_is_no_classifier_is_refused(tmp_path):

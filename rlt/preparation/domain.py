@@ -1,8 +1,8 @@
 """What a record is about, as far as rules differ by it: prose, mathematics or code.
 
-A source can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is code, as
-is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a number.
-Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
+A source or format can say it (`meta.kind`). Otherwise a record with a test program, or the path of a source file, is
+code, as is one with mostly code lines; mathematics is where equations are frequent, or where the gold answer is a
+number. Digits alone do not make mathematics: a list of telephone numbers has more of them than any sum."""
 
 import re
 
@@ -17,9 +17,12 @@ EQUATION = re.compile(
     r"|\\(?:frac|sqrt|boxed|cdot|times|sum|int|begin\{)"
 )
 CODE_LINE = re.compile(
-    r"^\s*(?:(?:def|class|if|elif|for|while|with|try|except|else|finally)\b.*:|(?:import|from)\s+[\w.]+(?: import .*)?"
-    r"|(?:return|raise|assert|yield|pass|break|continue|package|using|#include|#define|const|let|var|public|private|static|fn|func)"
-    r"\b.*|@\w[\w.]*(?:\(.*)?|//.*|/\*.*|[\w.\[\]'\"]+\s*[-+*/|&:]?=(?!=).*|.*[;{}]|.*[(\[]|[\w.]+\(.*\)|[\])}]+[,;:]?)\s*$",
+    r"^[ \t]*(?:(?:def|class|if|elif|for|while|with|try|except|else|finally)\b.*:"
+    r"|(?:import|from)\s+[\w.]+(?: import .*)?"
+    r"|(?:return|raise|assert|yield|pass|break|continue|package|using|#include|#define|const|let|var|public|private|static"
+    r"|fn|func)\b.*"
+    r"|@\w[\w.]*(?:\(.*)?|//.*|/\*.*|[\w.\[\]'\"]+\s*[-+*/|&:]?=(?!=).*|.*[;{}]|.*[(\[]|[\w.]+\(.*\)"
+    r"|[\])}]+[,;:]?)[ \t]*$",
     re.MULTILINE,
 )
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)

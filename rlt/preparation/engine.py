@@ -8,11 +8,12 @@ other way back.
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import loguru
+import psutil
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from rlt.errors import Refused
+from rlt.launching.lifetime import end_with, stop_signals
 from rlt.preparation.ledger import Counts, read_counts
 from rlt.preparation.stage import Pass, Place, ProgressNote, Task
 from rlt.preparation.stages import STAGES
@@ -31,6 +34,7 @@ from rlt.runs.durable import write_whole
 from rlt.schema import PrepareSettings
 
 POLL_S = 1.0
+COMMAND_LIMIT_S = 60  # of Slurm's commands
 GRACE_S = 60.0  # between a job's end and its files on a network file system
 
 logger = logging.getLogger("rlt")
@@ -104,6 +108,7 @@ def run_pass(
         refusal_file(place, one.name, number).unlink(missing_ok=True)
         for file in (counts_file, refusal_file):
             file(place, one.name, number).parent.mkdir(parents=True, exist_ok=True)
+    job_file(place, one.name).parent.mkdir(exist_ok=True)
     step = TaskStep(stage, one.name, place, settings)
     logs = place.folder / "logs" / one.name
     ENGINES[settings.engine](step, logs, tasks, settings, asked)
@@ -118,42 +123,11 @@ def run_pass(
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's local executor, on processes whose end is noticed: its own pool waits for a killed one for ever."""
-
-    def run(self) -> None:
-        if self.workers == 1:
-            for rank in range(self.tasks):
-                self.one(rank)
-            return
-        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
-            try:
-                futures = [pool.submit(self.one, rank) for rank in range(self.tasks)]
-                for future in futures:
-                    future.result()
-            except BrokenProcessPool:
-                raise Refused(
-                    "a process of this preparation was killed (out of memory?): the same command goes on; fewer at "
-                    "once are engine_workers=1"
-                ) from None
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    """datatrove's local executor, task by task: its own pool waits for a killed process for ever."""
 
     def one(self, rank: int) -> None:
         loguru.logger.disable("datatrove")  # whose words on a failure come before those of this project
         self._run_for_rank(rank, local_rank=1)
-
-
-class _Stoppable(_Local):
-    """In this process alone, so that a run that is asked to stop ends between two tasks."""
-
-    def __init__(self, asked: Callable[[], bool], *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.asked = asked
-
-    def one(self, rank: int) -> None:
-        if self.asked():
-            raise Stopped
-        super().one(rank)
 
 
 def workers_of(settings: PrepareSettings, tasks: int) -> int:
@@ -162,11 +136,46 @@ def workers_of(settings: PrepareSettings, tasks: int) -> int:
 
 
 def _run_locally(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
-    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(logs), "skip_completed": False}
-    if (workers := workers_of(settings, tasks)) == 1:
-        _Stoppable(asked, [step], workers=1, **options).run()
-    else:
-        _Local([step], workers=workers, **options).run()
+    executor = _Local([step], tasks=tasks, logging_dir=str(logs), skip_completed=False)
+    missing, workers = missing_tasks(step.place, step.pass_name, tasks), workers_of(settings, tasks)
+    if workers > 1:
+        _run_in_processes(executor, missing, workers, asked)
+        return
+    for rank in missing:
+        if asked():
+            raise Stopped
+        executor.one(rank)
+
+
+def _run_in_processes(executor: _Local, ranks: list[int], workers: int, asked: Callable[[], bool]) -> None:
+    """In children of this process, which end with it: one that stayed behind would write beside the next life's."""
+    others = set(psutil.Process().children())
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
+        waiting = {pool.submit(executor.one, rank) for rank in ranks}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if asked() and waiting:  # what they do is done again
+                    raise Stopped
+        except BrokenProcessPool:
+            raise Refused(
+                "a process of this preparation was killed (out of memory?): the same command goes on; fewer at once "
+                "are engine_workers=1"
+            ) from None
+        finally:
+            if waiting:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(psutil.Process().children()) - others:
+                    child.kill()
+
+
+def _begin_worker(run: int) -> None:
+    """Signals to stop are for the run, which ends its workers itself."""
+    end_with(run)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
@@ -194,13 +203,21 @@ def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetting
 
 
 def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
-    """As a job array, whose end is waited for; a run that stops meanwhile leaves the job to go on."""
+    """As a job array, whose end is waited for.
+
+    A run that stops leaves the job to go on. The next one waits for it, as two jobs would write the same files.
+    """
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     class Submitted(SlurmPipelineExecutor):
         def launch_merge_stats(self) -> None:
             """No second job for datatrove's own statistics: the ledger has the counts."""
 
+    noted = job_file(step.place, step.pass_name)
+    if noted.is_file():
+        _wait_for_job(noted.read_text(), step, tasks, asked)
+    if _refused(step, tasks) or not missing_tasks(step.place, step.pass_name, tasks):
+        return
     assert settings.slurm_partition is not None  # the plan refuses it
     executor = Submitted(
         [step],
@@ -219,13 +236,34 @@ def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetti
     )
     with _outside_of_a_job():
         executor.run()
+    write_whole(noted, str(executor.job_id))
+    _wait_for_job(str(executor.job_id), step, tasks, asked)
+
+
+def job_file(place: Place, pass_name: str) -> Path:
+    """Names the job of Slurm that has a pass's tasks."""
+    return place.folder / "jobs" / pass_name
+
+
+def cancel_jobs(place: Place) -> None:
+    """Of a stage whose results nobody wants: its jobs, if it has any, write no more."""
+    for noted in (place.folder / "jobs").glob("*"):
+        subprocess.run(["scancel", noted.read_text()], capture_output=True, timeout=COMMAND_LIMIT_S, check=False)
+
+
+def _wait_for_job(job: str, step: TaskStep, tasks: int, asked: Callable[[], bool]) -> None:
+    """Until the job has ended, and its files are seen here.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
     end = None
     while missing_tasks(step.place, step.pass_name, tasks) and (end is None or time.monotonic() < end):
         if asked():
-            logger.warning("Slurm's job %s goes on: the same command waits for it", executor.job_id)
+            logger.warning("Slurm's job %s goes on: the same command waits for it", job)
             raise Stopped
-        if end is None and not _in_queue(executor.job_id):
-            end = time.monotonic() + (GRACE_S if not _refused(step, tasks) else 0)
+        if end is None and not _in_queue(job):
+            end = time.monotonic() + (0 if _refused(step, tasks) else GRACE_S)
         time.sleep(POLL_S)
 
 
@@ -244,10 +282,10 @@ def _outside_of_a_job() -> Iterator[None]:
             os.environ["SLURM_ARRAY_TASK_ID"] = held
 
 
-def _in_queue(job: str | int | None) -> bool:
+def _in_queue(job: str) -> bool:
     """Whether Slurm still has a job to run, or runs it; a queue that does not answer now is asked again."""
     try:
-        found = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True, timeout=60)
+        found = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
     except subprocess.TimeoutExpired:
         return True
     if found.returncode and "Invalid job id" not in found.stderr:

@@ -17,8 +17,8 @@ from rlt.preparation.domain import PROSE, domain_of
 from rlt.preparation.stage import RowStage, Task
 
 NOT_PROSE = re.compile(
-    r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]{1,200}\$|\\[\[(].*?\\[\])]|\\[A-Za-z]+"
-    r"|https?://\S+|</?\w[^>\n]{0,200}>|\S+@\S+|[\d_]+",
+    r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)|`[^`\n]*`|\$\$.{0,2000}?\$\$|\$[^$\n]{1,200}\$"
+    r"|\\[\[(].{0,300}?\\[\])]|\\[A-Za-z]+|https?://\S+|</?\w[^>\n]{0,200}>|(?<!\S)\S{1,64}@\S{1,255}|[\d_]+",
     re.MULTILINE | re.DOTALL,
 )
 LETTERS = re.compile(r"[^\W\d_]+")

@@ -9,7 +9,7 @@ No value is ever logged or counted by content: notes have how many of each entit
 stand in two turns, names and places without a model (`pii_names`), and numbers in arguments that are no strings."""
 
 import importlib.util
-import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,18 @@ import orjson
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record, map_texts, texts_of, turns_of
 from rlt.preparation.domain import PROSE, domain_of
-from rlt.preparation.pii_patterns import ANYWHERE, CONTEXT, ENTITIES, NAMES, Span, flattened, recognisers
+from rlt.preparation.pii_patterns import (
+    ANYWHERE,
+    CONTEXT,
+    ENTITIES,
+    IP4,
+    IP6,
+    NAMES,
+    PHONE,
+    Span,
+    flattened,
+    recognisers,
+)
 from rlt.preparation.pii_replace import STYLES, Replacements, Surrogates, replaced
 from rlt.preparation.stage import RowStage, Task
 
@@ -109,9 +120,11 @@ def apart(found: list[Span]) -> list[Span]:
     """Of spans that overlap the one whose entity was looked for first; in order of place."""
     kept: list[Span] = []
     for span in found:
-        if all(span.end <= other.start or span.start >= other.end for other in kept):
-            kept.append(span)
-    return sorted(kept)
+        place = bisect(kept, span)
+        free = place == 0 or kept[place - 1].end <= span.start
+        if free and (place == len(kept) or span.end <= kept[place].start):
+            kept.insert(place, span)
+    return kept
 
 
 def without_pii(record: Record, finder: Finder, replace: Replacements, counts: Counter[str]) -> Record:
@@ -120,17 +133,13 @@ def without_pii(record: Record, finder: Finder, replace: Replacements, counts: C
     known = known_values(record, finder, prose)
     if not known:
         return record
-    anywhere = re.compile(
-        "|".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in sorted(known, key=len, reverse=True))
-    )
     before = ""
 
     def change(text: str) -> str:
         nonlocal before
         for _ in range(ROUNDS):
             flat = flattened(text)
-            again = [Span(*match.span(), known[match[0]]) for match in anywhere.finditer(flat)]
-            spans = apart([*finder(flat, before, prose), *again])
+            spans = apart([*finder(flat, before, prose), *known_again(flat, known)])
             if not spans:
                 break
             counts.update(span.entity for span in spans)
@@ -155,6 +164,13 @@ def known_values(record: Record, finder: Finder, prose: bool) -> dict[str, str]:
             known.setdefault(flat[span.start : span.end], span.entity)
         before = flat[-CONTEXT:]
     return known
+
+
+def known_again(text: str, known: dict[str, str]) -> Iterator[Span]:
+    """Numbers that something else in the record has told to be a telephone's, or an address."""
+    for entity, candidate in (("phone", PHONE), ("ip", IP4), ("ip", IP6)):
+        if entity in known.values():
+            yield from (Span(*m.span(), entity) for m in candidate.finditer(text) if known.get(m[0]) == entity)
 
 
 def _arguments(record: Record) -> Iterator[str]:

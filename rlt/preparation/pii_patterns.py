@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 # Stronger ones first: of two that overlap, the first is replaced.
@@ -23,13 +23,16 @@ NAMES = {"PERSON": "name", "PER": "name", "GPE": "place", "LOC": "place"}  # lab
 
 LEAST_SCORE = 0.5  # of Presidio
 # No operand of a sum: every tenth number of that length passes for a card.
+AT = re.compile(r"(?<=[^\s@])@(?=([\w.-]{1,253}\.\w[\w-]*))")
+LOCAL = 64  # characters before the @, at most (RFC 5321)
 CARD = re.compile(r"(?<![\w.,])(?<![-+*/^×÷=] )(?<![+*/^×÷])\d(?:[ -]?\d){11,18}(?!\w|[.,]\d| ?[+*/^×÷=]| - ?\d)")
 IBAN = re.compile(r"[A-Z]{2}\d{2}[ -]?[A-Z0-9]{4}")
 SSN = re.compile(r"(?<![\w.-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 WALLET = re.compile(r"(?<![A-Za-z0-9])(?:bc1|[13])[a-zA-HJ-NP-Z0-9]{25,59}(?![A-Za-z0-9])")
 CREDENTIALS = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://([^\s/:@<>{}$%'\"]*:[^\s/@<>{}$'\"]+)@(?=[\w\[])", re.IGNORECASE)
 SECRET = re.compile(
-    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)"
+    r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----(?:"  # whole, or cut off
+    r".{0,20000}?-----END (?:[A-Z]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----|(?:(?:\\[nr]|\s){0,4}[A-Za-z0-9+/=]{40,})+)"
     r"|(?<![A-Za-z0-9_])(?:(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{50,250}|glpat-[\w-]{20,64}"
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"  # JSON web token
@@ -60,6 +63,7 @@ ABOUT_PHONES = re.compile(
     r"|appelez|llame|móvil)\b|☎|📞",
     re.IGNORECASE,
 )
+KEPT = 2**14  # numbers whose verdict is remembered
 CONTEXT = 60  # characters before a number in which something says that it is a telephone's
 # A date, a span of years, a short number without any space.
 NO_PHONE = re.compile(
@@ -123,7 +127,7 @@ def recognisers(entities: tuple[str, ...]) -> dict[str, Finder]:
     made: dict[str, Callable[[], Finder]] = {
         "url_credentials": lambda: credentials,
         "secret": lambda: secrets,
-        "email": lambda: by_presidio(Email(), re.compile("@")),
+        "email": lambda: emails(Email()),
         "iban": lambda: by_presidio(IbanRecognizer(), IBAN),
         "credit_card": lambda: by_presidio(CreditCardRecognizer(), CARD, within=True),
         "us_ssn": lambda: by_presidio(UsSsnRecognizer(), SSN, within=True),
@@ -156,15 +160,33 @@ def by_presidio(recogniser: Any, candidate: re.Pattern, within: bool = False) ->
     return find
 
 
+def emails(recogniser: Any) -> Finder:
+    """Presidio's pattern on what stands around each @, as it would take a square of time on a blob without spaces."""
+
+    def find(text: str, before: str) -> Iterator[tuple[int, int]]:
+        end = 0
+        for match in AT.finditer(text):
+            start, end = max(end, match.start() - LOCAL), match.end(1)
+            for result in recogniser.analyze(text[start:end], recogniser.supported_entities):
+                if result.score >= LEAST_SCORE:
+                    yield start + result.start, start + result.end
+
+    return find
+
+
 def phones(recogniser: Any) -> Finder:
     """Numbers that begin with +, or stand shortly after a word about telephones; all of them possible numbers."""
+
+    @lru_cache(KEPT)
+    def is_possible(number: str) -> bool:
+        return bool(recogniser.analyze(number, recogniser.supported_entities))
 
     def find(text: str, before: str) -> Iterator[tuple[int, int]]:
         for match in PHONE.finditer(text):
             lead = f"{before}\n{text[max(0, match.start() - CONTEXT) : match.start()]}"[-CONTEXT:]
             if "+" not in match[0][:2] and not ABOUT_PHONES.search(lead) or NO_PHONE.match(match[0]):
                 continue
-            if any(True for _ in recogniser.analyze(match[0], recogniser.supported_entities)):
+            if is_possible(match[0]):
                 yield match.span()
 
     return find

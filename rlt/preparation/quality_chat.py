@@ -1,8 +1,8 @@
 """Rules for conversations, preferences and questions with a gold answer; each gives a reason to drop, or None.
 
-turns        begins with system or user, alternates, ends with the assistant (kind rl: with the user), none is empty
-answer       a gold answer that a record has is not blank; kind rl has one, or tests; math-verify or a choice reads
-it, and
+turns        begins with system or user, alternates, ends with the assistant (kind rl may end with the user), none is
+empty answer       a gold answer that a record has is not blank; kind rl has one, or tests; math-verify or a choice
+reads it, and
              the question does not give it away
 repetition   no loop in what an assistant says or thinks
 truncated    no open fence or thought, no answer of the teacher's greatest length that ends in mid-sentence
@@ -161,9 +161,8 @@ def _order(turns: Turns, kind: str) -> str | None:
     for turn, following in pairwise(turns):
         if following["role"] not in FOLLOWS[turn["role"]]:
             return f"{following['role']} after {turn['role']}"
-    last = "user" if kind == "rl" else "assistant"
-    if turns[-1]["role"] != last:
-        return f"last is not {last}"
+    if turns[-1]["role"] not in (("user", "assistant") if kind == "rl" else ("assistant",)):
+        return "last is not assistant"
     blank = {t["role"] for t in turns if not (t["content"] or "").strip() and not t["tool_calls"]} - {"tool", "system"}
     return f"empty {min(blank)}" if blank else None
 

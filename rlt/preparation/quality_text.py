@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 TEXT_RULES = ("gopher_quality", "gopher_repetition", "fineweb", "c4")
+LONG_WORD = re.compile(r"(?<!\S)\S{5000}")  # a blob, on which the tokenizer would take a square of time
 BLANK_LINE = re.compile(r"^[ \t]+$", re.MULTILINE)  # which repetition rules would take for repeated lines
 
 
@@ -21,6 +22,7 @@ class TextRules:
     def __init__(self, names: Sequence[str]):
         self.filters = {name: made() for name, made in filters().items() if name in names or name == "c4_formulas"}
         self.names = list(names)
+        self.sentences = sentences_until_enough()
 
     def __call__(self, text: str, with_formulas: bool = False) -> str | None:
         """Why a text is dropped: `gopher_quality: gopher_short_doc`; None: it is kept.
@@ -30,9 +32,14 @@ class TextRules:
         """
         if not text.strip():
             return "empty"
+        if LONG_WORD.search(text):
+            return "word_too_long"
         text = BLANK_LINE.sub("", text)
         for name in self.names:
-            kept, reason = verdict(self.filters["c4_formulas" if name == "c4" and with_formulas else name], text)
+            rule = self.filters["c4_formulas" if name == "c4" and with_formulas else name]
+            if name == "c4":
+                rule.language = self.sentences(rule.min_num_sentences)
+            kept, reason = verdict(rule, text)
             if not kept:
                 return f"{name}: {reason}"
         return None
@@ -52,6 +59,34 @@ def filters() -> dict[str, Callable[[], Any]]:
         "c4": C4QualityFilter,
         "c4_formulas": lambda: C4QualityFilter(filter_curly_bracket=False),
     }
+
+
+def sentences_until_enough() -> Callable[[int], Any]:
+    """datatrove's sentences of English for one text, at first; once there are enough for a rule, each line is one.
+
+    The rule only asks whether there are fewer, and to split every line would take as long as all other rules together.
+    """
+    from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
+
+    english = load_word_tokenizer("en")
+
+    class Sentences(WordTokenizer):
+        def __init__(self, enough: int):
+            super().__init__("en")
+            self.left = enough
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            spans = english.span_tokenize(text) if self.left > 0 else [(0, len(text))]
+            self.left -= len(spans)
+            return spans
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            return english.sent_tokenize(text)
+
+        def word_tokenize(self, text: str) -> list[str]:
+            return english.word_tokenize(text)
+
+    return Sentences
 
 
 def verdict(rule: Any, text: str) -> tuple[bool, str | None]:

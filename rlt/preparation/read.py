@@ -74,7 +74,10 @@ class Read(Stage):
 
     def format(self, task: Task) -> Counts:
         """One input, into blocks of what is kept and what is dropped."""
-        part = inputs_of(self.settings.sources)[task.number]
+        inputs = inputs_of(self.settings.sources)
+        if len(inputs) != task.of:
+            raise Refused("sources: a file was added or is gone while the sources were read")
+        part = inputs[task.number]
         counts, notes = Counts(), Counter()
         known = self.format_of(part.source)
         given = islice(self.rows(part, notes), part.source.max_rows)

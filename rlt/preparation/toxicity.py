@@ -11,6 +11,7 @@ precision .92, recall .73.
 A passage is about one sentence long. In a longer one the insult drowns: the same insult scores 1.0 alone and .01
 among twenty sentences about the weather."""
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -31,12 +32,16 @@ class Toxicity(RowStage):
     """Notes `meta.toxicity`, in [0, 1]; drops what is over `max_toxicity` unless it is only to be noted."""
 
     name = "toxicity"
+    score_key = "toxicity"
     keys = ("toxicity_model", "max_toxicity", "toxicity_action")
 
     def check(self) -> None:
         if self.settings.toxicity_action not in ACTIONS:
             raise Refused(f"toxicity_action={self.settings.toxicity_action}: use one of {', '.join(ACTIONS)}")
-        if self.settings.toxicity_model != SVM:
+        if self.settings.toxicity_model == SVM:
+            if importlib.util.find_spec("profanity_check") is None:
+                raise Refused("toxicity_model=svm needs the package alt-profanity-check: ./setup.sh data")
+        else:
             from rlt.preparation.classifier import check_classifier
 
             check_classifier(Path(self.settings.toxicity_model))

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rlt.errors import Refused
+from rlt.places import MARKER as MARKER  # written last, with what was done
 from rlt.places import PREPARED as PREPARED  # of a preparation: the rows that other runs read
 from rlt.runs.durable import read_json, write_whole
 from rlt.runs.hidden import hide_secrets
@@ -25,7 +26,6 @@ from rlt.schema import profile_of, renamed
 logger = logging.getLogger("rlt")
 
 CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
-MARKER = "COMPLETE"  # written last, with what was done
 LOGS = "logs"  # of ranks and servers
 METRICS = "metrics.jsonl"  # one object per log
 CURVES = "curves.png"
