@@ -361,6 +361,9 @@ class TokensConfig:
 
     tokenizer: str | None
     train_tokenizer: int | None
+    tokens_as: str
+    reasoning_format: str
+    max_prompt_length: int
     pack_length: int
     pack_buckets: list[int] | None
     pack_overflow: str | None

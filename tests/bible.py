@@ -1,4 +1,4 @@
-"""Chapters of the Bible in four English versions, from installed packages, and copies of them with words changed.
+"""Chapters of the Bible in four English versions, and copies with words changed; licences: of installed packages.
 
 The same chapter in two versions is a near duplicate of any degree, from hardly to exactly, whose Jaccard similarity is
 counted, not estimated.
@@ -7,8 +7,8 @@ counted, not estimated.
 import random
 import re
 from importlib import import_module
-
-from stage_alone import text_record
+from importlib.metadata import distributions
+from pathlib import Path
 
 VERSIONS = ("kjv", "akjv", "asv", "web")
 CHANGED = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06)  # share of words, of copies
@@ -43,6 +43,16 @@ def corpus(books: int | None = None, versions: tuple[str, ...] = VERSIONS) -> li
     return texts
 
 
+def licences() -> list[str]:
+    """Licences of the packages that are installed, by name."""
+    texts = []
+    for one in sorted(distributions(), key=lambda found: str(found.metadata["Name"])):
+        for file in one.files or ():
+            if re.search(r"LICENSE|COPYING", file.name) and (path := Path(str(file.locate()))).is_file():
+                texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return texts
+
+
 def five_word_runs(text: str) -> set[tuple[str, ...]]:
     """What two texts are compared by, in the plainest Python."""
     words = re.findall(r"\w+", text.lower())
@@ -66,4 +76,6 @@ def similar_pairs(texts: list[str], at_least: float) -> dict[tuple[int, int], fl
 
 
 def as_records(texts: list[str]) -> list[dict]:
+    from stage_alone import text_record
+
     return [text_record(number, text, "bible") for number, text in enumerate(texts)]

@@ -26,14 +26,16 @@ def placed(record: dict, number: int, source: str) -> dict:
     return {**record, "source": source, "id": f"{source}:{number}:{content_hash(record)}"}
 
 
-def run_alone(
-    stage: type[Stage], folder: Path, records: list[dict], tasks: int = 1, **given: Any
-) -> tuple[Counts, list[dict], list[dict]]:
-    """What a stage counts, the records that it keeps, and those that it drops; it is checked as a run checks it."""
-    before, place = folder / "before", Place(folder, folder / stage.name, folder / "before")
-    shutil.rmtree(place.folder, ignore_errors=True)
+def lay_out(folder: Path, records: list[dict], tasks: int = 1) -> None:
+    """As the stage before would have left them."""
+    shutil.rmtree(folder, ignore_errors=True)
     for number in range(tasks):
-        write_shard(shard(before / "shards", number), records[number::tasks])
+        write_shard(shard(folder / "before" / "shards", number), records[number::tasks])
+
+
+def run_passes(stage: type[Stage], folder: Path, tasks: int = 1, **given: Any) -> Counts:
+    """All passes of a stage, on what was laid out; its counts are checked as a run checks them."""
+    place = Place(folder, folder / stage.name, folder / "before")
     made = stage(settings_of(folder / "out", SOURCES, engine_tasks=tasks, **given))
     made.check()
     counts = Counts()
@@ -43,8 +45,19 @@ def run_alone(
             task = Task(place, number, one.tasks or tasks, lambda count: None)
             counts.add(one.run(task) or Counts())
     counts.check(stage.name)
-    assert counts.read == len(records)
     made.check_counts(counts)
-    kept = [row for number in range(tasks) for row in read_shard(shard(place.shards, number))]
-    dropped = [row for number in range(tasks) for row in read_shard(shard(place.dropped, number))]
+    return counts
+
+
+def run_alone(
+    stage: type[Stage], folder: Path, records: list[dict], tasks: int = 1, **given: Any
+) -> tuple[Counts, list[dict], list[dict]]:
+    """What a stage counts, the records that it keeps, and those that it drops."""
+    lay_out(folder / "alone", records, tasks)
+    counts = run_passes(stage, folder / "alone", tasks, **given)
+    assert counts.read == len(records)
+    kept, dropped = (
+        [row for number in range(tasks) for row in read_shard(shard(folder / "alone" / stage.name / kind, number))]
+        for kind in ("shards", "dropped")
+    )
     return counts, kept, dropped

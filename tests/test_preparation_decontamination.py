@@ -3,10 +3,10 @@
 import json
 import random
 import re
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from bible import licences
 from preparation import run, settings_of, write_rows
 from stage_alone import chat_record, run_alone
 
@@ -39,10 +39,7 @@ def innocents() -> list[dict]:
         texts += [
             row["question"] + "\n" + row["answer"] for row in reasoning_gym.create_dataset(name, size=160, seed=1)
         ]
-    for one in sorted(distributions(), key=lambda found: str(found.metadata["Name"])):
-        for file in one.files or ():
-            if re.search(r"LICENSE|COPYING", file.name) and (path := Path(str(file.locate()))).is_file():
-                texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    texts += licences()
     return [asked(number, text) for number, text in enumerate(texts)]
 
 

@@ -3,13 +3,16 @@
 import json
 import re
 
+import orjson
 import pytest
 from conftest import ROOT
 
 from rlt.errors import Refused
 from rlt.formats import FORMATS, Options, apply, apply_to_group, find_format, told_by
-from rlt.formats.record import Dropped, make_record, message, turns_of
+from rlt.formats.columns import Unfit
+from rlt.formats.record import Dropped, content_hash, make_record, message, texts_of, turns_of
 from rlt.preparation.harmony import HarmonyEncoder, parts_of
+from rlt.preparation.write import FORMS
 
 ROWS = ROOT / "tests" / "data" / "formats"
 # Of each file, row by row: the last question, the thought, the answer and the gold answer; or why it is dropped.
@@ -268,6 +271,50 @@ def test_no_format_writes_a_word_that_its_row_does_not_have(name):
         if not isinstance(result, Dropped):
             said = " ".join(f"{t['content']} {t['thinking']}" for t in turns_of(result) if t["role"] == "assistant")
             assert set(re.findall(r"\w+", said)) <= given | {"None", *"ABCD"}
+
+
+ODD = (None, True, 5, 1.5, "", " ", "{", "x: <tool_call>", [], {}, [None], ["x"], [[]], [{}], {"a": None}, {"type": 1})
+
+
+def with_odd_values(value, odd):
+    """The value with each of its parts, however deep, replaced in turn, or left out."""
+    yield odd
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        for changed in with_odd_values(part, odd):
+            yield {**value, key: changed} if isinstance(value, dict) else [*value[:key], changed, *value[key + 1 :]]
+        if isinstance(value, dict):
+            yield {other: kept for other, kept in value.items() if other != key}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_whatever_stands_in_a_column_a_row_becomes_a_record_or_has_a_reason(name):
+    """Of types too: what comes out can be written, and its texts are texts."""
+    for number, row in enumerate(rows_of(name)):
+        for odd in ODD:
+            for changed in with_odd_values(row, odd):
+                if isinstance(changed, dict) and not (number and len(str(row)) > 2000):
+                    told_of_odd(name, changed)
+
+
+def told_of_odd(name: str, row: dict) -> None:
+    known = FORMATS[name]
+    if known.group is not None:
+        try:
+            known.group(row)
+        except Unfit:
+            return
+    result = one(name, row)
+    if isinstance(result, Dropped):
+        assert result.reason
+    else:
+        content_hash(result)
+        assert all(isinstance(text, str) for text in texts_of(result))
+        for turn in turns_of(result):
+            assert isinstance(turn["content"], str) or turn["tool_calls"]
+            assert all(isinstance(call["arguments"], dict) for call in turn["tool_calls"] or ())
+        for form in FORMS.values():
+            orjson.dumps(written if not isinstance(written := form(result), Dropped) else None)
 
 
 def test_an_unknown_format_is_refused_with_all_that_there_are():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pandas
+import psutil
 import pytest
 from conftest import ROOT, launch
 from preparation import QUICK, bytes_below, dropped, kept, questions, run, settings_of, write_rows
@@ -229,8 +230,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_
     end = time.monotonic() + LIMIT_S
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while time.monotonic() < end:
-        found = [int(pid) for pid in children.read_text().split()]
-        workers = [pid for pid in found for pid in _children_of(pid)]  # of the fork server
+        workers = [int(pid) for pid in children.read_text().split() if _is_worker(int(pid))]
         if workers:
             os.kill(workers[0], signal.SIGKILL)
             break
@@ -242,9 +242,9 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_
     assert results_of(tmp_path / "out")[-1].counts.kept == 60_000
 
 
-def _children_of(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
+def _is_worker(pid: int) -> bool:
+    """Not multiprocessing's tracker of resources."""
+    return "spawn_main" in " ".join(psutil.Process(pid).cmdline())
 
 
 @pytest.fixture
@@ -316,8 +316,11 @@ def test_a_run_that_is_killed_in_every_stage_leaves_the_same_bytes(seed, tmp_pat
             time.sleep(0.001)
         time.sleep(draw.uniform(0, seconds[name]))
         killed += process.poll() is None
+        followers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.kill()
         process.communicate(timeout=LIMIT_S)
+        psutil.wait_procs([psutil.Process(pid) for pid in followers if psutil.pid_exists(pid)], timeout=10)
+        assert not [pid for pid in followers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert killed >= len(names) // 2
     assert launch("prepare.py", *arguments, f"output_dir={tmp_path / 'killed' / 'out'}").returncode == 0
     straight, after = (bytes_below(tmp_path / folder / "out" / "stages") for folder in ("straight", "killed"))

@@ -1,10 +1,12 @@
 """Near duplicates: what is dropped is exactly what brute force finds, and every dropped row is like a kept one."""
 
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
-from bible import as_records, chapters, corpus, edited, five_word_runs, similar_pairs
+from bible import as_records, chapters, corpus, edited, five_word_runs, licences, similar_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from stage_alone import chat_record, run_alone, text_record
@@ -13,6 +15,7 @@ from rlt.errors import Refused
 from rlt.preparation.near import Near, signature
 from rlt.preparation.near.cluster import components
 from rlt.preparation.near.signature import SIGNATURES, numpy_signatures
+from rlt.preparation.words import SPACELESS, words
 
 
 def numbers(records: list[dict]) -> list[int]:
@@ -174,7 +177,7 @@ def test_torch_computes_the_numbers_of_numpy_whatever_the_chunk(monkeypatch):
     wanted = numpy_signatures(hashes, starts)
     assert wanted.dtype == np.uint32
     for chunk in (2**28, 8 * 5000 * 10, 1):
-        monkeypatch.setattr(signature, "CHUNK", chunk)
+        monkeypatch.setattr(signature, "CHUNK", {"cpu": chunk, "cuda": chunk})
         assert np.array_equal(signature.torch_signatures(hashes, starts), wanted)
 
 
@@ -222,3 +225,18 @@ def test_ten_thousand_copies_with_a_word_changed_leave_one(tmp_path):
     assert len(kept) == 1
     assert counts.notes["rows of the largest component"] == 10_000
     assert counts.notes["pairs passed over where thousands share a run"] > 0
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("aZ_9 '\u2019\u2014éÉe\u0301\u03a3ß\u4e2d")))
+def test_words_are_those_of_a_regular_expression_in_lower_case(text):
+    lowered = unicodedata.normalize("NFC", text).lower()
+    spaced = re.sub(rf"([{SPACELESS}])", r" \1 ", lowered)  # characters of scripts without spaces are words
+    assert [word.decode() for word in words(text)] == re.findall(r"\w+", spaced)
+
+
+def test_licences_of_installed_packages_are_kept_as_brute_force_keeps_them(tmp_path):
+    """Hundreds of copies of some texts, with other names and years: crowds, chains and headers, as they come."""
+    texts = licences()[:500]
+    pairs = similar_pairs(texts, 0.8)
+    counts, kept, _ = run_alone(Near, tmp_path, [text_record(n, t) for n, t in enumerate(texts)], near_alarm_share=1)
+    assert numbers(kept) == sorted(best_kept(texts, pairs))

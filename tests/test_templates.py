@@ -9,6 +9,7 @@ from transformers.utils import chat_template_utils
 from trl.data_utils import maybe_apply_chat_template
 
 from rlt.planning.trl_fields import typed_settings
+from rlt.prompts.examples import example
 from rlt.prompts.rendering import (
     prompt_token_ids,
     render_question,
@@ -21,7 +22,6 @@ from rlt.prompts.spans import tokenize_with_spans
 from rlt.prompts.styles import FORMATS, load_format
 from rlt.prompts.tokenizers import check_tokenizer, load_student_tokenizer
 from trainers.examples import whole_pairs
-from trainers.sft import example
 
 STYLE = load_format("stratos")
 PLAIN = (

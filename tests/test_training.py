@@ -19,11 +19,11 @@ from rlt.jobs import run_plan
 from rlt.models.loading import load_frozen
 from rlt.models.residence import resident
 from rlt.planning.plan import make_plan
+from rlt.prompts.examples import example
 from rlt.runs.folder import prepare_output
 from rlt.runs.manifest import last_checkpoint
 from trainers.build import build_trainer
 from trainers.outputs import update_seconds
-from trainers.sft import example
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 

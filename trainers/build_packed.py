@@ -25,6 +25,7 @@ from trainers.packed import (
     PackedCollator,
     check_made_for,
     check_packed,
+    first_rows,
     held_out_by_source,
     identity_of_files,
     packed_files,
@@ -43,11 +44,9 @@ def build_packed_sft(plan: Plan, tokenizer, files: list[Path]):
     check_packed(settings)
     check_made_for(files, tokenizer, settings.max_length)
     cache = Path(settings.output_dir) / CACHE
-    train = packed_rows(files, cache)
+    train = first_rows(packed_rows(files, cache), settings.dataset_size, "dataset_size")
     held_out = packed_files(settings.dataset_id_or_path, VALIDATION) if settings.eval_size else []
-    evaluation = packed_rows(held_out, cache) if held_out else None
-    if evaluation is not None:
-        evaluation = evaluation.select(range(min(settings.eval_size, len(evaluation))))
+    evaluation = first_rows(packed_rows(held_out, cache), settings.eval_size, "eval_size") if held_out else None
     identity = identity_of_files(files)
     check_training_rows(Path(settings.output_dir), identity)
     arguments = trl_config(SFTConfig, plan)

@@ -8,12 +8,12 @@ from datasets import Dataset
 
 from rlt.data.sources import RENAMED, TAKEN, say_dropped
 from rlt.errors import Refused
-from rlt.prompts.rendering import render_question, student_answer
+from rlt.prompts.examples import student_example, teacher_example
+from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import plain_prompt, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
 from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings
 from trainers.configs import GRPOConfig
-from trainers.sft import example
 
 logger = logging.getLogger("rlt")
 
@@ -50,24 +50,16 @@ def sft_examples(settings: SFTSettings, rows: list[dict], tokenizer, style: Reas
     if not traced:
         raise Refused(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
     if settings.profile.learner == "student":
-        examples = [student_example(tokenizer, style, row, settings) for row in traced]
+        examples = [student_example(tokenizer, style, row, student_system(row, settings)) for row in traced]
     else:
-        end = style.explanation_tags[1]
-        examples = [
-            example(tokenizer, row["prompt"], f"{row['reasoning_trace'].strip()}\n\n{end}")
-            for row in teaching_rows(traced, tokenizer, style, settings).rows
-        ]
+        teaching = teaching_rows(traced, tokenizer, style, settings).rows
+        examples = [teacher_example(tokenizer, style, row) for row in teaching]
     length = settings.max_length
     fitting = [e for e in examples if length is None or len(e["input_ids"]) <= length]
     say_dropped({f"longer than max_length={length}": len(examples) - len(fitting)}, source)
     if not fitting:
         raise Refused(f"max_length={length}: every row is longer")
     return fitting
-
-
-def student_example(tokenizer, style: ReasoningFormat, row: dict, data: DataConfig) -> dict[str, list[int]]:
-    prompt = render_question(tokenizer, style, row["question"], student_system(row, data))
-    return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
 
 
 def check_enough_questions(rows: list[dict], arguments: GRPOConfig) -> None:

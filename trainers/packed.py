@@ -3,6 +3,7 @@
 B rows of a micro-batch, T tokens of the longest, padding included.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from rlt.preparation.tokenizers import fingerprint_of
 from rlt.runs.durable import digest
 from rlt.runs.folder import PACKED, TOKENIZER, TOKENS
 from rlt.schema import SFTSettings, StudentSettings
+
+logger = logging.getLogger("rlt")
 
 IGNORED = -100  # a label without a loss
 READ_AT_MOST = 2**30  # tokens whose frequencies are counted
@@ -43,6 +46,14 @@ def packed_rows(files: list[Path], cache: Path) -> Dataset:
     return rows.with_format("numpy")
 
 
+def first_rows(rows: Dataset, size: int | None, key: str) -> Dataset:
+    """At most so many of them; says what is left out."""
+    if size is None or len(rows) <= size:
+        return rows
+    logger.warning("%s=%d leaves %d of %d packed rows out", key, size, len(rows) - size, len(rows))
+    return rows.select(range(size))  # pyrefly: ignore[bad-return]
+
+
 def check_made_for(files: list[Path], tokenizer: Any, max_length: int | None) -> None:
     """That the model reads the tokens as they are meant.
 
@@ -56,7 +67,10 @@ def check_made_for(files: list[Path], tokenizer: Any, max_length: int | None) ->
             f"vocabulary: prepare the rows with tokenizer={tokenizer.name_or_path}"
         )
     if max_length is not None and int(notes["pack_length"]) > max_length:
-        raise Refused(f"max_length={max_length}: the packed rows of {files[0].parent} have {notes['pack_length']}")
+        have = notes["pack_length"]
+        raise Refused(
+            f"max_length={max_length}: the packed rows of {files[0].parent} have {have}, set max_length={have}"
+        )
 
 
 def check_packed(settings: SFTSettings) -> None:
@@ -68,11 +82,8 @@ def check_packed(settings: SFTSettings) -> None:
     folder = settings.dataset_id_or_path
     if isinstance(settings, StudentSettings) and settings.eval_answers:
         raise Refused(f"eval_answers with packed rows of {folder}, which hold no questions: set eval_answers=0")
-    for key in ("dataset_size", "eval_dataset_id_or_path"):
-        if getattr(settings, key) is not None:
-            raise Refused(
-                f"{key}={getattr(settings, key)} with packed rows of {folder}, which are read whole: set null"
-            )
+    if (other := settings.eval_dataset_id_or_path) is not None:
+        raise Refused(f"eval_dataset_id_or_path={other} with packed rows of {folder}, which hold out some of their own")
     if settings.eval_size and not packed_files(folder, VALIDATION):
         raise Refused(f"eval_size={settings.eval_size}: {folder} holds nothing out; prepare it with validation_share")
 

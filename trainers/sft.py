@@ -10,7 +10,6 @@ import torch
 import trl
 
 from backends.collective import is_sharded
-from rlt.prompts.rendering import prompt_token_ids
 from rlt.survival.kill_points import kill_point
 from trainers.curriculum import CurriculumSampler, FollowsCurriculum
 from trainers.packed import sequences_of
@@ -54,16 +53,3 @@ class SFTTrainer(FollowsCurriculum, GivesUpSteps, trl.SFTTrainer, RecoversMemory
         else:  # of all ranks, over which gradients are averaged
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
-
-
-def example(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of a prompt and what is to follow it, and the mask of what is trained on: that, and the end of turn.
-
-    Prompt and completion are tokenised apart, as at sampling time.
-    """
-    (prompt_ids,) = prompt_token_ids(tokenizer, [prompt])
-    completion_ids = tokenizer(f"{completion}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
-    return {
-        "input_ids": prompt_ids + completion_ids,
-        "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
-    }

@@ -25,6 +25,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
+GOLD = ("answer", "expected_answer", "ground_truth")
 
 
 def messages(row: Columns, options: Options) -> Record:
@@ -62,7 +63,9 @@ def prompt_answer(row: Columns, options: Options) -> Record:
         system = row.optional("system")
         asked = [message("system", system)] if system else []
         asked.append(message("user", row.text("prompt", "question", "problem")))
-    answer = row.answer("answer", "expected_answer", "ground_truth")
+    if not row.row.keys() & {"solution", *GOLD}:
+        raise Unfit("bad_column:answer")
+    answer = row.answer(*GOLD)
     if "solution" in row.row:
         answered = dialogue("", row.text("solution"), thinking=row.optional("reasoning_trace"))[1:]
         return make_record("chat", messages=[*asked, *answered], answer=answer)

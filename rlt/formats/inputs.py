@@ -83,7 +83,7 @@ def parse_sources(entries: list[Any]) -> list[Source]:
                 raise Refused(f"sources: {key}={value!r} of {entry['path']} must be {wanted.__name__}")
         if entry.get("kind") not in (None, *KINDS):
             raise Refused(f"sources: kind={entry['kind']} of {entry['path']} is none of {', '.join(KINDS)}")
-        if (entry.get("max_rows") or 1) < 1:
+        if entry.get("max_rows") is not None and entry["max_rows"] < 1:
             raise Refused(f"sources: max_rows={entry['max_rows']} of {entry['path']} must be at least 1")
         stem = Path(entry["path"]).name.split(".")[0].strip(GLOB) or "source"
         given: dict[str, Any] = {"name": stem, **entry}

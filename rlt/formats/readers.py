@@ -326,13 +326,12 @@ class Scan:
             return
         keyed = self.take("[{") == "{"
         end = "}" if keyed else "]"
-        while self.peek() != end:
+        more = self.peek() != end or self.take(end) == ","
+        while more:
             if keyed:
                 self.value()
                 self.take(":")
             yield self.value()
-            if self.peek() != end:
-                self.take(",")
-        self.at += 1
+            more = self.take(f",{end}") == ","
         if self.peek():
             raise Refused(f"{self.path} holds something behind its list of rows")

@@ -12,7 +12,6 @@ from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.plan import Plan
 from rlt.runs.dashboard import log_figures
-from rlt.runs.durable import read_json
 from rlt.runs.folder import CARD, MARKER, mark_complete
 from rlt.schema import PrepareSettings
 
@@ -26,7 +25,7 @@ def run(plan: Plan, stop) -> None:
     Args:
         stop: a `StopOnSignal`, asked between two tasks.
     """
-    from rlt.preparation.card import write_card
+    from rlt.preparation.card import is_of, write_card
     from rlt.preparation.engine import Stopped
     from rlt.preparation.report import report
     from rlt.preparation.run import prepare, results_of
@@ -48,9 +47,8 @@ def run(plan: Plan, stop) -> None:
             raise
         raise Refused(f"the disk of output_dir={output} is full: with more room the same command goes on") from error
     kept, read = results[-1].counts.kept, results[0].counts.read
-    done = {"rows": kept, "key": results[-1].key}
-    if read_json(output / MARKER) != done or not (output / CARD).is_file():
+    if not (output / MARKER).is_file() or not is_of(output / CARD, results):
         write_card(settings, results)
         log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
-        mark_complete(output, done)
+        mark_complete(output, {"rows": kept})
     sys.stdout.write(f"{report(results)}\n{settings.run_name}: {kept} of {read} rows kept; {output / CARD}\n")

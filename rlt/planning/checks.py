@@ -202,7 +202,7 @@ def check_pretraining(settings: PretrainSettings) -> None:
             f"model_name_or_path={settings.model_name_or_path} and model_shape={settings.model_shape}: name a model to "
             "go on from, or the shape of a new one"
         )
-    if settings.model_shape is not None and "model_type" not in settings.model_shape:
+    if settings.model_shape is not None and not settings.model_shape.get("model_type"):
         raise Refused("model_shape needs model_type, such as llama, and fields of its configuration")
     if settings.model_shape is not None and (settings.use_peft or settings.load_in_4bit or settings.load_in_8bit):
         raise Refused("use_peft=true with model_shape: random weights are trained as a whole")

@@ -28,7 +28,7 @@ def write_card(settings: PrepareSettings, results: list[StageResult]) -> None:
     output = Path(settings.output_dir)
     draw_funnel(output / FUNNEL, results)
     parts = (
-        [f"# {settings.run_name}: prepared data", f"![rows kept by each stage]({FUNNEL})"],
+        [f"# {settings.run_name}: prepared data", made_from(results), f"![rows kept by each stage]({FUNNEL})"],
         ["## Sources", table(("source", "path", "format", "licence", "rows", "kept"), source_rows(settings, results))],
         ["## Stages", table(("stage", "in", "kept", "dropped", "characters kept"), stage_rows(results))],
         ["## Why rows were dropped", table(("stage", "reason", "rows"), reason_rows(results))],
@@ -38,6 +38,15 @@ def write_card(settings: PrepareSettings, results: list[StageResult]) -> None:
         ["## Settings", f"```json\n{json.dumps(settings_of_card(settings), indent=1)}\n```"],
     )
     write_whole(output / CARD, "\n\n".join(line for part in parts for line in part) + "\n")
+
+
+def made_from(results: list[StageResult]) -> str:
+    return f"Made from settings and inputs with the hash {results[-1].key}."
+
+
+def is_of(card: Path, results: list[StageResult]) -> bool:
+    """Whether a card is there, and of these results."""
+    return card.is_file() and made_from(results) in card.read_text(encoding="utf-8")
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -24,6 +24,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from rlt.errors import Refused
+from rlt.launching.lifetime import end_with
 from rlt.preparation.ledger import Counts, read_counts
 from rlt.preparation.stage import Pass, Place, ProgressNote, Task
 from rlt.preparation.stages import STAGES
@@ -31,6 +32,7 @@ from rlt.runs.durable import write_whole
 from rlt.schema import PrepareSettings
 
 POLL_S = 1.0
+COMMAND_LIMIT_S = 60  # of Slurm's commands
 GRACE_S = 60.0  # between a job's end and its files on a network file system
 
 logger = logging.getLogger("rlt")
@@ -104,6 +106,7 @@ def run_pass(
         refusal_file(place, one.name, number).unlink(missing_ok=True)
         for file in (counts_file, refusal_file):
             file(place, one.name, number).parent.mkdir(parents=True, exist_ok=True)
+    job_file(place, one.name).parent.mkdir(exist_ok=True)
     step = TaskStep(stage, one.name, place, settings)
     logs = place.folder / "logs" / one.name
     ENGINES[settings.engine](step, logs, tasks, settings, asked)
@@ -125,7 +128,8 @@ class _Local(LocalPipelineExecutor):
             for rank in range(self.tasks):
                 self.one(rank)
             return
-        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
+        # Children of this process, which end with it: one that stayed behind would write beside the next life's.
+        with ProcessPoolExecutor(self.workers, get_context("spawn"), end_with, (os.getpid(),)) as pool:
             try:
                 futures = [pool.submit(self.one, rank) for rank in range(self.tasks)]
                 for future in futures:
@@ -194,13 +198,19 @@ def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetting
 
 
 def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
-    """As a job array, whose end is waited for; a run that stops meanwhile leaves the job to go on."""
+    """As a job array, whose end is waited for. A run that stops leaves the job to go on; the next one waits for it, as two
+    jobs would write the same files."""
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     class Submitted(SlurmPipelineExecutor):
         def launch_merge_stats(self) -> None:
             """No second job for datatrove's own statistics: the ledger has the counts."""
 
+    noted = job_file(step.place, step.pass_name)
+    if noted.is_file():
+        _wait_for_job(noted.read_text(), step, tasks, asked)
+    if _refused(step, tasks) or not missing_tasks(step.place, step.pass_name, tasks):
+        return
     assert settings.slurm_partition is not None  # the plan refuses it
     executor = Submitted(
         [step],
@@ -219,13 +229,34 @@ def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetti
     )
     with _outside_of_a_job():
         executor.run()
+    write_whole(noted, str(executor.job_id))
+    _wait_for_job(str(executor.job_id), step, tasks, asked)
+
+
+def job_file(place: Place, pass_name: str) -> Path:
+    """Names the job of Slurm that has a pass's tasks."""
+    return place.folder / "jobs" / pass_name
+
+
+def cancel_jobs(place: Place) -> None:
+    """Of a stage whose results nobody wants: its jobs, if it has any, write no more."""
+    for noted in (place.folder / "jobs").glob("*"):
+        subprocess.run(["scancel", noted.read_text()], capture_output=True, timeout=COMMAND_LIMIT_S, check=False)
+
+
+def _wait_for_job(job: str, step: TaskStep, tasks: int, asked: Callable[[], bool]) -> None:
+    """Until the job has ended, and its files are seen here.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
     end = None
     while missing_tasks(step.place, step.pass_name, tasks) and (end is None or time.monotonic() < end):
         if asked():
-            logger.warning("Slurm's job %s goes on: the same command waits for it", executor.job_id)
+            logger.warning("Slurm's job %s goes on: the same command waits for it", job)
             raise Stopped
-        if end is None and not _in_queue(executor.job_id):
-            end = time.monotonic() + (GRACE_S if not _refused(step, tasks) else 0)
+        if end is None and not _in_queue(job):
+            end = time.monotonic() + (0 if _refused(step, tasks) else GRACE_S)
         time.sleep(POLL_S)
 
 
@@ -244,10 +275,10 @@ def _outside_of_a_job() -> Iterator[None]:
             os.environ["SLURM_ARRAY_TASK_ID"] = held
 
 
-def _in_queue(job: str | int | None) -> bool:
+def _in_queue(job: str) -> bool:
     """Whether Slurm still has a job to run, or runs it; a queue that does not answer now is asked again."""
     try:
-        found = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True, timeout=60)
+        found = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
     except subprocess.TimeoutExpired:
         return True
     if found.returncode and "Invalid job id" not in found.stderr:

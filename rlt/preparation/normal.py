@@ -15,25 +15,29 @@ import xxhash
 from rlt.formats.record import LISTS, PLAIN, Record
 
 FOLD = bytes((32 if chr(c).isspace() else ord(chr(c).lower())) if c < 128 else c for c in range(256))
-BEYOND = re.compile(r"[^\x00-\x7f]+")
+ASCII = bytes(range(128))
 SPACES = re.compile(r"\s+")
-FINAL = "\N{GREEK CAPITAL LETTER SIGMA}"  # its small letter depends on what stands around it
+NOT_ALONE = re.compile(r"[\s\u0300-\u036f]")  # a space, or what makes one letter of itself and an ASCII one before it
 PLAIN_STRINGS = ("role", "name", "tool_call_id", "id")  # of a message or a call: no texts
-AT_ONCE = 2**18  # characters
 
 
-def beyond_ascii(text: str) -> str:
+def utf8(text: str) -> bytes:
     """A text whose letters beyond ASCII have the normal form; ASCII ones need not have it yet."""
+    if text.isascii():
+        return text.encode()
     text = unicodedata.normalize("NFC", text)
-    text = text.lower() if FINAL in text else BEYOND.sub(lambda found: found[0].lower(), text)
-    return BEYOND.sub(lambda found: SPACES.sub(" ", found[0]), unicodedata.normalize("NFC", text))
+    encoded = text.encode()
+    beyond = encoded.translate(None, ASCII).decode()
+    if beyond == beyond.lower() and not NOT_ALONE.search(beyond):
+        return encoded
+    return SPACES.sub(" ", unicodedata.normalize("NFC", text.lower())).encode()
 
 
 def normal_forms(texts: list[str]) -> list[memoryview]:
     """UTF-8 of each text's normal form."""
     if not texts:
         return []
-    folded = [(text if text.isascii() else beyond_ascii(text)).encode() for text in texts]
+    folded = [utf8(text) for text in texts]
     joined = np.frombuffer(b"\0".join(folded).translate(FOLD), np.uint8)
     ends = np.cumsum([len(text) + 1 for text in folded]) - 1
     space = joined == 32

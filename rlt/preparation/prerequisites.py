@@ -28,7 +28,15 @@ def check_settings(settings: PrepareSettings) -> None:
         raise Refused(f"stage={settings.stage}: use report, to see what is there, or null, to run")
     if settings.engine not in ENGINES:
         raise Refused(f"engine={settings.engine}: use one of {', '.join(ENGINES)}")
-    for key in ("engine_tasks", "engine_workers", "engine_memory_gb", "max_characters", "longest_line", "pack_length"):
+    for key in (
+        "engine_tasks",
+        "engine_workers",
+        "engine_memory_gb",
+        "max_characters",
+        "longest_line",
+        "pack_length",
+        "max_prompt_length",
+    ):
         if (value := getattr(settings, key)) is not None and value < 1:
             raise Refused(f"{key}={value} must be at least 1")
     for key in SHARES:

@@ -44,20 +44,21 @@ class Read(Stage):
         for source in parse_sources(self.settings.sources):
             self.format_of(source)
 
-    def check_counts(self, counts: Counts) -> None:
-        if not self.settings.allow_empty_sources:
-            for source in parse_sources(self.settings.sources):
-                if source.name not in counts.sources:
-                    raise Refused(f"sources: {source.path} holds no row; allow_empty_sources=true goes on without it")
-        super().check_counts(counts)
-
     def format_of(self, source: Source) -> Format:
+        """Of a source, by its first rows.
+
+        Raises:
+            Refused: as `find_format`, or there is no row.
+        """
         parts = [part for part in inputs_of(self.settings.sources) if part.source == source]
         given = (row for part in parts for _, row in self.rows(part, Counter()))
-        first = list(islice((row for row in given if not isinstance(row, Bad)), LOOKED_AT))
-        if not first and source.format is None and self.settings.allow_empty_sources:
-            return FORMATS["text"]  # of no row
-        return find_format(source.format, first, f"sources: {source.path}")
+        looked_at = list(islice(given, LOOKED_AT))
+        first = [row for row in looked_at if not isinstance(row, Bad)]
+        if not first and not self.settings.allow_empty_sources:
+            why = ", ".join(sorted({row.reason for row in looked_at if isinstance(row, Bad)}))
+            without = f"begins with {len(looked_at)} rows that cannot be read ({why})" if why else "holds no row"
+            raise Refused(f"sources: {source.path} {without}; allow_empty_sources=true goes on without it")
+        return find_format(source.format or (None if first else "text"), first, f"sources: {source.path}")
 
     def rows(self, part: Input, notes: Counter[str]) -> Iterator[tuple[str, Row | Bad]]:
         """What an input holds, each row with its number, behind that of its file where its source has several."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt.formats.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
-from rlt.preparation.engine import Stopped, counts_file, read_counts, run_pass
+from rlt.preparation.engine import Stopped, cancel_jobs, counts_file, read_counts, run_pass
 from rlt.preparation.ledger import Counts, check_chain
 from rlt.preparation.progress import bar
 from rlt.preparation.stage import Place, Stage, key_values
@@ -29,7 +29,7 @@ from rlt.schema import PrepareSettings
 STATS = "stats.json"
 KEY = "key"  # of an unfinished stage: what its tasks are made from
 SECONDS = "seconds.json"  # apart from what is the same each time
-LEFT = ("work", "counts", "progress", "refused", "logs")
+LEFT = ("work", "counts", "progress", "refused", "logs", "jobs")
 
 logger = logging.getLogger("rlt")
 
@@ -107,6 +107,7 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     begin = time.monotonic()
     if read_json(place.folder / KEY) != key:
         if place.folder.exists():
+            cancel_jobs(place)
             shutil.rmtree(place.folder)
         _remove_outputs(place.output, stage.outputs)
         place.folder.mkdir(parents=True)

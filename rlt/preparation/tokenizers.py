@@ -15,6 +15,7 @@ from rlt.runs.durable import flush_all
 from rlt.runs.folder import TOKENIZER
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+SMALLEST = 256 + 4  # tokens of a vocabulary
 READ_AT_MOST = 1_000_000_000  # characters; more of them change a vocabulary hardly
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

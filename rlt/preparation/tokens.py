@@ -23,11 +23,16 @@ from rlt.preparation.rendering import ChatRenderer, Rendered
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
 from rlt.preparation.token_files import TOKEN_COLUMNS, array_file, writing_arrays
-from rlt.preparation.tokenizers import fingerprint_of, load, tokenizer_folder, train
+from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_folder, train
+from rlt.preparation.write import as_rows
+from rlt.prompts.examples import student_example, teacher_example
+from rlt.prompts.rows import add_teaching_prompt
+from rlt.prompts.styles import load_format
 from rlt.runs.folder import TOKENIZER, TOKENS
 from rlt.schema import PrepareSettings
 
 HARMONY = "harmony"  # a tokenizer that is no model's: the format of gpt-oss (harmony.py)
+CHAT, TEACHER, STUDENT = "chat", "teacher", "student"  # values of tokens_as
 LOOKED_AT = 64  # of each shard's first rows: whether decoding gives the text back
 NO_TOKEN = "no token that is trained"
 UNKNOWN = "text that the tokenizer has no tokens for"
@@ -71,7 +76,8 @@ class Encoder:
         for record, one in zip(records, found, strict=True):
             if one is None:
                 ids = next(plain).ids
-                results.append(self._judged(Encoded([*ids, self.end], [1] * (len(ids) + 1)), record["text"]))
+                judged = self._judged(Encoded(ids, [1] * len(ids)), record["text"])
+                results.append(judged if isinstance(judged, Dropped) else with_end(judged, self.end))
             elif isinstance(one, Dropped):
                 results.append(one)
             else:
@@ -102,8 +108,7 @@ class Encoder:
         """Raises:
         Refused: decoding does not give the text back.
         """
-        ids = row.ids[:-1] if row.ids[-1] == self.end and not text.endswith(end_of_text(self.tokenizer)) else row.ids
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = self.tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         normalizer = self.rendered.normalizer
         wanted = {text, normalizer.normalize_str(text)} if normalizer else {text}
         if decoded not in wanted and decoded.lstrip() not in {one.lstrip() for one in wanted}:
@@ -111,6 +116,43 @@ class Encoder:
                 f"tokenizer={self.name} does not give a text back that it has cut into tokens: it changes what a model "
                 "would learn; name another"
             )
+
+
+class ExampleEncoder(Encoder):
+    """Rows with a reasoning trace as a teacher's warm-up or a student's distillation trains on them.
+
+    Args:
+        learner: teacher or student.
+        style: a reasoning format's name or file.
+        longest_prompt: tokens of a teacher's.
+    """
+
+    def __init__(self, name: str, learner: str, style: str, longest_prompt: int):
+        super().__init__(name)
+        self.learner, self.style, self.longest_prompt = learner, load_format(style), longest_prompt
+
+    def __call__(self, records: list[Record]) -> list[Encoded | Dropped]:
+        return [self._example(record) for record in records]
+
+    def _example(self, record: Record) -> Encoded | Dropped:
+        row = as_rows(record)
+        if isinstance(row, Dropped):
+            return row
+        if not (row["reasoning_trace"] or "").strip():
+            return Dropped("no reasoning_trace")
+        if self.learner == STUDENT:
+            made = student_example(self.tokenizer, self.style, row, None)
+        else:
+            reason = add_teaching_prompt(row, self.tokenizer, self.style, self.longest_prompt, self.tokenizer)
+            if reason is not None:
+                return Dropped(reason)
+            made = teacher_example(self.tokenizer, self.style, row)
+        return Encoded(made["input_ids"], made["completion_mask"])
+
+
+def with_end(row: Encoded, end: int) -> Encoded:
+    """A text's tokens and the one that says that it is over, which is learned too."""
+    return Encoded([*row.ids, end], [*row.mask, 1])
 
 
 def cut(rendered: Rendered) -> Iterator[tuple[str, int]]:
@@ -135,7 +177,7 @@ class Tokens(RowStage):
     """Token ids and loss masks, beside the records."""
 
     name = "tokens"
-    keys = ("tokenizer", "train_tokenizer")
+    keys = ("tokenizer", "train_tokenizer", "tokens_as", "reasoning_format", "max_prompt_length")
     outputs = (TOKENS,)
 
     def __init__(self, settings: PrepareSettings):
@@ -146,6 +188,12 @@ class Tokens(RowStage):
         named, size = self.settings.tokenizer, self.settings.train_tokenizer
         if (named is None) == (size is None):
             raise Refused(f"tokenizer={named} and train_tokenizer={size}: stage tokens needs one of them")
+        if self.settings.tokens_as not in (CHAT, TEACHER, STUDENT):
+            raise Refused(f"tokens_as={self.settings.tokens_as}: use {CHAT}, {TEACHER} or {STUDENT}")
+        if self.settings.tokens_as != CHAT and named in (None, HARMONY):
+            raise Refused(f"tokens_as={self.settings.tokens_as} needs the tokenizer of the model that will be trained")
+        if size is not None and size < SMALLEST:
+            raise Refused(f"train_tokenizer={size} must be at least {SMALLEST}: 256 bytes and the special tokens")
         if named is not None and named != HARMONY and not is_embedded(named) and named.startswith(LOCAL_STARTS):
             folder = Path(named).expanduser()
             if not (folder / "tokenizer.json").is_file():
@@ -153,9 +201,11 @@ class Tokens(RowStage):
 
     def files(self) -> list[Path]:
         named = self.settings.tokenizer
+        style = Path(self.settings.reasoning_format).expanduser()
         folder = Path(named).expanduser() if named and named != HARMONY else None
         known = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        return [folder / name for name in known if (folder / name).is_file()] if folder else []
+        own = [folder / name for name in known if (folder / name).is_file()] if folder else []
+        return [*own, style] if style.is_file() else own
 
     def passes(self) -> list[Pass]:
         learn = [Pass("tokenizer", self.learn, 1)] if self.settings.train_tokenizer else []
@@ -170,8 +220,14 @@ class Tokens(RowStage):
         named = self.settings.tokenizer
         if named == HARMONY:
             self.encoder = import_module("rlt.preparation.harmony").HarmonyEncoder()
+            return
+        name = str(tokenizer_folder(task.place.output)) if named is None else named
+        learner = self.settings.tokens_as
+        if learner == CHAT:
+            self.encoder = Encoder(name)
         else:
-            self.encoder = Encoder(str(tokenizer_folder(task.place.output)) if named is None else named)
+            style, longest = self.settings.reasoning_format, self.settings.max_prompt_length
+            self.encoder = ExampleEncoder(name, learner, style, longest)
 
     def task(self, task: Task) -> Counts:
         self.start(task)

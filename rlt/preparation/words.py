@@ -14,7 +14,9 @@ import xxhash
 SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 # Of ASCII, what `\w` is not becomes a space, and letters small: the same words as WORD finds, several times as fast.
-ASCII = bytes(ord(chr(c).lower()) if c < 128 and re.match(r"\w", chr(c)) else 32 for c in range(256))
+FOLD = bytes(ord(chr(c).lower()) if c < 128 and re.match(r"\w", chr(c)) else 32 for c in range(256))
+ASCII = bytes(range(128))
+LETTERS = re.compile(r"[\w\u0300-\u036f]")  # or what makes another letter of the ASCII one before it
 REMEMBERED = 2**18  # distinct words, of which a process keeps the hashes
 BASE = np.uint64(0x9E3779B97F4A7C15)
 MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
@@ -22,9 +24,10 @@ MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of split
 
 def words(text: str) -> list[bytes]:
     """In the order of the text, as UTF-8."""
-    if text.isascii():
-        return text.encode().translate(ASCII).split()
-    return [word.encode() for word in WORD.findall(unicodedata.normalize("NFC", text).lower())]
+    encoded = text.encode()
+    if not text.isascii() and LETTERS.search(encoded.translate(None, ASCII).decode()):
+        return [word.encode() for word in WORD.findall(unicodedata.normalize("NFC", text).lower())]
+    return encoded.translate(FOLD).split()
 
 
 class Hashes(dict[bytes, int]):

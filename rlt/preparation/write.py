@@ -8,7 +8,6 @@
     text        {text, id, source}
 """
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -107,17 +106,12 @@ class Write(Stage):
             raise Refused(f"to={self.settings.to}: use one of {', '.join(FORMS)}")
 
     def passes(self) -> list[Pass]:
-        return [Pass("empty", self.empty, tasks=1), Pass("rows", self.task)]
-
-    def empty(self, task: Task) -> None:
-        """No file of an earlier run stays, of which there may have been more."""
-        folder = task.place.output / PREPARED
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        return [Pass("rows", self.task)]
 
     def task(self, task: Task) -> Counts:
         counts, form = Counts(), FORMS[self.settings.to]
         folder = task.place.output / PREPARED
+        folder.mkdir(exist_ok=True)
         with ExitStack() as files:
             keep = files.enter_context(writing(shard(task.place.shards, task.number)))
             drop = files.enter_context(writing(shard(task.place.dropped, task.number)))

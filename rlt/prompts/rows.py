@@ -73,26 +73,36 @@ def teaching_rows(
         row = dict(row)
         if data.use_dataset_system_prompt and row.get("system"):
             row["teacher_system_prompt"] = row["system"]
-        row["prompt"] = render_teacher_prompt(
-            tokenizer, style, row["question"], row["solution"], row.get("teacher_system_prompt")
-        )
-        if len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) > data.max_prompt_length:
-            dropped[f"prompt longer than max_prompt_length={data.max_prompt_length}"] += 1
-            continue
-        reading = render_student_reading(own, style, row["question"], row["solution"], "\n\n")
-        (read,) = tokenize_with_spans(own, [reading])
-        solution = read.spans["solution"]
-        if not solution:
-            dropped["solution without a token that lies wholly inside its tags"] += 1
-            continue
-        if own.unk_token_id in [read.ids[index] for index in solution] and own.unk_token not in row["solution"]:
-            dropped["solution that the student's tokenizer has no tokens for"] += 1
-            continue
-        kept.append(row)
+        reason = add_teaching_prompt(row, tokenizer, style, data.max_prompt_length, own)
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += 1
     say_dropped(dropped, data.dataset_id_or_path)
     if not kept:
         raise Refused(f"dataset_id_or_path={data.dataset_id_or_path}: no usable row, {dict(dropped)}")
     return Rows(kept, dict(dropped))
+
+
+def add_teaching_prompt(row: dict, tokenizer, style: ReasoningFormat, most: int, own) -> str | None:
+    """Give a row the teacher's `prompt`; why it cannot be taught, if it cannot.
+
+    Args:
+        most: tokens of the prompt.
+        own: the student's tokenizer.
+    """
+    system = row.get("teacher_system_prompt")
+    row["prompt"] = render_teacher_prompt(tokenizer, style, row["question"], row["solution"], system)
+    if len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) > most:
+        return f"prompt longer than max_prompt_length={most}"
+    reading = render_student_reading(own, style, row["question"], row["solution"], "\n\n")
+    (read,) = tokenize_with_spans(own, [reading])
+    solution = read.spans["solution"]
+    if not solution:
+        return "solution without a token that lies wholly inside its tags"
+    if own.unk_token_id in [read.ids[index] for index in solution] and own.unk_token not in row["solution"]:
+        return "solution that the student's tokenizer has no tokens for"
+    return None
 
 
 def student_system(row: dict, data: DataConfig) -> str | None:

@@ -37,6 +37,7 @@ from rlt.preparation.stage import CorpusStage, Pass, Task
 from rlt.runs.durable import read_json, write_whole, written_whole
 
 PARTS = 256  # of the tokens: one at a time is held in memory
+SLICES = 16  # of a shard's pairs: one at a time is held in memory
 ROWS_AT_ONCE = 128
 FEW = 20  # rows of a source, below which a share of it alarms nobody
 CROWD = 1000  # rows in one component, from which on it is worth a look
@@ -124,7 +125,8 @@ class Near(CorpusStage):
     def rare(self, task: Task) -> None:
         """Each row's rarest runs."""
         table = np.load(task.place.work / "table.npy")
-        hashes, info = Sets(task.place.work / "sets").shard(task.number)
+        sets = Sets(task.place.work / "sets")
+        hashes, info = sets.shard(task.number)
         with spilling(task.place.work / "rare", task.number, PARTS) as spill:
             for row in range(0, len(info), ROWS_AT_ONCE):
                 some = info[row : row + ROWS_AT_ONCE]
@@ -133,33 +135,32 @@ class Near(CorpusStage):
                 own = np.array(hashes[end - int(sizes.sum()) : end])
                 tokens, of = rare_tokens(own, sizes, table, self.settings.near_similarity)
                 _spill(spill, tokens, places_of(task.number, of + row))
+                sets.forget()
 
     def pairs(self, task: Task) -> None:
         """Rows that share a token, for the shard of the first of each two to look at."""
         work, in_group = task.place.work, self.settings.near_in_group == DROP
         sets, passed = Sets(work / "sets"), 0
-        with spilling(work / "pairs", task.number, self.settings.engine_tasks) as spill:
+        with spilling(work / "pairs", task.number, self.settings.engine_tasks * SLICES) as spill:
             for part in range(task.number, PARTS, task.of):
                 for path, folder in ((BY_BAND, "bands"), (BY_RARE, "rare")):
                     entries = spilled(work / folder, part, ENTRY)
                     found, skipped = pairs_of(entries, sets, self.settings.near_similarity, in_group, path)
-                    spill(found, (found["a"] >> np.uint64(32)).astype(np.uint32))
+                    spill(found, (found["a"] >> np.uint64(32)) * np.uint64(SLICES) + found["a"] % np.uint64(SLICES))
                     passed += skipped if path == BY_RARE else 0
         _note(task, "pairs", {"pairs passed over where thousands share a run": passed})
 
     def verify(self, task: Task) -> None:
         """The shard's pairs that are as similar as they must be."""
-        work = task.place.work
-        pairs = merged(spilled(work / "pairs", task.number, PAIR))
-        edges = verified(pairs, Sets(work / "sets"), self.settings.near_similarity)
+        work, figures = task.place.work, Counter[str]()
         with spilling(work / "edges", task.number, 1) as spill:
-            spill(edges, np.zeros(len(edges), np.uint32))
-        missed = int((edges["path"] & BY_BAND == 0).sum())
-        figures = {
-            "pairs looked at": len(pairs),
-            "pairs alike": len(edges),
-            "pairs alike that bands alone miss": missed,
-        }
+            for part in range(SLICES):
+                pairs = merged(spilled(work / "pairs", task.number * SLICES + part, PAIR))
+                edges = verified(pairs, Sets(work / "sets"), self.settings.near_similarity)
+                spill(edges, np.zeros(len(edges), np.uint32))
+                figures["pairs looked at"] += len(pairs)
+                figures["pairs alike"] += len(edges)
+                figures["pairs alike that bands alone miss"] += int((edges["path"] & BY_BAND == 0).sum())
         _note(task, "verify", figures)
 
     def clusters(self, task: Task) -> None:

@@ -5,9 +5,13 @@ others leads from one to the other: of A ~ B ~ C, where A and C are not alike an
 no component melts away, and every dropped row has a kept one that it was compared with.
 """
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+BLOCK = 2**12
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,19 @@ class Kept:
     chained: int
 
 
+def in_blocks(*columns: np.ndarray) -> Iterator[tuple]:
+    """Rows of some columns, as Python's numbers; these take several times the memory, so a block of them at a time."""
+    for start in range(0, len(columns[0]), BLOCK):
+        yield from zip(*(column[start : start + BLOCK].tolist() for column in columns), strict=True)
+
+
 def components(pairs: np.ndarray, count: int) -> np.ndarray:
     """(count,) the least member of each one's component: union-find with path halving.
 
     Args:
         pairs: (n, 2) numbers below `count`.
     """
-    parent = list(range(count))
+    parent = array("q", range(count))
 
     def root(one: int) -> int:
         while parent[one] != one:
@@ -42,10 +52,10 @@ def components(pairs: np.ndarray, count: int) -> np.ndarray:
             one = parent[one]
         return one
 
-    for a, b in pairs.tolist():
+    for a, b in in_blocks(pairs[:, 0], pairs[:, 1]):
         a, b = root(a), root(b)
         parent[max(a, b)] = min(a, b)
-    return np.array([root(one) for one in range(count)], np.int64)
+    return np.fromiter(map(root, range(count)), np.int64, count)
 
 
 def keep_best(places: np.ndarray, edges: np.ndarray, rank: np.ndarray) -> Kept:
@@ -60,9 +70,8 @@ def keep_best(places: np.ndarray, edges: np.ndarray, rank: np.ndarray) -> Kept:
     swap = rank[a] > rank[b]
     better, worse = np.where(swap, b, a), np.where(swap, a, b)
     order = np.argsort(rank[better], kind="stable")
-    better, worse, similarity = better[order].tolist(), worse[order].tolist(), edges["similarity"][order].tolist()
     like = np.full(len(places), np.nan)
-    for one, other, value in zip(better, worse, similarity, strict=True):
+    for one, other, value in in_blocks(better[order], worse[order], edges["similarity"][order]):
         if np.isnan(like[one]):  # all edges to better rows came before
             like[other] = np.fmax(like[other], value)
     of = components(np.stack([a, b], axis=1), len(places))

@@ -4,6 +4,7 @@
 <work>/sets/00003.info   one INFO a row: where its set ends, and what decides between two that are alike
 """
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,20 +67,31 @@ class SetsWriter:
 
 
 class Sets:
-    """The sets of a run's rows, as SetsWriter left them; files are mapped, not read."""
+    """The sets of a run's rows, as SetsWriter left them; files are mapped, not read, and `forget` lets go of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.maps: list[mmap.mmap] = []
         self.opened: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """All sets, and their INFO."""
         if number not in self.opened:
-            self.opened[number] = (
-                mapped(self.folder / f"{number:05d}.sets", np.dtype("<u8")),
-                mapped(self.folder / f"{number:05d}.info", INFO),
-            )
+            sets, info = (self.folder / f"{number:05d}.{kind}" for kind in ("sets", "info"))
+            self.opened[number] = self._mapped(sets, np.dtype("<u8")), self._mapped(info, INFO)
         return self.opened[number]
+
+    def _mapped(self, path: Path, dtype: np.dtype) -> np.ndarray:
+        if not path.stat().st_size:  # cannot be mapped
+            return np.empty(0, dtype)
+        with path.open("rb") as file:
+            self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self.maps[-1], dtype)
+
+    def forget(self) -> None:
+        """What was looked at need not stay in this process's memory."""
+        for one in self.maps:
+            one.madvise(mmap.MADV_DONTNEED)
 
     def of(self, place: int) -> np.ndarray:
         """The set of the row at a place: shard times 2**32, plus row."""
@@ -94,12 +106,8 @@ class Sets:
         for number in np.unique(shards).tolist():
             here = shards == number
             found[here] = self.shard(number)[1][(places[here] & np.uint64(0xFFFFFFFF)).astype(np.int64)]
+            self.forget()
         return found
-
-
-def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file of numbers; an empty one has none, and cannot be mapped."""
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 class Shingler:

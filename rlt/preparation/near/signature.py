@@ -13,7 +13,7 @@ import xxhash
 BANDS, ROWS = 14, 8  # two sets are looked at where all columns of a band agree: of J = 0.8, with probability 0.92
 K = BANDS * ROWS
 SEED = 1
-CHUNK = 2**28  # bytes of one step's numbers
+CHUNK = {"cpu": 2**21, "cuda": 2**28}  # bytes of one step's numbers
 HIGH = np.uint64(32)
 Signer = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hashes (N,), starts (sets + 1,) to (sets, K) uint32
 
@@ -49,15 +49,13 @@ def torch_signatures(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x_N = torch.from_numpy(hashes.view(np.int64)).to(device)
-    sets = len(starts) - 1
-    of_N = torch.repeat_interleave(torch.arange(sets, device=device), torch.from_numpy(np.diff(starts)).to(device))
+    sizes = np.diff(starts).tolist()
     a_K, b_K = (torch.from_numpy(factor.view(np.int64)).to(device) for factor in factors())
-    columns, found = max(1, CHUNK // (8 * len(hashes))), []
+    columns, found = max(1, CHUNK[device] // (8 * len(hashes))), []
     for first in range(0, K, columns):
         a_C1, b_C1 = a_K[first : first + columns, None], b_K[first : first + columns, None]
         h_CN = (((a_C1 * x_N) + b_C1) >> 32) & 0xFFFFFFFF
-        least_CS = torch.full((len(a_C1), sets), 2**32, dtype=torch.int64, device=device)
-        found.append(least_CS.scatter_reduce_(1, of_N.expand(len(a_C1), -1), h_CN, "amin").cpu())
+        found.append(torch.stack([h_Cn.amin(1) for h_Cn in h_CN.split(sizes, dim=1)], dim=1).cpu())
     return torch.cat(found).T.numpy().astype(np.uint32)
 
 

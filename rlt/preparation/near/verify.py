@@ -4,6 +4,7 @@ from itertools import groupby
 
 import numpy as np
 
+from rlt.preparation.near.cluster import BLOCK, in_blocks
 from rlt.preparation.near.shingle import Sets
 
 EDGE = np.dtype([("a", "<u8"), ("b", "<u8"), ("path", "u1"), ("similarity", "<f4")])
@@ -21,10 +22,15 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def verified(pairs: np.ndarray, sets: Sets, similarity: float) -> np.ndarray:
     """The pairs (sorted by `a`) that are as similar as that, with their similarity."""
-    found = []
-    for a, some in groupby(pairs.tolist(), key=lambda pair: pair[0]):
+    found, blocks = [], [np.empty(0, EDGE)]
+    columns = in_blocks(pairs["a"], pairs["b"], pairs["path"])
+    for a, some in groupby(columns, key=lambda pair: pair[0]):
         one = np.array(sets.of(a))
         for _, b, path in some:
             if (value := jaccard(one, sets.of(b))) >= similarity:
                 found.append((a, b, path, value))
-    return np.array(found, EDGE)
+        if len(found) >= BLOCK:
+            blocks.append(np.array(found, EDGE))
+            found = []
+        sets.forget()
+    return np.concatenate([*blocks, np.array(found, EDGE)])
