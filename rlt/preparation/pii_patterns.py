@@ -28,7 +28,10 @@ LOCAL = 64  # characters before the @, at most (RFC 5321)
 CARD = re.compile(r"(?<![\w.,])(?<![-+*/^×÷=] )(?<![+*/^×÷])\d(?:[ -]?\d){11,18}(?!\w|[.,]\d| ?[+*/^×÷=]| - ?\d)")
 # Numbers as issuers have them, of 12 to 19 digits; what Presidio has by itself knows neither Mastercard's second series
 # nor the shortest and longest ones. It does Luhn's check.
-ISSUED = r"\b(?:[3-6](?:[ -]?\d){12,18}|2[2-7](?:[ -]?\d){14}|5[0678](?:[ -]?\d){10}|6(?:[ -]?\d){11}|(?:1800|2131)(?:[ -]?\d){11})\b"
+ISSUED = (
+    r"\b(?:[3-6](?:[ -]?\d){12,18}|2[2-7](?:[ -]?\d){14}|5[0678](?:[ -]?\d){10}|6(?:[ -]?\d){11}"
+    r"|(?:1800|2131)(?:[ -]?\d){11})\b"
+)
 IBAN = re.compile(r"[A-Z]{2}\d{2}[ -]?[A-Z0-9]{4}")
 SSN = re.compile(r"(?<![\w.-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 WALLET = re.compile(r"(?<![A-Za-z0-9])(?:bc1|[13])[a-zA-HJ-NP-Z0-9]{25,59}(?![A-Za-z0-9])")
