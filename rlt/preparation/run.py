@@ -136,7 +136,8 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     check_chain(before, counts, f"stage {stage.name}")
     seconds = time.monotonic() - begin
     write_whole(place.folder / SECONDS, json.dumps(round(seconds, 3)))
-    stats = {"key": key, "outputs": _outputs_of(stage, place.output), **counts.as_dict()}
+    after = read_json(place.before / STATS)["key"] if place.before else None
+    stats = {"key": key, "after": after, "outputs": _outputs_of(stage, place.output), **counts.as_dict()}
     write_whole(place.folder / STATS, json.dumps(stats, indent=1))
     _clear(place.folder)
     logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)
@@ -177,11 +178,12 @@ def _remove_others(folder: Path, kept: set[Path]) -> None:
 
 
 def results_of(output: Path) -> list[StageResult]:
-    """What is there, without running anything: the stages that ended."""
-    found = []
+    """What is there, without running anything: the stages that ended, up to the first that has to be made (again)."""
+    found: list[StageResult] = []
     for folder in sorted((output / STAGES).glob("[0-9][0-9]-*")):
         stats = read_json(folder / STATS)
-        if stats is not None:
-            seconds = read_json(folder / SECONDS) or 0.0
-            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
+        if stats is None or stats["after"] != (found[-1].key if found else None):
+            break
+        seconds = read_json(folder / SECONDS) or 0.0
+        found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
     return found
