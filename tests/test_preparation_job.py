@@ -268,6 +268,31 @@ def test_what_cannot_work_is_refused_in_one_line(arguments, said, tmp_path):
     assert not (tmp_path / "out" / "stages").exists()
 
 
+def test_a_report_shows_only_stages_that_belong_together_and_needs_no_source(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", questions(20))
+    run(settings_of(tmp_path / "out", [source]))
+    assert [result.name for result in results_of(tmp_path / "out")] == QUICK
+    monkeypatch.setitem(stages.STAGES, "clean", DropsAll)
+    with pytest.raises(Refused, match="keeps none"):
+        run(settings_of(tmp_path / "out", [source], max_characters=1000))
+    assert [result.name for result in results_of(tmp_path / "out")] == ["read", "clean"]
+    before = bytes_below(tmp_path / "out")
+    report = launch("prepare.py", "prepare_rlt", f"output_dir={tmp_path / 'out'}", "stage=report")
+    assert report.returncode == 0, report.stderr
+    assert len(report.stdout.splitlines()) == 3
+    assert bytes_below(tmp_path / "out") == before
+
+
+def test_an_overwrite_never_takes_its_own_source(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", questions(20))
+    assert launch("prepare.py", *overrides(tmp_path / "out", source)).returncode == 0
+    own = tmp_path / "out" / "prepared" / "train-00000.jsonl"
+    done = launch("prepare.py", *overrides(tmp_path / "out", own, "overwrite_output_dir=true"))
+    assert done.returncode == 1
+    assert "would delete sources=" in done.stderr
+    assert own.exists()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", questions(2))
     done = launch("prepare.py", *overrides(tmp_path / "out", source, "stage=report"))

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import yaml
 
-from rlt.jobs import pipeline
+from rlt.jobs import pipeline, prepare
 from rlt.places import ROOT
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import Resolved
@@ -39,6 +39,9 @@ def begin(
     plan, config = resolved.plan, resolved.plan.config
     if config["dry_run"]:
         show(plan)
+        return 0
+    if plan.profile.prepares and plan.settings.stage is not None:
+        prepare.show(plan)
         return 0
     if is_complete(config):
         sys.stdout.write(f"{config['output_dir']} is complete; overwrite_output_dir=true starts again\n")

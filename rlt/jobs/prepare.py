@@ -16,7 +16,6 @@ from rlt.runs.folder import CARD, MARKER, mark_complete
 from rlt.schema import PrepareSettings
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REPORT = "report"  # a value of `stage`: what is there, without running anything
 
 
 def run(plan: Plan, stop) -> None:
@@ -28,16 +27,10 @@ def run(plan: Plan, stop) -> None:
     from rlt.preparation.card import is_of, write_card
     from rlt.preparation.engine import Stopped
     from rlt.preparation.report import report
-    from rlt.preparation.run import prepare, results_of
+    from rlt.preparation.run import prepare
 
     settings: PrepareSettings = plan.settings
     output = Path(settings.output_dir)
-    if settings.stage == REPORT:
-        results = results_of(output)
-        if not results:
-            raise Refused(f"stage={REPORT}: {output} holds no stage that has ended")
-        sys.stdout.write(f"{report(results)}\n")
-        return
     try:
         results = prepare(settings, lambda: stop.asked)
     except Stopped:
@@ -52,3 +45,18 @@ def run(plan: Plan, stop) -> None:
         log_figures(plan.config, {f"rows/{result.name}": result.counts.kept for result in results})
         mark_complete(output, {"rows": kept})
     sys.stdout.write(f"{report(results)}\n{settings.run_name}: {kept} of {read} rows kept; {output / CARD}\n")
+
+
+def show(plan: Plan) -> None:
+    """What the stages that have ended kept and dropped (`stage=report`); nothing is run or written.
+
+    Raises:
+        Refused: no stage has ended.
+    """
+    from rlt.preparation.report import report
+    from rlt.preparation.run import results_of
+
+    results = results_of(Path(plan.settings.output_dir))
+    if not results:
+        raise Refused(f"stage=report: {plan.settings.output_dir} holds no stage that has ended")
+    sys.stdout.write(f"{report(results)}\n")

@@ -136,8 +136,8 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
     check_chain(before, counts, f"stage {stage.name}")
     seconds = time.monotonic() - begin
     write_whole(place.folder / SECONDS, json.dumps(round(seconds, 3)))
-    after = read_json(place.before / STATS)["key"] if place.before else None
-    stats = {"key": key, "after": after, "outputs": _outputs_of(stage, place.output), **counts.as_dict()}
+    earlier = (read_json(place.before / STATS) or {}) if place.before else {}
+    stats = {"key": key, "after": earlier.get("key"), "outputs": _outputs_of(stage, place.output), **counts.as_dict()}
     write_whole(place.folder / STATS, json.dumps(stats, indent=1))
     _clear(place.folder)
     logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)

@@ -134,6 +134,8 @@ def check_comparison(config: dict[str, Any]) -> None:
 
 def check_output(config: dict[str, Any]) -> None:
     """The output folder must be new, or of the same run, and what it is emptied of none of the run's inputs."""
+    if config.get("stage") is not None:
+        return  # a preparation's report only reads it
     folder = Path(config["output_dir"])
     begun = any(folder.glob(CHECKPOINTS))  # and no longer in need of the checkpoint that it began with
     if config["resume_from"] is not None and not begun and not Path(config["resume_from"]).is_dir():
