@@ -16,8 +16,8 @@ from preparation import dropped, kept, run, settings_of, write_rows
 from rlt.errors import Refused
 from rlt.formats import FORMATS, Options, apply
 from rlt.formats.corpora import CORPORA, corpus_rows
-from rlt.formats.inputs import check_inputs, files_of, parse_sources
-from rlt.formats.readers import Bad, Reader
+from rlt.formats.inputs import Source, check_inputs, files_of, parse_sources
+from rlt.formats.readers import Bad, Reader, rows_of
 from rlt.formats.record import Dropped
 from rlt.preparation.prerequisites import check_machine
 
@@ -491,3 +491,17 @@ def test_an_input_that_changed_since_a_preparation_began_is_refused(tmp_path):
     written(tmp_path, "a.jsonl", LINES * 2)
     with pytest.raises(Refused, match="a.jsonl changed since this preparation began"):
         read_all(tmp_path, path)
+
+
+def test_a_hubs_data_set_gives_its_rows_as_the_library_loads_them(tmp_path, monkeypatch):
+    """From a folder that is laid out as a repository of the hub is."""
+    (tmp_path / "owner" / "set").mkdir(parents=True)
+    write_rows(tmp_path / "owner" / "set" / "train.jsonl", [{"text": "one", "n": 1}, {"text": "two", "n": 2}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    keys = settings_of(tmp_path / "out", [])
+    rows = list(rows_of(Source("s", "owner/set"), None, keys, None, Counter()))
+    assert rows == [{"text": "one", "n": 1}, {"text": "two", "n": 2}]
+    for wrong in ({"split": "validation"}, {"config": "no-such"}):
+        with pytest.raises(Refused, match="sources: owner/set is no local file, nor"):
+            list(rows_of(Source("s", "owner/set", **wrong), None, keys, None, Counter()))
