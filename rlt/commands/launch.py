@@ -21,7 +21,7 @@ from rlt.commands.servers import serve, servers_of
 from rlt.errors import Refused, fail
 from rlt.generation.shared_memory import weights_folder
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
-from rlt.jobs.child import secret_overrides
+from rlt.jobs.child import run_child, secret_overrides
 from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
@@ -32,7 +32,7 @@ from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
 from rlt.runs.folder import LOGS
 from rlt.runs.hidden import hide_secrets
-from rlt.schema import PROFILES
+from rlt.schema import PROFILES, profile_of
 
 RANK = ("-m", "rlt.commands.rank")
 
@@ -130,7 +130,22 @@ def launch(devices: int, sharding: str | None, arguments: list[str], server_devi
         logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
         return start_ranks({machines.most: plan, **fewer}, devices, machines, server_devices, meeting)
 
-    return begin(resolved, partial(launch, devices, sharding), start, holds_folder=machines.node == 0)
+    first = partial(warm_up, devices, sharding, machines)
+    return begin(resolved, first, start, holds_folder=machines.node == 0)
+
+
+def warm_up(devices: int, sharding: str, machines: Machines, arguments: list[str]) -> int:
+    """The run that goes first: on the same devices; a preparation, which uses none, as one process.
+
+    Raises:
+        Refused: a preparation is to go first, and several machines would wait for it.
+    """
+    if not profile_of(compose_config(arguments)[0]).prepares:
+        return launch(devices, sharding, arguments)
+    if machines.most > 1:
+        raise Refused(f"NNODES={machines.most}: the preparation has yet to run, run it first: {' '.join(arguments)}")
+    run_child(["train.py", *arguments])
+    return 0
 
 
 def check_machine(config: dict, devices: int, machines: Machines, server_devices: int) -> None:

@@ -81,6 +81,8 @@ def with_warmup(
     first, _ = compose_config(arguments)
     config = {**config, key: first["output_dir"]}
     prepares = profile_of(first).prepares
+    if prepares:  # in one process, which nothing watches over
+        arguments = [argument for argument in arguments if not argument.startswith("restarts=")]
     try:
         if is_complete(first) or (prepares and (Path(first["output_dir"]) / MARKER).is_file()):  # whatever it took
             check_output(first)
