@@ -161,6 +161,8 @@ def test_a_source_that_mostly_goes_stops_the_run_and_is_named(tmp_path):
     unique = [text_record(n, chapter) for n, chapter in enumerate(chapters("kjv")[1:60])]
     with pytest.raises(Refused, match="39 of 40 rows of source b are near duplicates, more than near_alarm_share=0.5"):
         run_alone(Near, tmp_path, [*rows, *unique])
+    with pytest.raises(Refused, match=r"see \S+/stages/\*-near/dropped, then raise"):
+        run_alone(Near, tmp_path, [*rows, *unique])
     run_alone(Near, tmp_path, [*rows, *unique], near_alarm_share=1.0)
 
 
