@@ -11,3 +11,4 @@ API_KEY_VARIABLE = "RLT_API_KEY"  # what clients of the training API send: one k
 SECRETS_VARIABLE = "RLT_SECRET_OVERRIDES"  # what a run started by another does not show in its command line
 WEIGHTS_VARIABLE = "RLT_WEIGHTS_FOLDER"  # where rank 0 packs weights for servers, made and removed by its launcher
 PREPARED = "prepared"  # below the output folder of a preparation: the rows that other runs read
+MARKER = "COMPLETE"  # in the output folder of a run, written last: what was done

@@ -11,6 +11,7 @@ from conftest import config_of
 from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.run import SECONDS, StageResult, prepare
 from rlt.preparation.shards import read_shard
+from rlt.runs.folder import mark_complete
 from rlt.schema import PrepareSettings
 
 QUICK = ["read", "clean", "split", "write"]  # stages that need no library
@@ -37,7 +38,9 @@ def settings_of(output: Path, sources: list[Any], **changed: Any) -> PrepareSett
 def run(settings: PrepareSettings) -> dict[str, StageResult]:
     """Every stage's result, by name."""
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-    return {result.name: result for result in prepare(settings, lambda: False)}
+    results = prepare(settings, lambda: False)
+    mark_complete(Path(settings.output_dir), {"rows": results[-1].counts.kept})
+    return {result.name: result for result in results}
 
 
 def kept(result: StageResult) -> list[dict[str, Any]]:

@@ -21,9 +21,11 @@ from rlt.formats.record import Dropped
 from rlt.preparation import stages
 from rlt.preparation.clean import Clean
 from rlt.preparation.ledger import LedgerError
+from rlt.preparation.read import Read
 from rlt.preparation.run import results_of
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.stage import Pass, RowStage
+from rlt.runs.folder import MARKER
 
 LIMIT_S = 120
 STARTED = "INFO rlt: "
@@ -57,9 +59,14 @@ def test_what_comes_out_is_read_by_every_other_run(tmp_path):
 def test_a_second_run_does_nothing(tmp_path):
     settings = settings_of(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", questions(20))])
     run(settings)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    times = times_below(tmp_path / "out")
     run(settings)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == times
+    assert times_below(tmp_path / "out") == times
+
+
+def times_below(folder: Path) -> dict[Path, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_another_value_of_a_key_makes_its_stage_and_those_after_it_again(tmp_path):
@@ -70,6 +77,24 @@ def test_another_value_of_a_key_makes_its_stage_and_those_after_it_again(tmp_pat
     made = {n for n, r in again.items() if (r.folder / "stats.json").stat().st_mtime_ns != times[n]}
     assert made == {"split", "write"}
     assert load_rows(str(tmp_path / "out"), split="validation").rows
+
+
+def test_a_file_of_what_came_out_that_is_gone_is_made_again(tmp_path):
+    settings = settings_of(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", questions(20))])
+    run(settings)
+    (tmp_path / "out" / "prepared" / "train-00000.jsonl").unlink()
+    run(settings)
+    assert len(load_rows(str(tmp_path / "out")).rows) == 20
+
+
+def test_a_preparation_that_has_not_ended_again_is_not_read(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", questions(20))
+    run(settings_of(tmp_path / "out", [source]))
+    monkeypatch.setitem(stages.STAGES, "clean", DropsAll)
+    with pytest.raises(Refused, match="keeps none"):
+        run(settings_of(tmp_path / "out", [source], max_characters=1000))
+    with pytest.raises(Refused, match="a preparation that has not ended"):
+        load_rows(str(tmp_path / "out"))
 
 
 def test_rows_of_an_earlier_run_do_not_stay_among_those_of_a_later_one(tmp_path):
@@ -143,6 +168,45 @@ def test_a_stage_that_loses_rows_ends_the_run(stage, tmp_path, monkeypatch):
     source = write_rows(tmp_path / "rows.jsonl", questions(20))
     with pytest.raises(LedgerError, match=r"rows in|came in"):
         run(settings_of(tmp_path / "out", [source]))
+
+
+class LosesABlock(Read):
+    """Between its two passes, as a file that vanishes on a network file system."""
+
+    def deal(self, task):
+        for block in sorted((task.place.work / "blocks").glob("*/*"))[1:2]:
+            block.unlink()
+        return super().deal(task)
+
+
+def test_rows_that_vanish_within_a_stage_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(stages.STAGES, "read", LosesABlock)
+    source = write_rows(tmp_path / "rows.jsonl", questions(3000))
+    with pytest.raises(LedgerError, match="3000 rows in, 3000 of them kept, and the next one 2000"):
+        run(settings_of(tmp_path / "out", [source], engine_tasks=1))
+
+
+class LetsOneIn(Read):
+    """While it reads, a file joins its folder."""
+
+    def format(self, task):
+        counts = super().format(task)
+        write_rows(Path(self.settings.sources[0]) / "b.jsonl", questions(5, first=50))
+        return counts
+
+
+def test_a_file_that_joins_while_the_inputs_are_read_stops_the_run_and_nothing_of_it_stays(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for first, name in ((0, "a"), (10, "c")):
+        write_rows(tmp_path / "in" / f"{name}.jsonl", questions(10, first=first))
+    settings = settings_of(tmp_path / "out", [tmp_path / "in"])
+    with monkeypatch.context() as patched:
+        patched.setitem(stages.STAGES, "read", LetsOneIn)
+        with pytest.raises(Refused, match="added"):
+            run(settings)
+    (tmp_path / "in" / "b.jsonl").unlink()
+    assert {row["source"] for row in kept(run(settings)["read"])} == {"in"}
+    assert len(load_rows(str(tmp_path / "out")).rows) == 20
 
 
 class DropsAll(Clean):
@@ -292,6 +356,29 @@ def test_a_pipeline_begins_with_a_preparation_and_trains_on_its_rows(tiny_teache
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>data</h2>" in page and "<h2>warmup</h2>" in page
     assert json.loads((tmp_path / "out" / "warmup" / "training_rows.json").read_text())["rows"] == 12
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_is_asked_to_stop_ends_between_two_tasks_and_the_same_command_goes_on(workers, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", questions(60_000))
+    arguments = overrides(tmp_path / "out", source, f"engine_workers={workers}", "engine_tasks=8")
+    process = start(arguments)
+    first = tmp_path / "out" / "stages" / "01-clean" / "counts" / "rows-00000.json"
+    end = time.monotonic() + LIMIT_S
+    while not first.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75
+    done = first.stat().st_mtime_ns
+    process = start(arguments)
+    while not (tmp_path / "out" / "stages" / "02-split").exists() and process.poll() is None:
+        if first.exists():
+            assert first.stat().st_mtime_ns == done
+        time.sleep(0.002)
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0
+    assert len(load_rows(str(tmp_path / "out")).rows) == 60_000
 
 
 @pytest.mark.slow

@@ -114,9 +114,9 @@ def recall(finder: Finder, entity: str, template: str, values: list[str]) -> flo
         ("iban", "en_GB", "iban", "The account is {} at our bank.", 1.0),
         ("us_ssn", "en_US", "ssn", "Her number is {} as it says.", 1.0),
         ("ip", "en_US", "ipv4_public", "The request came from {} at noon.", 1.0),
-        ("credit_card", "en_US", "credit_card_number", "I paid with {} last week.", 0.7),
-        ("phone", "en_US", "phone_number", "Please call me at {} tonight.", 0.75),
-        ("phone", "en_GB", "phone_number", "Please call me at {} tonight.", 0.75),
+        ("credit_card", "en_US", "credit_card_number", "I paid with {} last week.", 0.95),
+        ("phone", "en_US", "phone_number", "Please call me at {} tonight.", 0.95),
+        ("phone", "en_GB", "phone_number", "Please call me at {} tonight.", 0.95),
     ],
 )
 def test_made_up_values_of_faker_are_found(finder, entity, locale, provider, template, least):

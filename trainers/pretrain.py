@@ -1,7 +1,8 @@
 """Pretraining on packed texts: what follows each token, with the model's own forward pass.
 
 The model is called as transformers' models are, with positions that begin again at each sequence: its attention then
-lets no sequence see another, by a block mask or FlashAttention's lengths, and Liger, torch.compile and FP8 apply.
+lets no sequence see another, and Liger, torch.compile and FP8 apply. SDPA, eager and FlexAttention make a mask of these
+positions; FlashAttention reads lengths from them, but of a batch of one row alone, so it gets a micro-batch as one row.
 What is added: a micro-batch that runs out of memory is repeated in smaller passes; the loss on held-out rows of each
 source; tokens per second.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.utils.generic import is_flash_attention_requested
 
 from backends.collective import is_sharded
 from rlt.errors import Refused
@@ -102,6 +104,9 @@ class PretrainTrainer(SFTTrainer):
     def _nll(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the losses of all tokens that have a label."""
         wanted = {name: inputs[name] for name in ("input_ids", "labels", "position_ids")}
+        plain: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if is_flash_attention_requested(plain.config):
+            wanted = {name: values.view(1, -1) for name, values in wanted.items()}
         return model(**wanted, use_cache=False, num_items_in_batch=1).loss
 
     @torch.no_grad()

@@ -16,9 +16,9 @@ from rlt.planning.resolve import resolve
 from rlt.schema import profile_of
 
 DEFAULT = "prepare_tiny"
-USAGE = """usage: python prepare.py [RUN] [key=value ...]   e.g.  python prepare.py prepare_rlt sources=[my/rows.jsonl]
-       python prepare.py RUN dry_run=true       what would happen
-       python prepare.py RUN stage=report       what its stages kept and dropped so far
+USAGE = """usage: .venv/bin/python prepare.py [RUN] [key=value ...]   e.g. prepare_rlt sources=[my/rows.jsonl]
+       .venv/bin/python prepare.py RUN dry_run=true       what would happen
+       .venv/bin/python prepare.py RUN stage=report       what its stages kept and dropped so far
 keys: cfgs/preparation/base.yaml; docs/data.md has the stages and formats"""
 
 

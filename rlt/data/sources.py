@@ -23,7 +23,7 @@ from rlt.data.files import SUFFIXES, columns_of, read_file, readable
 from rlt.data.generator import GENERATED_ROWS, GENERATOR, generated_rows, task_and_options
 from rlt.data.room import Room
 from rlt.errors import Refused
-from rlt.places import LOCAL_STARTS, PREPARED
+from rlt.places import LOCAL_STARTS, MARKER, PREPARED
 
 REQUIRED = ("question", "solution")
 OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
@@ -262,6 +262,8 @@ def _files_of(folder: Path, split: str = "train") -> list[Path]:
         Refused: the folder holds no file of a known kind.
     """
     if (folder / PREPARED).is_dir():
+        if not (folder / MARKER).is_file():
+            raise Refused(f"{folder} is of a preparation that has not ended ({MARKER} is missing): run it to its end")
         if files := [path for path in sorted((folder / PREPARED).glob(f"{split}-*.jsonl")) if path.stat().st_size]:
             return files
         raise Refused(f"{folder} holds no rows of split {split!r} ({PREPARED}/{split}-*.jsonl)")

@@ -52,6 +52,8 @@ def _parse_slowly(line: bytes, notes: Counter[str]) -> Any:
         raise NotPlain("not UTF-8 text") from None
     except json.JSONDecodeError:
         raise NotPlain("not JSON") from None
+    except ValueError:  # more digits than Python reads
+        raise NotPlain("a number of thousands of digits") from None
     except RecursionError:
         raise NotPlain("nested too deeply") from None
 

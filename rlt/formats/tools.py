@@ -144,24 +144,23 @@ def toolbench_query(row: dict[str, Any]) -> str:
 def toolbench(rows: list[Columns], options: Options) -> list[Record | Dropped]:
     """OpenBMB/ToolBench, the rows of one query: a trajectory comes once for each of its steps, of which the longest
     is kept; of one that branches off, the loss counts what no other has."""
-    given = [row.value("conversations") for row in rows]
-    results: list[Record | Dropped | None] = [None] * len(rows)
+    given = [found if isinstance(found := row.value("conversations"), list) else [] for row in rows]
+    results: dict[int, Record | Dropped] = {}
     kept: list[list[Any]] = []
-    for place in sorted(range(len(rows)), key=lambda n: -len(given[n]) if isinstance(given[n], list) else 0):
+    for place in sorted(range(len(rows)), key=lambda n: -len(given[n])):
+        shared = max((_common(given[place], other) for other in kept), default=0)
+        if given[place] and shared == len(given[place]):
+            results[place] = Dropped("beginning of a longer row")
+            continue
         try:
-            record = _trajectory(rows[place])
+            results[place] = record = _trajectory(rows[place])
         except Unfit as unfit:
             results[place] = Dropped(unfit.reason)
-            continue
-        shared = max((_common(given[place], other) for other in kept), default=0)
-        if shared == len(given[place]):
-            results[place] = Dropped("beginning of a longer row")
             continue
         kept.append(given[place])
         for turn in record["messages"][:shared]:
             turn["train"] = False
-        results[place] = record
-    return [result for result in results if result is not None]
+    return [results[place] for place in range(len(rows))]
 
 
 def _common(one: list[Any], other: list[Any]) -> int:

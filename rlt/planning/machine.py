@@ -24,7 +24,7 @@ from rlt.models.paths import MERGED, adapter_base, is_adapter
 from rlt.places import KEY_VARIABLE, LOCAL_STARTS
 from rlt.planning.memory import GIB, parameters
 from rlt.prompts.styles import load_format
-from rlt.runs.folder import PACKED, is_complete
+from rlt.runs.folder import MARKER, PACKED, is_complete
 from rlt.schema import profile_of, server_urls
 
 logger = logging.getLogger("rlt")
@@ -122,8 +122,16 @@ def check_data(config: dict[str, Any]) -> None:
 
 
 def has_packed_rows(source: str) -> bool:
-    """Whether it is the output folder of a preparation that packs."""
-    return any((Path(source).expanduser() / PACKED).glob("train-*.parquet"))
+    """Whether it is the output folder of a preparation that packs.
+
+    Raises:
+        Refused: its preparation has not ended.
+    """
+    folder = Path(source).expanduser()
+    found = any((folder / PACKED).glob("train-*.parquet"))
+    if found and not (folder / MARKER).is_file():
+        raise Refused(f"{source} is of a preparation that has not ended ({MARKER} is missing): run it to its end")
+    return found
 
 
 def check_models_exist(named: dict[str, str]) -> None:

@@ -8,11 +8,12 @@ other way back.
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import loguru
+import psutil
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from rlt.errors import Refused
-from rlt.launching.lifetime import end_with
+from rlt.launching.lifetime import end_with, stop_signals
 from rlt.preparation.ledger import Counts, read_counts
 from rlt.preparation.stage import Pass, Place, ProgressNote, Task
 from rlt.preparation.stages import STAGES
@@ -121,43 +123,11 @@ def run_pass(
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's local executor, on processes whose end is noticed: its own pool waits for a killed one for ever."""
-
-    def run(self) -> None:
-        if self.workers == 1:
-            for rank in range(self.tasks):
-                self.one(rank)
-            return
-        # Children of this process, which end with it: one that stayed behind would write beside the next life's.
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), end_with, (os.getpid(),)) as pool:
-            try:
-                futures = [pool.submit(self.one, rank) for rank in range(self.tasks)]
-                for future in futures:
-                    future.result()
-            except BrokenProcessPool:
-                raise Refused(
-                    "a process of this preparation was killed (out of memory?): the same command goes on; fewer at "
-                    "once are engine_workers=1"
-                ) from None
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    """datatrove's local executor, task by task: its own pool waits for a killed process for ever."""
 
     def one(self, rank: int) -> None:
         loguru.logger.disable("datatrove")  # whose words on a failure come before those of this project
         self._run_for_rank(rank, local_rank=1)
-
-
-class _Stoppable(_Local):
-    """In this process alone, so that a run that is asked to stop ends between two tasks."""
-
-    def __init__(self, asked: Callable[[], bool], *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.asked = asked
-
-    def one(self, rank: int) -> None:
-        if self.asked():
-            raise Stopped
-        super().one(rank)
 
 
 def workers_of(settings: PrepareSettings, tasks: int) -> int:
@@ -166,11 +136,46 @@ def workers_of(settings: PrepareSettings, tasks: int) -> int:
 
 
 def _run_locally(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
-    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(logs), "skip_completed": False}
-    if (workers := workers_of(settings, tasks)) == 1:
-        _Stoppable(asked, [step], workers=1, **options).run()
-    else:
-        _Local([step], workers=workers, **options).run()
+    executor = _Local([step], tasks=tasks, logging_dir=str(logs), skip_completed=False)
+    missing, workers = missing_tasks(step.place, step.pass_name, tasks), workers_of(settings, tasks)
+    if workers > 1:
+        _run_in_processes(executor, missing, workers, asked)
+        return
+    for rank in missing:
+        if asked():
+            raise Stopped
+        executor.one(rank)
+
+
+def _run_in_processes(executor: _Local, ranks: list[int], workers: int, asked: Callable[[], bool]) -> None:
+    """In children of this process, which end with it: one that stayed behind would write beside the next life's."""
+    others = set(psutil.Process().children())
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
+        waiting = {pool.submit(executor.one, rank) for rank in ranks}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if asked() and waiting:  # what they do is done again
+                    raise Stopped
+        except BrokenProcessPool:
+            raise Refused(
+                "a process of this preparation was killed (out of memory?): the same command goes on; fewer at once "
+                "are engine_workers=1"
+            ) from None
+        finally:
+            if waiting:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(psutil.Process().children()) - others:
+                    child.kill()
+
+
+def _begin_worker(run: int) -> None:
+    """Signals to stop are for the run, which ends its workers itself."""
+    end_with(run)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
@@ -198,8 +203,10 @@ def _run_on_ray(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetting
 
 
 def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettings, asked: Callable[[], bool]) -> None:
-    """As a job array, whose end is waited for. A run that stops leaves the job to go on; the next one waits for it, as two
-    jobs would write the same files."""
+    """As a job array, whose end is waited for.
+
+    A run that stops leaves the job to go on. The next one waits for it, as two jobs would write the same files.
+    """
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     class Submitted(SlurmPipelineExecutor):

@@ -76,6 +76,21 @@ class Counts:
             raise LedgerError(f"{place}: {self.read} rows in, and {by_source} by source")
 
 
+def check_alike(passes: list[Counts], place: str) -> None:
+    """That all passes of a stage which count rows count the same ones.
+
+    Raises:
+        LedgerError: a later pass met other rows than an earlier one.
+    """
+    counted = [counts for counts in passes if counts.read]
+    for earlier, later in zip(counted, counted[1:], strict=False):
+        if (earlier.read, earlier.kept, earlier.dropped) != (later.read, later.kept, later.dropped):
+            raise LedgerError(
+                f"{place}: one pass had {earlier.read} rows in, {earlier.kept} of them kept, and the next one "
+                f"{later.read}, {later.kept} of them kept"
+            )
+
+
 def read_counts(path: Path) -> Counts | None:
     """What a task or stage noted; None where it did not end."""
     found = read_json(path)

@@ -29,7 +29,8 @@ def bar(folder: Path, stage: str, pass_name: str, total: int | None, unit: str =
     ended = threading.Event()
     title = stage if pass_name in ("rows", stage) else f"{stage}, {pass_name}"
     scaled = unit == "B"
-    with tqdm(total=total, desc=title, unit=unit, unit_scale=scaled, dynamic_ncols=True, leave=False) as shown:
+    look = {"unit": unit, "unit_scale": scaled, "dynamic_ncols": True, "leave": False}
+    with tqdm(total=total, desc=title, disable=None, **look) as shown:  # None: where there is no terminal
 
         def watch() -> None:
             while not ended.wait(EVERY_S):

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
+import orjson
 import xxhash
 
 from rlt.errors import Refused
@@ -26,7 +27,7 @@ from rlt.preparation.stage import Pass, Stage, Task
 from rlt.runs.durable import read_json, write_whole
 
 BLOCK = 1000  # rows
-PARTS = 64  # of a file whose rows depend on one another
+PARTS = 256  # of a file whose rows depend on one another
 LOOKED_AT = 20  # first rows, by which a source's format is told or checked
 
 
@@ -73,7 +74,10 @@ class Read(Stage):
 
     def format(self, task: Task) -> Counts:
         """One input, into blocks of what is kept and what is dropped."""
-        part = inputs_of(self.settings.sources)[task.number]
+        inputs = inputs_of(self.settings.sources)
+        if len(inputs) != task.of:
+            raise Refused("sources: a file was added or is gone while the sources were read")
+        part = inputs[task.number]
         counts, notes = Counts(), Counter()
         known = self.format_of(part.source)
         given = islice(self.rows(part, notes), part.source.max_rows)
@@ -104,8 +108,9 @@ class Read(Stage):
                     yield number, row, apply(known, row, options)
             return
         folder = task.place.work / "parts" / f"{task.number:05d}"
-        with ExitStack() as files:
-            parts = [files.enter_context(writing(shard(folder, n))) for n in range(PARTS)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files:  # not packed: so many packers would take more memory than the rows
+            parts = [files.enter_context((folder / str(n)).open("wb")) for n in range(PARTS)]
             for number, row in given:
                 if isinstance(row, Bad):
                     yield number, row.given, Dropped(row.reason)
@@ -115,9 +120,11 @@ class Read(Stage):
                 except Unfit as unfit:
                     yield number, row, Dropped(unfit.reason)
                     continue
-                parts[xxhash.xxh3_64_intdigest(group.encode()) % PARTS]({"group": group, "number": number, "row": row})
+                part = xxhash.xxh3_64_intdigest(group.encode()) % PARTS
+                parts[part].write(orjson.dumps({"group": group, "number": number, "row": row}) + b"\n")
         for n in range(PARTS):
-            yield from _grouped(known, read_shard(shard(folder, n)), options)
+            with (folder / str(n)).open("rb") as file:
+                yield from _grouped(known, map(orjson.loads, file), options)
 
     def deal(self, task: Task) -> Counts:
         """Every so many-th block, into this task's shard."""

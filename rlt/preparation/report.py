@@ -1,5 +1,7 @@
 """The funnel as text: what each stage kept, and why it dropped the rest."""
 
+import math
+
 from rlt.preparation.run import StageResult
 
 MOST_REASONS = 5
@@ -10,7 +12,7 @@ def report(results: list[StageResult]) -> str:
     lines = [f"{'stage':<16}{'in':>12}{'kept':>12}{'share':>8}   dropped"]
     for result in results:
         counts = result.counts
-        share = f"{counts.kept / counts.read:.1%}" if counts.read else "-"
+        share = f"{math.floor(1000 * counts.kept / counts.read) / 10}%" if counts.read else "-"
         reasons = [f"{reason} {count}" for reason, count in counts.dropped.most_common(MOST_REASONS)]
         more = len(counts.dropped) - MOST_REASONS
         reasons += [f"{more} more reasons"] if more > 0 else []

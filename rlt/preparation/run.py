@@ -15,15 +15,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlt.errors import Refused
 from rlt.formats.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.engine import Stopped, cancel_jobs, counts_file, read_counts, run_pass
-from rlt.preparation.ledger import Counts, check_chain
+from rlt.preparation.ledger import Counts, check_alike, check_chain
 from rlt.preparation.progress import bar
-from rlt.preparation.stage import Place, Stage, key_values
+from rlt.preparation.stage import Pass, Place, Stage, key_values
 from rlt.preparation.stages import STAGES as BY_NAME
 from rlt.preparation.stages import stages_of
 from rlt.runs.durable import read_json, write_whole
-from rlt.runs.folder import STAGES
+from rlt.runs.folder import MARKER, STAGES
 from rlt.schema import PrepareSettings
 
 STATS = "stats.json"
@@ -57,17 +58,17 @@ def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageR
         Stopped: the run was asked to stop.
     """
     output = Path(settings.output_dir)
-    files = [path for _, path in check_inputs(parse_sources(settings.sources)) if path is not None]
-    manifest = keep_to_inputs(output, files)
+    manifest = keep_to_inputs(output, _files_of(settings))
     key, before, results = sha256(json.dumps([manifest, settings.seed]).encode()).hexdigest(), None, []
     for number, stage in enumerate(stages_of(settings)):
         place = Place(output, output / STAGES / f"{number:02d}-{stage.name}", before)
         key = key_of(stage, key)
         result = finished(stage, place, key)
         if result is None:
+            (output / MARKER).unlink(missing_ok=True)  # of an earlier life, with other settings
             result = run_stage(stage, place, key, results[-1].counts if results else None, asked)
             if number == 0:
-                keep_to_inputs(output, files)  # that none changed while it was read
+                _see_that_nothing_changed(settings, place)
         check_chain(results[-1].counts if results else None, result.counts, f"stage {stage.name}")
         stage.check_counts(result.counts)
         results.append(result)
@@ -76,6 +77,23 @@ def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageR
     for name in BY_NAME.keys() - settings.stages:
         _remove_outputs(output, BY_NAME[name].outputs)
     return results
+
+
+def _files_of(settings: PrepareSettings) -> list[Path]:
+    return [path for _, path in check_inputs(parse_sources(settings.sources)) if path is not None]
+
+
+def _see_that_nothing_changed(settings: PrepareSettings, place: Place) -> None:
+    """While the inputs were read; else what was read of them is no result.
+
+    Raises:
+        Refused: an input changed, was added or is gone.
+    """
+    try:
+        keep_to_inputs(place.output, _files_of(settings))
+    except Refused:
+        shutil.rmtree(place.folder)
+        raise
 
 
 def key_of(stage: Stage, before: str) -> str:
@@ -88,7 +106,7 @@ def key_of(stage: Stage, before: str) -> str:
 def finished(stage: Stage, place: Place, key: str) -> StageResult | None:
     """The result that is there, if it was made from the same."""
     stats: dict[str, Any] | None = read_json(place.folder / STATS)
-    if stats is None or stats["key"] != key or not all((place.output / name).is_dir() for name in stage.outputs):
+    if stats is None or stats["key"] != key or stats["outputs"] != _outputs_of(stage, place.output):
         return None
     _clear(place.folder)  # a kill may have come right after the figures
     seconds = read_json(place.folder / SECONDS) or 0.0
@@ -112,25 +130,39 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
         _remove_outputs(place.output, stage.outputs)
         place.folder.mkdir(parents=True)
         write_whole(place.folder / KEY, json.dumps(key))
-    counts = Counts()
-    for one in stage.passes():
-        if asked():
-            raise Stopped
-        tasks = one.tasks or stage.settings.engine_tasks
-        with bar(place.folder / "progress", stage.name, one.name, before.kept if before else None):
-            run_pass(stage.name, one, place, stage.settings, tasks, asked)
-        counts = Counts()
-        for number in range(tasks):
-            found = read_counts(counts_file(place, one.name, number))
-            assert found is not None
-            counts.add(found)
+    passes = [_run_pass(stage, one, place, before, asked) for one in stage.passes()]
+    check_alike(passes, f"stage {stage.name}")
+    counts = passes[-1]
     check_chain(before, counts, f"stage {stage.name}")
     seconds = time.monotonic() - begin
     write_whole(place.folder / SECONDS, json.dumps(round(seconds, 3)))
-    write_whole(place.folder / STATS, json.dumps({"key": key, **counts.as_dict()}, indent=1))
+    after = read_json(place.before / STATS)["key"] if place.before else None
+    stats = {"key": key, "after": after, "outputs": _outputs_of(stage, place.output), **counts.as_dict()}
+    write_whole(place.folder / STATS, json.dumps(stats, indent=1))
     _clear(place.folder)
     logger.info("%s: %d of %d rows kept, %.1f s", stage.name, counts.kept, counts.read, seconds)
     return StageResult(stage.name, place.folder, counts, seconds, key)
+
+
+def _run_pass(stage: Stage, one: Pass, place: Place, before: Counts | None, asked: Callable[[], bool]) -> Counts:
+    """A pass of a stage, and what all of its tasks counted."""
+    if asked():
+        raise Stopped
+    tasks = one.tasks or stage.settings.engine_tasks
+    with bar(place.folder / "progress", stage.name, one.name, before.kept if before else None):
+        run_pass(stage.name, one, place, stage.settings, tasks, asked)
+    counts = Counts()
+    for number in range(tasks):
+        found = read_counts(counts_file(place, one.name, number))
+        assert found is not None
+        counts.add(found)
+    return counts
+
+
+def _outputs_of(stage: Stage, output: Path) -> dict[str, int]:
+    """The bytes of each file that a stage has written for other runs."""
+    files = [path for name in stage.outputs for path in sorted((output / name).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(output)): path.stat().st_size for path in files}
 
 
 def _remove_outputs(output: Path, names: tuple[str, ...]) -> None:
@@ -146,11 +178,12 @@ def _remove_others(folder: Path, kept: set[Path]) -> None:
 
 
 def results_of(output: Path) -> list[StageResult]:
-    """What is there, without running anything: the stages that ended."""
-    found = []
+    """What is there, without running anything: the stages that ended, up to the first that has to be made (again)."""
+    found: list[StageResult] = []
     for folder in sorted((output / STAGES).glob("[0-9][0-9]-*")):
         stats = read_json(folder / STATS)
-        if stats is not None:
-            seconds = read_json(folder / SECONDS) or 0.0
-            found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
+        if stats is None or stats["after"] != (found[-1].key if found else None):
+            break
+        seconds = read_json(folder / SECONDS) or 0.0
+        found.append(StageResult(folder.name[3:], folder, Counts.of_dict(stats), seconds, stats["key"]))
     return found

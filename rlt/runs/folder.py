@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rlt.errors import Refused
+from rlt.places import MARKER as MARKER  # written last, with what was done
 from rlt.places import PREPARED as PREPARED  # of a preparation: the rows that other runs read
 from rlt.runs.durable import read_json, write_whole
 from rlt.runs.hidden import hide_secrets
@@ -25,7 +26,6 @@ from rlt.schema import profile_of, renamed
 logger = logging.getLogger("rlt")
 
 CONFIG = "config.yaml"  # the resolved configuration, secrets hidden
-MARKER = "COMPLETE"  # written last, with what was done
 LOGS = "logs"  # of ranks and servers
 METRICS = "metrics.jsonl"  # one object per log
 CURVES = "curves.png"
@@ -162,11 +162,16 @@ def check_output(config: dict[str, Any]) -> None:
 
 
 def check_overwriting(config: dict, folder: Path) -> None:
-    for key in INPUTS:
-        named = config.get(key)
-        places = [Path(named).expanduser().resolve()] if isinstance(named, str) else []
-        if any(place == folder or folder in place.parents for place in places if place.exists()):
-            raise Refused(f"overwrite_output_dir=true would delete {key}={named}: choose another output_dir")
+    named = [(key, config.get(key)) for key in INPUTS]
+    sources = config.get("sources") or []
+    named += [("sources", entry.get("path") if isinstance(entry, dict) else entry) for entry in sources]
+    for key, value in named:
+        if not isinstance(value, str):
+            continue
+        place = Path(value).expanduser().resolve()  # of a glob, what it begins with is enough
+        inside = place == folder or folder in place.parents
+        if inside and (place.exists() or key == "sources"):
+            raise Refused(f"overwrite_output_dir=true would delete {key}={value}: choose another output_dir")
 
 
 def prepare_output(config: dict) -> None:
