@@ -150,7 +150,7 @@ class Near(CorpusStage):
                     found, skipped = pairs_of(entries, sets, self.settings.near_similarity, in_group, path)
                     spill(found, (found["a"] >> np.uint64(32)) * np.uint64(SLICES) + found["a"] % np.uint64(SLICES))
                     passed += skipped if path == BY_RARE else 0
-        _note(task, "pairs", {"pairs passed over where thousands share a run": passed})
+        _note(task, "pairs", {"pairs passed over where more than 64 rows share a run": passed})
 
     def verify(self, task: Task) -> None:
         """The shard's pairs that are as similar as they must be."""
