@@ -161,6 +161,8 @@ def test_a_source_that_mostly_goes_stops_the_run_and_is_named(tmp_path):
     unique = [text_record(n, chapter) for n, chapter in enumerate(chapters("kjv")[1:60])]
     with pytest.raises(Refused, match="39 of 40 rows of source b are near duplicates, more than near_alarm_share=0.5"):
         run_alone(Near, tmp_path, [*rows, *unique])
+    with pytest.raises(Refused, match=r"see \S+/stages/\*-near/dropped, then raise"):
+        run_alone(Near, tmp_path, [*rows, *unique])
     run_alone(Near, tmp_path, [*rows, *unique], near_alarm_share=1.0)
 
 
@@ -224,7 +226,7 @@ def test_ten_thousand_copies_with_a_word_changed_leave_one(tmp_path):
     counts, kept, _ = run_alone(Near, tmp_path, rows, 2, near_alarm_share=1)
     assert len(kept) == 1
     assert counts.notes["rows of the largest component"] == 10_000
-    assert counts.notes["pairs passed over where thousands share a run"] > 0
+    assert counts.notes["pairs passed over where more than 64 rows share a run"] > 0
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("aZ_9 '\u2019\u2014éÉe\u0301\u03a3ß\u4e2d")))

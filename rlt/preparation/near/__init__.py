@@ -9,6 +9,7 @@ import json
 import logging
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -28,13 +29,14 @@ from rlt.preparation.near.bands import (
     slots,
 )
 from rlt.preparation.near.cluster import keep_best
-from rlt.preparation.near.shingle import Sets, SetsWriter, Shingler, compared_text, info_of, preferred
+from rlt.preparation.near.shingle import Sets, Shingler, compared_text, info_of, preferred, writing_sets
 from rlt.preparation.near.signature import SIGNATURES
 from rlt.preparation.near.verify import EDGE, verified
 from rlt.preparation.order import Order
 from rlt.preparation.spill import VERDICT, Verdicts, spilled, spilling
 from rlt.preparation.stage import CorpusStage, Pass, Task
 from rlt.runs.durable import read_json, write_whole, written_whole
+from rlt.runs.folder import STAGES
 
 PARTS = 256  # of the tokens: one at a time is held in memory
 SLICES = 16  # of a shard's pairs: one at a time is held in memory
@@ -66,16 +68,20 @@ class Near(CorpusStage):
 
     def check_counts(self, counts: Counts) -> None:
         if (largest := counts.notes["rows of the largest component"]) > CROWD:
-            logger.warning("near: %d rows are one component: see what they share, in %s", largest, "dropped/")
+            logger.warning("near: %d rows are one component: see what they share, in %s", largest, self.dropped())
         most = self.settings.near_alarm_share
         for source, rows in sorted(counts.sources.items()):
             gone = rows["in"] - rows["kept"]
             if rows["in"] >= FEW and gone > most * rows["in"]:
                 raise Refused(
                     f"near: {gone} of {rows['in']} rows of source {source} are near duplicates, more than "
-                    f"near_alarm_share={most}: see the stage's dropped/, then raise the key, or fix the source"
+                    f"near_alarm_share={most}: see {self.dropped()}, then raise the key, or fix the source"
                 )
         super().check_counts(counts)
+
+    def dropped(self) -> Path:
+        """Where a run has the rows that are not kept, as a pattern: the stage's number depends on those before it."""
+        return Path(self.settings.output_dir) / STAGES / f"*-{self.name}" / "dropped"
 
     def decisions(self) -> list[Pass]:
         return [
@@ -92,14 +98,10 @@ class Near(CorpusStage):
         work, rows, order = task.place.work, task.rows(), Order(self.settings)
         shingler, sign, row = Shingler(), SIGNATURES[self.settings.near_signature], 0
         table = np.zeros(SLOTS, np.uint32)
-        (work / "sets").mkdir(parents=True, exist_ok=True)
-        stem = f"{task.number:05d}"
         with (
-            (work / "sets" / f"{stem}.sets").open("wb") as sets,
-            (work / "sets" / f"{stem}.info").open("wb") as info,
+            writing_sets(work / "sets", task.number) as write,
             spilling(work / "bands", task.number, PARTS) as spill,
         ):
-            write = SetsWriter(sets, info)
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 texts = [compared_text(record) for record in some]
                 found = [shingler(text) for text in texts]
@@ -113,7 +115,7 @@ class Near(CorpusStage):
                     places = places_of(task.number, np.repeat(np.array(filled) + row, tokens.shape[1]))
                     _spill(spill, tokens.ravel(), places)
                 row += len(some)
-        save_table(work / "tables" / f"{stem}.npy", table)
+        save_table(work / "tables" / f"{task.number:05d}.npy", table)
 
     def frequencies(self, task: Task) -> None:
         """Of all shards, in how many rows each run is."""
@@ -148,7 +150,7 @@ class Near(CorpusStage):
                     found, skipped = pairs_of(entries, sets, self.settings.near_similarity, in_group, path)
                     spill(found, (found["a"] >> np.uint64(32)) * np.uint64(SLICES) + found["a"] % np.uint64(SLICES))
                     passed += skipped if path == BY_RARE else 0
-        _note(task, "pairs", {"pairs passed over where thousands share a run": passed})
+        _note(task, "pairs", {"pairs passed over where more than 64 rows share a run": passed})
 
     def verify(self, task: Task) -> None:
         """The shard's pairs that are as similar as they must be."""

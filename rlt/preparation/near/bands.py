@@ -5,6 +5,10 @@ Rare runs miss none (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 200
 first; two sets with J >= t share one of their first n - ceil(t n) + 1. So what is kept is the same for all signatures,
 and how many pairs bands alone would have found is noted. What thousands of rows share (a header, a licence) stands at
 the end of that order: it makes no two of them a pair.
+
+Both hold up to a crowd: of more than ALL_PAIRS rows that share a rare run, as those of one template do, each is looked
+at with the best ones alone, or with whom a band adds. There rows that are alike may both be kept, and which of them
+are depends a little on the signature; how many pairs were passed over is noted.
 """
 
 import numpy as np

@@ -6,6 +6,7 @@
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import xxhash
 from rlt.formats.record import Record, turns_of
 from rlt.preparation.order import ORDER, Order
 from rlt.preparation.words import Hashes, shingles, words
+from rlt.runs.durable import written_whole
 
 WORDS = 5
 INFO = np.dtype(
@@ -64,6 +66,19 @@ class SetsWriter:
         self.end = int(rows["end"][-1])
         self.sets.write(np.concatenate(sets).tobytes())
         self.info.write(rows.tobytes())
+
+
+@contextmanager
+def writing_sets(folder: Path, number: int) -> Iterator[SetsWriter]:
+    """The sets of a shard's rows; they are there, whole, once the block has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        written_whole(folder / f"{number:05d}.sets") as sets_aside,
+        written_whole(folder / f"{number:05d}.info") as info_aside,
+        sets_aside.open("wb") as sets,
+        info_aside.open("wb") as info,
+    ):
+        yield SetsWriter(sets, info)
 
 
 class Sets:
