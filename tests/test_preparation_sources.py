@@ -1,11 +1,18 @@
 """What a source is, by its names, by the first rows of all its files, and by the version that is read."""
 
+from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from preparation import kept, run, settings_of, write_rows
 
 from rlt.errors import Refused
 from rlt.formats.inputs import check_inputs, parse_sources
+from rlt.formats.readers import Bad, plain_rows
+from rlt.preparation.read import Read
+from rlt.preparation.stage import Place, Task
 
 
 def touched(folder: Path, *names: str) -> Path:
@@ -87,3 +94,91 @@ def test_other_names_are_no_evaluation(tmp_path, name):
 )
 def test_training_splits_of_the_hub_are_no_evaluation(name):
     check_inputs(parse_sources([name]))
+
+
+# Formats: what the first rows of every file tell.
+
+TEXT, ALPACA = {"text": "A row."}, {"instruction": "Add 1 and 1.", "input": "", "output": "2"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]}
+TOOLBENCH = {"id": "Step 1: x", **SHAREGPT}
+
+
+def stage_of(folder: Path, source: object, **keys) -> Read:
+    return Read(settings_of(folder / "out", [source], stages=["read"], **keys))
+
+
+def read_all(folder: Path, source: object, **keys):
+    return run(settings_of(folder / "out", [source], stages=["read"], **keys))["read"]
+
+
+def test_rows_that_tell_two_formats_are_refused_with_both(tmp_path):
+    source = write_rows(tmp_path / "a.jsonl", [ALPACA, TEXT])
+    with pytest.raises(Refused, match="a.jsonl has rows of alpaca and text: give each a source of its own"):
+        stage_of(tmp_path, source).check()
+    with pytest.raises(Refused, match="has rows of sharegpt and toolbench"):
+        stage_of(tmp_path, write_rows(tmp_path / "b.jsonl", [SHAREGPT, TOOLBENCH])).check()
+    stage_of(tmp_path, {"path": str(source), "format": "alpaca"}).check()
+
+
+def test_files_of_one_source_that_tell_two_formats_are_refused_at_the_plan_and_by_the_task(tmp_path):
+    for number, row in enumerate([TEXT, TEXT, ALPACA]):
+        write_rows(tmp_path / f"{number}.jsonl", [row] * 30)
+    for start in (
+        lambda: stage_of(tmp_path, f"{tmp_path}/*.jsonl").check(),
+        lambda: read_all(tmp_path, f"{tmp_path}/*.jsonl"),
+    ):
+        with pytest.raises(Refused, match="has rows of alpaca and text"):
+            start()
+
+
+def test_an_evaluation_in_a_second_file_is_refused(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"question": "x", "solution": "y"}])
+    write_rows(tmp_path / "b.jsonl", [{"question": "x", "subject": "law", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(Refused, match="is the evaluation set MMLU"):
+        stage_of(tmp_path, f"{tmp_path}/*.jsonl").check()
+
+
+def test_the_format_is_told_by_the_first_row_that_can_be_read(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [*range(25), ALPACA, *range(3), ALPACA])
+    result = read_all(tmp_path, path)
+    assert [row["messages"][0]["content"] for row in kept(result)] == ["Add 1 and 1."] * 2
+    assert result.counts.dropped == {"not a JSON object": 28}
+
+
+def test_a_file_without_a_readable_row_takes_the_format_of_its_source(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [ALPACA])
+    write_rows(tmp_path / "b.jsonl", [1, 2])
+    counts = read_all(tmp_path, f"{tmp_path}/*.jsonl").counts
+    assert (counts.kept, counts.dropped) == (1, {"not a JSON object": 2})
+
+
+# Rows of tables.
+
+
+def nested(depth: int) -> object:
+    return 1 if depth == 0 else [nested(depth - 1)]
+
+
+def test_a_table_of_columns_that_are_nested_too_deeply_is_refused(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "more": [nested(150), None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(Refused, match="a.parquet .*too deeply nested"):
+        read_all(tmp_path, tmp_path / "a.parquet")
+
+
+def test_other_rows_of_a_table_are_given_around_one_that_cannot_be():
+    notes: Counter[str] = Counter()
+    rows = list(plain_rows([{"a": 1}, {"a": nested(150)}, {"a": float("nan")}], notes))
+    assert rows == [{"a": 1}, Bad("nested too deeply"), {"a": None}] and notes.total() == 1
+
+
+# Lives.
+
+
+def test_blocks_that_a_killed_life_left_are_not_read_again(tmp_path):
+    """A life that read 3,000 rows was killed before its counts; the next one, given 1,500, leaves two blocks."""
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"Row {n}."} for n in range(3000)])
+    task = Task(Place(tmp_path, tmp_path / "stage", None), 0, 1, lambda count: None)
+    for rows, blocks in ((None, 3), (1500, 2)):
+        stage_of(tmp_path, {"path": str(path), "max_rows": rows}).format(task)
+        assert len(list((task.place.work / "blocks").glob("*/*"))) == blocks
