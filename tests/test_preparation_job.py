@@ -300,6 +300,16 @@ def test_a_report_of_nothing_is_refused(tmp_path):
     assert "holds no stage that has ended" in done.stderr
 
 
+def test_what_trains_needs_no_package_of_preparations():
+    lists = (ROOT / "requirements-cpu.txt").read_text().partition("# group: data\n")[2].partition("# group:")[0]
+    packages = [line.partition("==")[0].replace("-", "_") for line in lists.split()]
+    blocked = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
+    script = f"{blocked}import trainers.build, rlt.commands.train, rlt.commands.launch, rlt.jobs.training"
+    done = subprocess.run([sys.executable, "-c", script, *packages], capture_output=True, text=True, timeout=LIMIT_S)
+    assert "zstandard" in packages
+    assert done.returncode == 0, done.stderr
+
+
 def test_devices_are_not_given_to_a_preparation(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", questions(2))
     done = launch("launch.py", "2", *overrides(tmp_path / "out", source))

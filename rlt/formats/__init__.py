@@ -1,6 +1,6 @@
 """Every format: one function from a source's row to a record, in one table; nothing is guessed, nothing made up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,36 +113,48 @@ EVALUATIONS: dict[str, Callable[[Row], bool]] = {
 }
 
 
-def find_format(name: str | None, rows: list[Row], place: str) -> Format:
-    """The format of a source: the one it names, if its first rows have the columns; else the one they tell.
+def find_format(name: str | None, rows: Iterable[Row], place: str) -> Format:
+    """The format of a source: the one it names, if its first rows have the columns; else the one that all of them tell.
+
+    Rows that tell no format count where no other does; they are dropped when they are read.
 
     Raises:
         Refused: no such format, other columns than it has, columns that tell no format or several, or an evaluation.
     """
-    for evaluation, shown in EVALUATIONS.items():
-        if any(shown(row) for row in rows):
-            raise Refused(f"{place} is the evaluation set {evaluation}: no run trains on it")
-    if name is not None:
-        return _named(name, rows, place)
-    found = {name for row in rows[:1] for name in told_by(row)}
-    if len(found) == 1:
-        return FORMATS[found.pop()]
-    seen = ", ".join(sorted(rows[0])) if rows else "none"
-    if not found:
-        raise Refused(
-            f"{place} has columns {seen}, which no format has: name one, {{format: ...}}: {', '.join(FORMATS)}"
-        )
-    raise Refused(f"{place} has columns {seen}, which {' and '.join(sorted(found))} have: say {{format: ...}}")
-
-
-def _named(name: str, rows: list[Row], place: str) -> Format:
-    if name not in FORMATS:
+    if name is not None and name not in FORMATS:
         raise Refused(f"{place}: format {name!r} is none of {', '.join(FORMATS)}")
-    wanted = FORMATS[name]
-    if rows and not any(names <= row.keys() for row in rows for names in wanted.sets()):
-        columns = " or ".join(sorted(", ".join(names.split()) for names in wanted.columns))
-        raise Refused(f"{place} has columns {', '.join(sorted(rows[0]))}, and format {name} needs {columns}")
-    return wanted
+    seen, told = "", []
+    for row in rows:
+        for evaluation, shown in EVALUATIONS.items():
+            if shown(row):
+                raise Refused(f"{place} is the evaluation set {evaluation}: no run trains on it")
+        found = tells(name, row)
+        if found and found not in told:
+            told.append(found)
+        seen = seen or ", ".join(sorted(row))
+    if name is not None:
+        if seen and not told:
+            columns = " or ".join(sorted(", ".join(names.split()) for names in FORMATS[name].columns))
+            raise Refused(f"{place} has columns {seen}, and format {name} needs {columns}")
+        return FORMATS[name]
+    if not told:
+        raise Refused(
+            f"{place} has columns {seen or 'none'}, which no format has: name one, {{format: ...}}: "
+            f"{', '.join(FORMATS)}"
+        )
+    names = " and ".join(sorted({one for found in told for one in found}))
+    if len(told) > 1:
+        raise Refused(f"{place} has rows of {names}: give each a source of its own, or say {{format: ...}}")
+    if len(told[0]) > 1:
+        raise Refused(f"{place} has columns {seen}, which {names} have: say {{format: ...}}")
+    return FORMATS[told[0][0]]
+
+
+def tells(name: str | None, row: Row) -> list[str]:
+    """The formats that a row tells; of a source that names one: that, if the row has its columns."""
+    if name is None:
+        return told_by(row)
+    return [name] if any(names <= row.keys() for names in FORMATS[name].sets()) else []
 
 
 def told_by(row: Row) -> list[str]:
@@ -186,4 +198,4 @@ def _with_extra(record: Record, columns: Columns) -> Record:
     return record
 
 
-__all__ = ["FORMATS", "Any", "Format", "Options", "apply", "apply_to_group", "find_format", "told_by"]
+__all__ = ["FORMATS", "Any", "Format", "Options", "apply", "apply_to_group", "find_format", "tells", "told_by"]

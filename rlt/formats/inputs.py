@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
 GLOB = "*?["
 KINDS = ("prose", "maths", "code")  # of rules: `meta.kind` of a record
-# Names of files and hub sets that are evaluations, whole or in one split.
-EVALUATIONS = re.compile(r"(bfcl|human[-_]?eval|mmlu|gpqa|theoremqa|math[-_]?500|aime[-_]?(20)?2[4-9])(?![a-z])", re.I)
-TRAINING_SPLITS = ("auxiliary_train",)  # of MMLU
-TESTED = re.compile(r"(gsm8k|arc[-_](easy|challenge|c|e)|ai2_arc)(?![a-z])", re.I)
+# Names of evaluations, as words of a file's, a folder's or a hub set's name: whole ones, and those with a test part.
+EVALUATIONS = re.compile(
+    r"(?<![a-z])(bfcl|berkeley[-_]?function[-_]?calling|human[-_]?eval|mmlu|gpqa|theoremqa|mbpp"
+    r"|math[-_]?500(?!\d)|aime[-_]?(20)?2[4-9](?!\d))(plus|pro|x)?(?![a-z])",
+    re.I,
+)
+TESTED = re.compile(r"(?<![a-z])(gsm8k|arc)(?![a-z])", re.I)
 TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.I)
+TRAINING = re.compile(r"mmlu.*auxiliary_train|mbpp.*(?<![a-z])train(?![a-z])", re.I)  # parts of them that are none
+NAMES = 3  # of a path, from its end: the file, its folder, and the folder of that
 BLOCK = 2**22
 
 
@@ -98,39 +104,63 @@ def parse_sources(entries: list[Any]) -> list[Source]:
 
 
 def refuse_evaluation(source: Source) -> None:
-    """Raises:
-    Refused: the source is an evaluation set, as its name says; by name alone, whatever its rows are.
+    """Of what a source is called; `files_of` looks at the files behind it.
+
+    Raises:
+        Refused: the source is an evaluation set, as its name says; by name alone, whatever its rows are.
     """
-    path = Path(source.path)
-    known = EVALUATIONS.match(path.name) and source.split not in TRAINING_SPLITS
-    names = f"{path.parent.name}/{path.name}"
-    on_hub = source.path.count("/") == 1 and not path.suffix
-    if known or (TESTED.search(names) and (TEST.search(path.name) or (on_hub and TEST.search(source.split)))):
-        raise Refused(
-            f"sources: {source.path} is an evaluation set, as its name says: no run trains on it; name it in "
-            "evaluation_sets, or rename the file if it is none"
-        )
+    path = Path(source.path).expanduser()
+    if _on_hub(source):
+        _refuse_names(source.path, [path.name, f"{source.config}/{source.split}"])
+    elif not path.is_dir() and not _is_glob(source):
+        _refuse_names(source.path, path.parts[-NAMES:])
+
+
+def _refuse_names(place: str | Path, names: Sequence[str]) -> None:
+    """Raises:
+    Refused: the last two names have an evaluation's in them, or one has that is followed by the word test.
+    """
+    for number, name in enumerate(names):
+        rest = "/".join(names[number:])
+        whole = EVALUATIONS.search(name)
+        as_a_whole = whole and number >= len(names) - 2 and not TRAINING.search(rest)
+        if as_a_whole or ((whole or TESTED.search(name)) and TEST.search(rest)):
+            raise Refused(
+                f"sources: {place} is an evaluation set, as its name says: no run trains on it; name it in "
+                "evaluation_sets, or rename it if it is none"
+            )
+
+
+def _is_glob(source: Source) -> bool:
+    return any(character in source.path for character in GLOB)
+
+
+def _on_hub(source: Source) -> bool:
+    """Whether a source is called as a hub's data set is, and nothing of that name is here."""
+    path = Path(source.path).expanduser()
+    as_there = source.path.count("/") == 1 and not path.suffix and not _is_glob(source)
+    return as_there and not source.path.startswith(PACKAGED) and not path.exists() and not path.is_symlink()
 
 
 def files_of(source: Source) -> list[Path]:
     """The files of a source, sorted; none of a packaged corpus, or of a hub's data set.
 
     Raises:
-        Refused: there is no such file, or it cannot be read.
+        Refused: there is no such file, it cannot be read, or is an evaluation set by its name or that of its folders.
     """
     from rlt.formats.readers import SUFFIXES
 
     if source.path.startswith(PACKAGED):
         return []
     path = Path(source.path).expanduser()
-    if any(character in source.path for character in GLOB):
+    if _is_glob(source):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
         return _readable(sorted(anchor.glob(str(path.relative_to(anchor)))), f"{source.path} matches no file")
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
         return _readable(found, f"{source.path} is a folder without a file of {', '.join(SUFFIXES)}")
-    if not path.exists() and source.path.count("/") == 1 and not path.suffix and not path.is_symlink():
-        return []  # a hub's data set
+    if _on_hub(source):
+        return []
     return _readable([path], f"{source.path} does not exist")
 
 
@@ -149,6 +179,8 @@ def _readable(paths: list[Path], otherwise: str) -> list[Path]:
         if path.is_file():
             if not path.name.endswith(SUFFIXES):
                 raise Refused(f"sources: {path} is none of {', '.join(SUFFIXES)}")
+            for called in (path, path.resolve()):
+                _refuse_names(path, called.parts[-NAMES:])
             found.append(path)
     if not found:
         raise Refused(f"sources: {otherwise}")

@@ -66,7 +66,7 @@ class Reader:
         kinds = {".jsonl": self.json_lines, ".json": self.json, ".csv": self.csv, ".txt": self.text}
         try:
             if name.endswith(".parquet"):
-                yield from (plain(row, self.notes) for row in read_file(self.path))
+                yield from plain_rows(read_file(self.path), self.notes)
             else:
                 yield from kinds[Path(name).suffix]()
         except OSError as error:
@@ -167,10 +167,7 @@ class Reader:
             if not isinstance(value, dict):
                 yield Bad("not a JSON object", str(value)[:SHOWN])
             else:
-                try:
-                    yield plain(value, self.notes)
-                except NotPlain as error:
-                    yield Bad(error.reason)
+                yield from plain_rows([value], self.notes)
 
     def strings(self) -> Iterator[str]:
         decode = codecs.getincrementaldecoder("utf-8")().decode
@@ -248,7 +245,16 @@ def rows_of(
         return Reader(path, settings.longest_line, lines, notes).rows()
     if source.path.startswith(PACKAGED):
         return iter(corpus_rows(source.path.removeprefix(PACKAGED)))
-    return (plain(row, notes) for row in _hub_rows(source))
+    return plain_rows(_hub_rows(source), notes)
+
+
+def plain_rows(rows: Iterable[Row], notes: Counter[str]) -> Iterator[Row | Bad]:
+    """Of a table that has its own types."""
+    for row in rows:
+        try:
+            yield plain(row, notes)
+        except NotPlain as error:
+            yield Bad(error.reason)
 
 
 def _hub_rows(source: Source) -> Iterable[Row]:

@@ -6,17 +6,18 @@ have a file's rows parted by group first, into `PARTS` files of which one at a t
 """
 
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import orjson
 import xxhash
 
 from rlt.errors import Refused
-from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format
+from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format, tells
 from rlt.formats.columns import Options, Row, Unfit
 from rlt.formats.inputs import Input, Source, inputs_of, parse_sources
 from rlt.formats.readers import Bad, rows_of
@@ -28,7 +29,7 @@ from rlt.runs.durable import read_json, write_whole
 
 BLOCK = 1000  # rows
 PARTS = 256  # of a file whose rows depend on one another
-LOOKED_AT = 20  # first rows, by which a source's format is told or checked
+LOOKED_AT = 20  # first rows of a file, by which a source's format is told or checked
 
 
 class Read(Stage):
@@ -45,21 +46,42 @@ class Read(Stage):
         for source in parse_sources(self.settings.sources):
             self.format_of(source)
 
-    def format_of(self, source: Source) -> Format:
-        """Of a source, by its first rows.
+    def format_of(self, source: Source, own: Input | None = None) -> Format:
+        """Of a source, by the first rows of each of its files; for a task, of its own ones and the first that tell one.
 
         Raises:
             Refused: as `find_format`, or there is no row.
         """
+        bad: Counter[str] = Counter()
+        rows = self.first_rows(source, own, bad)
+        first = next(rows, None)
+        if first is not None:
+            return find_format(source.format, chain([first], rows), f"sources: {source.path}")
+        if not self.settings.allow_empty_sources:
+            why = f"begins with {bad.total()} rows that cannot be read ({', '.join(sorted(bad))})"
+            raise Refused(
+                f"sources: {source.path} {why if bad else 'holds no row'}; allow_empty_sources=true goes on without it"
+            )
+        return find_format(source.format or "text", [], f"sources: {source.path}")  # which takes no row
+
+    def first_rows(self, source: Source, own: Input | None, bad: Counter[str]) -> Iterator[Row]:
+        """So many of each file, from the first that can be read on; those that cannot are counted, by reason."""
         parts = [part for part in inputs_of(self.settings.sources) if part.source == source]
-        given = (row for part in parts for _, row in self.rows(part, Counter()))
-        looked_at = list(islice(given, LOOKED_AT))
-        first = [row for row in looked_at if not isinstance(row, Bad)]
-        if not first and not self.settings.allow_empty_sources:
-            why = ", ".join(sorted({row.reason for row in looked_at if isinstance(row, Bad)}))
-            without = f"begins with {len(looked_at)} rows that cannot be read ({why})" if why else "holds no row"
-            raise Refused(f"sources: {source.path} {without}; allow_empty_sources=true goes on without it")
-        return find_format(source.format or (None if first else "text"), first, f"sources: {source.path}")
+        told = False
+        for part, file in [(one, file) for one in parts for file in one.files]:
+            if told and own not in (None, part):
+                continue
+            given = (row for _, row in self.rows(Input(source, (file,), part.several), Counter()))
+            count = 0
+            for row in given:
+                if isinstance(row, Bad):
+                    bad[row.reason] += 1
+                    continue
+                yield row
+                told = told or bool(tells(source.format, row))
+                count += 1
+                if count == LOOKED_AT:
+                    break
 
     def rows(self, part: Input, notes: Counter[str]) -> Iterator[tuple[str, Row | Bad]]:
         """What an input holds, each row with its number, behind that of its file where its source has several."""
@@ -79,12 +101,13 @@ class Read(Stage):
             raise Refused("sources: a file was added or is gone while the sources were read")
         part = inputs[task.number]
         counts, notes = Counts(), Counter()
-        known = self.format_of(part.source)
+        known = self.format_of(part.source, part)
         given = islice(self.rows(part, notes), part.source.max_rows)
         results = self.formatted(known, given, task)
-        block = 0
+        blocks, block = task.place.work / "blocks" / f"{task.number:05d}", 0
+        shutil.rmtree(blocks, ignore_errors=True)  # a killed life may have left more of them
         while some := list(islice(results, BLOCK)):
-            with writing(shard(task.place.work / "blocks" / f"{task.number:05d}", block)) as write:
+            with writing(shard(blocks, block)) as write:
                 for number, row, result in some:
                     entry = _entry(part.source, number, row, result)
                     write(entry)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import zstandard
 
 from rlt.runs.durable import written_whole
 
@@ -20,6 +19,8 @@ def shard(folder: Path, number: int) -> Path:
 
 def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that `writing` has written."""
+    import zstandard  # of the group data: what trains imports this room without it
+
     with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
         rest = b""
         while piece := reader.read(2**20):
@@ -42,6 +43,8 @@ class Writer:
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
     """A shard that is there, whole, once the block has ended; nothing of it where the block fails."""
+    import zstandard
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         written_whole(path) as aside,
