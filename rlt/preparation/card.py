@@ -105,9 +105,9 @@ def examples(results: list[StageResult]) -> Iterator[str]:
     cleaned = results[names.index(Pii.name) + 1 :] if Pii.name in names else []
     found = False
     for result in cleaned:
-        key = BY_NAME[result.name].score_key
-        kept = heapq.nlargest(EXAMPLES, _scored(result.folder / "shards", key), key=_order) if key else []
-        dropped = heapq.nsmallest(EXAMPLES, _scored(result.folder / "dropped", None), key=_order)
+        keys = BY_NAME[result.name].score_keys
+        kept = heapq.nlargest(EXAMPLES, _scored(result.folder / "shards", ("meta", *keys)), key=_order) if keys else []
+        dropped = heapq.nsmallest(EXAMPLES, _scored(result.folder / "dropped", ("score",)), key=_order)
         for title, some in (("highest kept", kept), ("lowest dropped", dropped)):
             if some:
                 found = True
@@ -117,11 +117,13 @@ def examples(results: list[StageResult]) -> Iterator[str]:
         yield "None."
 
 
-def _scored(folder: Path, key: str | None) -> Iterator[tuple[float, Record]]:
-    """Rows with their scores: of `meta[key]`, or of a dropped row itself."""
+def _scored(folder: Path, keys: tuple[str, ...]) -> Iterator[tuple[float, Record]]:
+    """Rows that have a score, where these keys lead to in them."""
     for path in sorted(folder.iterdir()):
         for row in read_shard(path):
-            score = row["meta"].get(key) if key else row["score"]
+            score: Any = row
+            for key in keys:
+                score = None if score is None else score.get(key)
             if score is not None:
                 yield score, row
 

@@ -35,6 +35,7 @@ class Decontamination(Stage):
 
     name = "decontamination"
     keys = ("evaluation_sets", "max_contamination")
+    score_keys = (NAMES[PART], "share")
 
     def files(self) -> list[Path]:
         return [file_of(name) for name in self.settings.evaluation_sets]

@@ -93,7 +93,7 @@ class Stage:
     name: ClassVar[str]
     version: ClassVar[int] = 1  # another one once equal settings give other rows: results are made again
     keys: ClassVar[tuple[str, ...]] = ()  # of the settings that its results depend on
-    score_key: ClassVar[str | None] = None  # of `meta`: where kept rows have what a threshold was compared with
+    score_keys: ClassVar[tuple[str, ...]] = ()  # into `meta`: where kept rows have what a threshold was compared with
     outputs: ClassVar[tuple[str, ...]] = ()  # folders of the output folder that it alone writes
 
     def __init__(self, settings: PrepareSettings):

@@ -32,7 +32,7 @@ class Toxicity(RowStage):
     """Notes `meta.toxicity`, in [0, 1]; drops what is over `max_toxicity` unless it is only to be noted."""
 
     name = "toxicity"
-    score_key = "toxicity"
+    score_keys = ("toxicity",)
     keys = ("toxicity_model", "max_toxicity", "toxicity_action")
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ the end of that order: it makes no two of them a pair.
 
 Both hold up to a crowd: of more than ALL_PAIRS rows that share a rare run, as those of one template do, each is looked
 at with the best ones alone, or with whom a band adds. There rows that are alike may both be kept, and which of them
-are depends a little on the signature; how many pairs were passed over is noted.
+are depends a little on the signature; how many pairs were passed over is noted, once for each run they share.
 """
 
 import numpy as np
