@@ -104,7 +104,8 @@ class PretrainTrainer(SFTTrainer):
     def _nll(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the losses of all tokens that have a label."""
         wanted = {name: inputs[name] for name in ("input_ids", "labels", "position_ids")}
-        if is_flash_attention_requested(self.accelerator.unwrap_model(model, keep_torch_compile=False).config):
+        plain: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if is_flash_attention_requested(plain.config):
             wanted = {name: values.view(1, -1) for name, values in wanted.items()}
         return model(**wanted, use_cache=False, num_items_in_batch=1).loss
 

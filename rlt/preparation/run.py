@@ -81,14 +81,14 @@ def prepare(settings: PrepareSettings, asked: Callable[[], bool]) -> list[StageR
 def key_of(stage: Stage, before: str) -> str:
     """What a stage's result depends on, as one hash: its settings and version, files it reads, and the stage before."""
     files = {str(path): fingerprint(path) for path in stage.files()}
-    made_from = [stage.name, stage.version, key_values(stage.settings, stage.keys), files, before]
+    made_from = [stage.name, stage.version, key_values(stage.settings, stage.depends_on()), files, before]
     return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def finished(stage: Stage, place: Place, key: str) -> StageResult | None:
     """The result that is there, if it was made from the same."""
     stats: dict[str, Any] | None = read_json(place.folder / STATS)
-    if stats is None or stats["key"] != key or not all((place.output / name).is_dir() for name in stage.outputs):
+    if stats is None or stats["key"] != key or not all((place.output / name).is_dir() for name in stage.folders()):
         return None
     _clear(place.folder)  # a kill may have come right after the figures
     seconds = read_json(place.folder / SECONDS) or 0.0
@@ -109,7 +109,7 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
         if place.folder.exists():
             cancel_jobs(place)
             shutil.rmtree(place.folder)
-        _remove_outputs(place.output, stage.outputs)
+        _remove_outputs(place.output, stage.folders())
         place.folder.mkdir(parents=True)
         write_whole(place.folder / KEY, json.dumps(key))
     counts = Counts()
