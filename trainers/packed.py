@@ -182,7 +182,7 @@ def sequences_of(inputs: dict[str, Any]) -> tuple[list[list[int]], list[list[int
 def held_out_by_source(folder: Path, rows: int, max_length: int) -> dict[str, Dataset]:
     """Packed rows of each source's held-out sequences, at most so many of each.
 
-    Longer texts are cut, as they are to be trained on; other longer sequences are left out, which is said.
+    Longer sequences are left out, which is said.
 
     Raises:
         Refused: nothing is held out.
@@ -193,13 +193,11 @@ def held_out_by_source(folder: Path, rows: int, max_length: int) -> dict[str, Da
     for path in array_files(folder / TOKENS, VALIDATION):
         for row in read_arrays(path):
             source = row["source"]
-            if row["length"] > max_length and row["kind"] != "text":
+            if row["length"] > max_length:
                 left_out[source] += 1
-                continue
-            for part in _pieces(row, max_length):
-                if part["length"] <= room[source]:
-                    held[source].append(part)
-                    room[source] -= part["length"]
+            elif row["length"] <= room[source]:
+                held[source].append(row)
+                room[source] -= row["length"]
     for source, count in sorted(left_out.items()):
         logger.warning(
             "%s: %d held-out sequences are longer than max_length=%d and left out", source, count, max_length
@@ -207,14 +205,6 @@ def held_out_by_source(folder: Path, rows: int, max_length: int) -> dict[str, Da
     if not held:
         raise Refused(f"eval_size={rows}: {folder} holds nothing out, prepare it with validation_share, or set 0")
     return {source: _packed(some, max_length) for source, some in sorted(held.items())}
-
-
-def _pieces(row: dict[str, Any], max_length: int) -> Iterator[dict[str, Any]]:
-    """Those of a sequence that have a token to predict."""
-    for start in range(0, row["length"] - 1, max_length):
-        part = {name: row[name][start : start + max_length] for name in ("input_ids", "loss_mask")}
-        if part["loss_mask"][1:].any():
-            yield {**part, "length": len(part["input_ids"])}
 
 
 def _packed(rows: list[dict[str, Any]], max_length: int) -> Dataset:
