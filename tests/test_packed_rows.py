@@ -11,8 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
+from rlt.errors import Refused
+from rlt.planning.curriculum import Phase
 from rlt.preparation.run import prepare
-from trainers.packed import PackedCollator
+from rlt.preparation.token_files import array_file, writing_arrays
+from rlt.runs.folder import TOKENS
+from trainers.curriculum import CurriculumSampler
+from trainers.packed import PackedCollator, held_out_by_source
 
 SHAPE = "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
 PRETRAIN = [
@@ -62,3 +67,67 @@ def test_no_attention_lets_a_sequence_see_another_in_a_micro_batch_of_several_ro
     assert min(len(row["seq_lengths"]) for row in rows) > 1
     trainer.model.config._attn_implementation = attention
     assert float(trainer._nll(trainer.model, batch)) == pytest.approx(alone, rel=1e-4)
+
+
+TRACES = [{"question": f"{n} + 1?", "solution": f"{n + 1}", "reasoning_trace": f"so {n} and 1"} for n in range(8)]
+
+
+def sft(run: str, folder: Path, rows: str, model: str):
+    options = ["report_to=null", "bf16=false", "warmup_run=null", "max_steps=1", "eval_size=0", "eval_steps=null"]
+    options += ["load_best_model_at_end=false", f"dataset_id_or_path={rows}", f"model_name_or_path={model}"]
+    return build([f"run_cfg={run}", *options], folder)[0]
+
+
+def trained_tokens(trainer) -> int:
+    rows = [trainer.train_dataset[number] for number in range(len(trainer.train_dataset))]
+    return sum(int((trainer.data_collator([row])["labels"] != -100).sum()) for row in rows)
+
+
+def test_a_teachers_warm_up_from_a_preparation_trains_the_tokens_of_the_same_rows_given_directly(
+    tiny_teacher, tmp_path
+):
+    given = tmp_path / "rows.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in TRACES))
+    keys = {"tokenizer": tiny_teacher, "pack_length": 256, "engine_tasks": 1}
+    prepare(settings(tmp_path, stages=["read", "write", "tokens", "pack"], **keys), lambda: False)
+    out = str(tmp_path / "out")
+    direct = sft("teacher_sft_tiny", tmp_path / "a", str(given), tiny_teacher)
+    prepared = sft("teacher_sft_tiny", tmp_path / "b", out, tiny_teacher)
+    assert len(prepared.train_dataset) == len(direct.train_dataset) == 8
+    assert trained_tokens(prepared) == trained_tokens(direct) > 8 * 8
+    packed_rows = sft("student_sft_tiny", tmp_path / "c", out, tiny_teacher)
+    assert "seq_lengths" in packed_rows.train_dataset.column_names
+    prepare(settings(tmp_path, stages=["read", "tokens", "pack"], **keys), lambda: False)
+    with pytest.raises(Refused, match="packed with tokens_as=chat alone, and a teacher is trained"):
+        sft("teacher_sft_tiny", tmp_path / "d", out, tiny_teacher)
+
+
+def sampler(buckets: list[int], phases: list[Phase], **keys) -> CurriculumSampler:
+    options = {"max_length": 64, "rows_each": 2, "rounds_of_step": 1, "steps": 50, "seed": 0}
+    return CurriculumSampler(buckets, phases, **{**options, **keys})
+
+
+def test_no_row_stands_twice_in_micro_batches_that_are_trained_on_at_once():
+    ranks = [list(sampler([32] * 11, [Phase(None, {32: 1.0})], rank=rank, ranks=2)) for rank in range(2)]
+    together = [[*mine, *theirs] for mine, theirs in zip(*ranks, strict=True)]
+    assert all(len(set(rows)) == len(rows) == 8 for rows in together)
+    assert {row for rows in together for row in rows} == set(range(11))
+    with pytest.raises(Refused, match="7 packed rows have 32 tokens, and 8 are taken at once"):
+        sampler([32] * 7, [Phase(None, {32: 1.0})], ranks=2)
+
+
+def test_lengths_that_no_phase_names_are_said(caplog):
+    sampler([16] * 5 + [32] * 8 + [64] * 2, [Phase(1, {32: 1.0}), Phase(None, {64: 1.0})])
+    (line,) = caplog.messages
+    assert line == "curriculum: no phase names 16 tokens: 5 packed rows, of 80 tokens with their padding, are left out"
+
+
+def test_held_out_sequences_that_are_too_long_are_left_out_and_said(tmp_path, caplog):
+    columns = ("input_ids", "loss_mask", "length", "id", "source", "kind")
+    with writing_arrays(array_file(tmp_path / TOKENS, "validation", 0), columns) as write:
+        for number, length in enumerate([9, 4, 3, 5]):
+            ids = [10 * number + place for place in range(length)]
+            write(dict(zip(columns, (ids, [1] * length, length, str(number), "web", "text"), strict=True)))
+    held = held_out_by_source(tmp_path, 10, 4)
+    assert sorted(row["input_ids"].tolist() for row in held["web"]) == [[10, 11, 12, 13], [20, 21, 22]]
+    assert caplog.messages == ["web: 2 held-out sequences are longer than max_length=4 and left out"]

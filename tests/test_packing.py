@@ -142,7 +142,11 @@ def packed_of(rows: list[dict], sizes: list[int], overflow: str) -> tuple[list[d
 def test_every_token_of_a_kept_row_stands_in_one_packed_row(lengths, overflow, sizes):
     rows = [row(n, length) for n, length in enumerate(lengths)]
     written, packer, dropped = packed_of(rows, sizes, overflow)
-    kept = [one["input_ids"] for one, gone in zip(rows, dropped, strict=True) if gone is None]
+    kept = []
+    for one, gone in zip(rows, dropped, strict=True):
+        if gone is None:
+            ends = list(accumulate(pieces(one["length"], sizes)))[:-1] if overflow == "split" else []
+            kept += [part for part in numpy.split(one["input_ids"], ends) if len(part) > 1]
     found = [ids for one in written for ids in one["input_ids"]]
     assert sorted(found) == sorted(token for ids in kept for token in ids)
     for one in written:
@@ -161,7 +165,8 @@ def test_a_longer_row_is_dropped_split_or_an_error():
     assert dropped[0] is None and dropped[1].reason == "longer than pack_length"
     assert (packer.figures["tokens_packed"], packer.figures["tokens_of_dropped_rows"]) == (5, 9)
     written, packer, dropped = packed_of(rows, [8], "split")
-    assert dropped == [None, None] and [one["seq_lengths"] for one in written] == [[8], [5, 1]]
+    assert dropped == [None, None] and [one["seq_lengths"] for one in written] == [[8], [5]]
+    assert packer.figures["tokens_without_a_label"] == 1  # nothing stands before it
     with pytest.raises(Refused, match="row r2 has 9 tokens, and pack_length=8"):
         packed_of(rows, [8], "error")
 
@@ -169,7 +174,8 @@ def test_a_longer_row_is_dropped_split_or_an_error():
 def test_a_piece_that_trains_nothing_is_left_out_and_counted():
     written, packer, _ = packed_of([row(1, 10, trained=1)], [8], "split")
     assert [one["input_ids"].tolist() for one in written] == [[1008, 1009]]
-    assert packer.figures["tokens_of_untrained_pieces"] == 8
+    assert packer.figures["tokens_without_a_label"] == 8
+    assert packed_of([row(1, 1)], [8], "split")[2][0].reason == "no token with a label"
 
 
 def test_conversations_are_dropped_and_texts_are_split_unless_a_key_says_otherwise(tmp_path):
@@ -292,7 +298,7 @@ def prepared(tmp_path_factory, tiny_teacher):
 
 
 SFT = [
-    "run_cfg=teacher_sft_tiny",
+    "run_cfg=student_sft_tiny",
     "report_to=null",
     "bf16=false",
     "train_batch_size=2",

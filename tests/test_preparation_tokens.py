@@ -11,10 +11,12 @@ from rlt.errors import Refused
 from rlt.formats.record import Dropped, make_record, message
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
+from rlt.preparation.quality import Quality
 from rlt.preparation.rendering import NOT_ASKED, REFUSED, SPECIAL, THOUGHTLESS, TWO_ANSWERS, ChatRenderer
-from rlt.preparation.run import prepare
+from rlt.preparation.run import key_of, prepare
 from rlt.preparation.token_files import array_file, read_arrays, writing_arrays
-from rlt.preparation.tokens import NO_TOKEN, Encoder
+from rlt.preparation.tokenizers import CHAT_TEMPLATE, fingerprint_of
+from rlt.preparation.tokens import NO_TOKEN, Encoder, Tokens
 from rlt.runs.folder import TOKENS
 from rlt.schema import settings_of
 
@@ -334,3 +336,78 @@ def test_a_file_of_arrays_gives_back_what_was_written(tmp_path):
     assert [
         {**row, "input_ids": row["input_ids"].tolist(), "loss_mask": row["loss_mask"].tolist()} for row in found
     ] == rows
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+CALLING = (("user", "1 and 1?"), ("assistant", None, {"tool_calls": [CALL]}))
+
+
+def test_the_embedded_models_template_has_no_place_for_calls_or_tools_and_their_rows_are_dropped():
+    ours = Encoder(EMBEDDED)
+    assert ours([chat(*CALLING)]) == [Dropped("tool call that the chat template leaves out")]
+    assert ours([chat(*TWO_TURNS, tools=TOOLS)]) == [Dropped("tools that the chat template leaves out")]
+    assert not isinstance(ours([chat(*TWO_TURNS)])[0], Dropped)
+
+
+def test_the_template_of_a_trained_tokenizer_shows_tools_and_trains_calls(encoder):
+    ours = encoder(CHAT_TEMPLATE)
+    record = chat(*CALLING, ("tool", "2", {"name": "add"}), ("assistant", "Two"), tools=TOOLS)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    assert trained_text(ours, record) == [call, "Two<|im_end|>"]
+    (found,) = ours([record])
+    assert '"description": "adds"' in ours.tokenizer.decode(found.ids)
+
+
+def test_a_turn_that_the_template_leaves_out_drops_the_row(encoder):
+    without_system = "{% for m in messages if m.role != 'system' %}" + CHATML.removeprefix("{% for m in messages %}")
+    left_out = [Dropped("turn that the chat template leaves out")]
+    assert encoder(without_system)([chat(("system", "Be brief!"), *TWO_TURNS)]) == left_out
+    escaped = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    record = chat(("user", "1?"), ("assistant", "2"), ("tool", 'a "b"\n', {"name": "x"}), ("assistant", "c"))
+    assert trained_text(encoder(escaped), record) == ["2<|im_end|>", "c<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "added_tokens.json", "additional_chat_templates/tool.jinja"])
+def test_a_file_of_the_tokenizer_that_changes_makes_tokens_again(name, tmp_path):
+    tokenizer_with(CHATML).save_pretrained(tmp_path / "model")
+    named = settings(tmp_path, tokenizer=str(tmp_path / "model"), train_tokenizer=None)
+    before = key_of(Tokens(named), "")
+    (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "model" / name).write_text("{}")
+    assert key_of(Tokens(named), "") != before
+    counted = [settings(tmp_path, tokenizer=named.tokenizer, max_answer_tokens=longest) for longest in (None, 5)]
+    assert [tmp_path / "model" / name in Quality(one).files() for one in counted] == [False, True]
+
+
+def test_quality_depends_on_the_tokenizer_where_it_counts_tokens_alone(tmp_path):
+    for longest, same in ((None, True), (5, False)):
+        keys = [
+            key_of(Quality(settings(tmp_path, tokenizer=name, max_answer_tokens=longest)), "")
+            for name in (EMBEDDED, str(embedded_model_path(EMBEDDED)))
+        ]
+        assert (keys[0] == keys[1]) is same
+
+
+def test_the_fingerprint_is_of_the_vocabulary_of_its_cuts_and_of_the_chat_template():
+    from tokenizers import normalizers, pre_tokenizers
+
+    prints = {fingerprint_of(tokenizer_with(CHATML)), fingerprint_of(tokenizer_with(MARKED))}
+    for part, other in (("normalizer", normalizers.NFKC()), ("pre_tokenizer", pre_tokenizers.WhitespaceSplit())):
+        changed = tokenizer_with(CHATML)
+        setattr(changed.backend_tokenizer, part, other)
+        prints.add(fingerprint_of(changed))
+    assert len(prints) == 4 and fingerprint_of(tokenizer_with(CHATML)) in prints
+
+
+def test_a_tokenizer_that_was_deleted_is_trained_again_and_one_that_is_left_out_is_removed(tmp_path):
+    import shutil
+
+    write_texts(tmp_path, 20)
+    prepare(settings(tmp_path, **TRAINED), lambda: False)
+    first = outputs(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    prepare(settings(tmp_path, **TRAINED), lambda: False)
+    assert outputs(tmp_path / "out") == first
+    prepare(settings(tmp_path, **{**TRAINED, "stages": ["read", "split"]}), lambda: False)
+    assert not (tmp_path / "out" / "tokenizer").exists()

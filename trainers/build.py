@@ -17,7 +17,6 @@ from rlt.models.devices import device_type, on, uses_bfloat16
 from rlt.models.loading import load_student
 from rlt.models.paths import resolve_model_path
 from rlt.planning.plan import Plan
-from rlt.preparation.split import TRAIN
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
@@ -56,7 +55,7 @@ from trainers.examples import (
 from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar, leave_rows
-from trainers.packed import packed_files
+from trainers.packed import packed_files_for
 from trainers.policies import build_policy, tokenizer_and_style
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -85,7 +84,7 @@ def build_trainer(plan: Plan):
 def build_sft(plan: Plan):
     settings: SFTSettings = plan.settings
     tokenizer, style = tokenizer_and_style(settings)
-    if files := packed_files(settings.dataset_id_or_path, TRAIN):
+    if files := packed_files_for(settings):
         return build_packed_sft(plan, tokenizer, files)
     train_rows, eval_rows = split_rows(settings, style)
     examples = [sft_examples(settings, rows, tokenizer, style) if rows else None for rows in (train_rows, eval_rows)]

@@ -2,10 +2,12 @@
 
 A packed row of half the length counts as half a row: each micro-batch takes so many rows of one length that it has the
 tokens of `per_device_train_batch_size` rows of `max_length`. Which length comes next follows from the shares alone,
-whose tokens are owed most; which rows, from a shuffle of that length's rows for each time through them.
+whose tokens are owed most; which rows, from a shuffle of that length's rows for each time through them. The last ones
+of a shuffle, which do not fill a micro-batch of each rank, are left out of it: no row is taken twice at once.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader
 from rlt.errors import Refused
 from rlt.planning.curriculum import Phase
 from rlt.runs.durable import read_json, write_whole
+
+logger = logging.getLogger("rlt")
 
 SAMPLER_STATE = "sampler.json"  # of a checkpoint
 
@@ -57,7 +61,7 @@ class CurriculumSampler:
         rank, ranks: all ranks draw the same lengths at once, and rows of their own.
 
     Raises:
-        Refused: a phase names a length that no row has.
+        Refused: a phase names a length that no row has, or too few for one micro-batch of each rank.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class CurriculumSampler:
         rank: int = 0,
         ranks: int = 1,
     ):
+        self.phases, self.max_length, self.rows_each = phases, max_length, rows_each
         lengths = numpy.asarray(buckets)
+        self.rank, self.ranks = rank, ranks
         self.rows = {int(length): numpy.flatnonzero(lengths == length) for length in numpy.unique(lengths)}
         for phase in phases:
             for length in phase.shares:
@@ -81,12 +87,31 @@ class CurriculumSampler:
                     raise Refused(
                         f"curriculum: no packed row has {length} tokens: there are {', '.join(map(str, self.rows))}"
                     )
-        self.phases, self.max_length, self.rows_each = phases, max_length, rows_each
+                taken = self._at_once(length)
+                if len(self.rows[length]) < taken:
+                    found = len(self.rows[length])
+                    raise Refused(
+                        f"curriculum: {found} packed rows have {length} tokens, and {taken} are taken at once: "
+                        "lower per_device_train_batch_size, or leave that length out"
+                    )
+        self._say_left_out()
         self.rounds_of_step, self.rounds, self.seed = rounds_of_step, steps * rounds_of_step, seed
-        self.rank, self.ranks = rank, ranks
         self.begin = Place()
         self._known = Place()  # an earlier place that later ones are found from
         self._shuffled: dict[int, tuple[int, Any]] = {}
+
+    def _at_once(self, length: int) -> int:
+        """Rows of a length that all ranks take for one micro-batch of each."""
+        return self.ranks * (self.rows_each * self.max_length // length)
+
+    def _say_left_out(self) -> None:
+        named = {length for phase in self.phases for length in phase.shares}
+        for length in sorted(self.rows.keys() - named):
+            count = len(self.rows[length])
+            logger.warning(
+                "curriculum: no phase names %d tokens: %d packed rows, of %d tokens with their padding, are left out",
+                *(length, count, count * length),
+            )
 
     def __len__(self) -> int:
         return self.rounds
@@ -128,12 +153,12 @@ class CurriculumSampler:
     def _go_on(self, place: Place, length: int) -> None:
         place.round += 1
         place.drawn[length] = place.drawn.get(length, 0) + 1
-        rows = self.ranks * self.rows_each * self.max_length // length
-        place.taken[length] = place.taken.get(length, 0) + rows
+        place.taken[length] = place.taken.get(length, 0) + self._at_once(length)
 
     def _row(self, length: int, number: int) -> int:
         """The so many-th row of a length, over all times through them."""
-        epoch, place = divmod(number, len(self.rows[length]))
+        taken = self._at_once(length)
+        epoch, place = divmod(number, len(self.rows[length]) // taken * taken)
         if self._shuffled.get(length, (None,))[0] != epoch:
             order = numpy.random.default_rng([self.seed, length, epoch]).permutation(self.rows[length])
             self._shuffled[length] = epoch, order

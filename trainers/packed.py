@@ -4,7 +4,7 @@ B rows of a micro-batch, T tokens of the longest, padding included.
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from datasets import Dataset
 
 from rlt.errors import Refused
 from rlt.preparation.bins import best_fit_decreasing
-from rlt.preparation.split import VALIDATION
+from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.token_files import array_files, notes_of, read_arrays
 from rlt.preparation.tokenizers import fingerprint_of
+from rlt.preparation.tokens import CHAT, TEACHER
 from rlt.runs.durable import digest
-from rlt.runs.folder import PACKED, TOKENIZER, TOKENS
+from rlt.runs.folder import PACKED, PREPARED, TOKENIZER, TOKENS
 from rlt.schema import SFTSettings, StudentSettings
 
 logger = logging.getLogger("rlt")
@@ -31,6 +32,30 @@ READ_AT_MOST = 2**30  # tokens whose frequencies are counted
 def packed_files(folder: str | Path, split: str) -> list[Path]:
     """The packed rows of a preparation's output folder; none where it has no such stage."""
     return array_files(Path(folder).expanduser() / PACKED, split)
+
+
+def packed_files_for(settings: SFTSettings) -> list[Path]:
+    """The packed rows that a run of supervised fine-tuning takes; none where it takes rows instead.
+
+    A teacher's answers are thoughts, so it takes those alone that were made so (`tokens_as=teacher`).
+
+    Raises:
+        Refused: there are others for the learner, and no rows.
+    """
+    folder, learner = settings.dataset_id_or_path, settings.profile.learner
+    if not (files := packed_files(folder, TRAIN)):
+        return []
+    made_as = notes_of(files[0]).get("tokens_as", CHAT)
+    if (made_as == TEACHER) == (learner == TEACHER):
+        logger.info("the rows of %s/%s are trained on, as they were packed (tokens_as=%s)", folder, PACKED, made_as)
+        return files
+    if not (Path(folder).expanduser() / PREPARED).is_dir():
+        raise Refused(
+            f"{folder} holds rows packed with tokens_as={made_as} alone, and a {learner} is trained: prepare them with "
+            f"tokens_as={learner}, or with stage write"
+        )
+    logger.info("the rows of %s/%s are trained on: packed ones have tokens_as=%s", folder, PREPARED, made_as)
+    return []
 
 
 def packed_rows(files: list[Path], cache: Path) -> Dataset:
@@ -64,7 +89,7 @@ def check_made_for(files: list[Path], tokenizer: Any, max_length: int | None) ->
     if notes["tokenizer"] != fingerprint_of(tokenizer):
         raise Refused(
             f"{files[0].parent} holds tokens of {notes['tokenizer_name']}, and the model's tokenizer has another "
-            f"vocabulary: prepare the rows with tokenizer={tokenizer.name_or_path}"
+            f"vocabulary, other cuts or another chat template: prepare the rows with tokenizer={tokenizer.name_or_path}"
         )
     if max_length is not None and int(notes["pack_length"]) > max_length:
         have = notes["pack_length"]
@@ -157,16 +182,26 @@ def sequences_of(inputs: dict[str, Any]) -> tuple[list[list[int]], list[list[int
 def held_out_by_source(folder: Path, rows: int, max_length: int) -> dict[str, Dataset]:
     """Packed rows of each source's held-out sequences, at most so many of each.
 
+    Longer sequences are left out, which is said.
+
     Raises:
         Refused: nothing is held out.
     """
     held: dict[str, list[dict[str, Any]]] = defaultdict(list)
     room: dict[str, int] = defaultdict(lambda: rows * max_length)
+    left_out: Counter[str] = Counter()
     for path in array_files(folder / TOKENS, VALIDATION):
         for row in read_arrays(path):
-            if row["length"] <= min(room[row["source"]], max_length):
-                held[row["source"]].append(row)
-                room[row["source"]] -= row["length"]
+            source = row["source"]
+            if row["length"] > max_length:
+                left_out[source] += 1
+            elif row["length"] <= room[source]:
+                held[source].append(row)
+                room[source] -= row["length"]
+    for source, count in sorted(left_out.items()):
+        logger.warning(
+            "%s: %d held-out sequences are longer than max_length=%d and left out", source, count, max_length
+        )
     if not held:
         raise Refused(f"eval_size={rows}: {folder} holds nothing out, prepare it with validation_share, or set 0")
     return {source: _packed(some, max_length) for source, some in sorted(held.items())}

@@ -95,7 +95,7 @@ def written_rows(output: Path) -> Iterator[tuple]:
 
 def settings_of_card(settings: PrepareSettings) -> dict[str, Any]:
     """Those that decide about rows: not where they are made, nor by how many."""
-    keys = {key for name in settings.stages for key in BY_NAME[name].keys} - {"sources"}
+    keys = {key for name in settings.stages for key in BY_NAME[name](settings).depends_on()} - {"sources"}
     return {key: getattr(settings, key) for key in sorted(keys)}
 
 

@@ -26,6 +26,7 @@ WINDOW = 50_000  # sequences that are packed together
 WINDOW_TOKENS = 2**25  # or fewer, if they are long: what is held in memory
 OVERFLOWS = ("drop", "split", "error")
 TOO_LONG = "longer than pack_length"
+NO_LABEL = "no token with a label"
 
 
 class Sequence(NamedTuple):
@@ -41,6 +42,7 @@ class Pack(Stage):
     """Packed rows, beside the records."""
 
     name = "pack"
+    version = 2
     keys = ("pack_length", "pack_buckets", "pack_overflow")
     outputs = (PACKED,)
 
@@ -99,7 +101,8 @@ class Packer:
         write: takes packed rows.
 
     Attributes:
-        figures: the ledger of tokens: in = packed + dropped + without a trained token.
+        figures: the ledger of tokens: in = packed + of dropped rows + of pieces without a label, which is to say whose
+            tokens behind the first are not trained: nothing stands before the first to predict it from.
     """
 
     def __init__(self, sizes: list[int], write):
@@ -126,14 +129,15 @@ class Packer:
             return Dropped(TOO_LONG)
         cuts = pieces(length, self.sizes) if overflow == "split" else [length]
         self.figures["rows_cut"] += len(cuts) > 1
-        start = 0
-        for end in accumulate(cuts):
-            ids, mask = row["input_ids"][start:end], row["loss_mask"][start:end]
-            start = end
-            if mask.any():
-                self._hold(Sequence(ids, mask, row["id"], row["source"]))
-            else:  # of a long prompt: nothing would be learned of it
-                self.figures["tokens_of_untrained_pieces"] += len(ids)
+        ends = list(accumulate(cuts))
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        learned = [part for part in parts if row["loss_mask"][part][1:].any()]
+        if not learned:
+            self.figures["tokens_of_dropped_rows"] += length
+            return Dropped(NO_LABEL)
+        for part in learned:
+            self._hold(Sequence(row["input_ids"][part], row["loss_mask"][part], row["id"], row["source"]))
+        self.figures["tokens_without_a_label"] += length - sum(part.stop - part.start for part in learned)
         return None
 
     def _hold(self, sequence: Sequence) -> None:
@@ -175,6 +179,6 @@ def pieces(length: int, sizes: list[int]) -> list[int]:
 
 def check_ledger(figures: dict[str, int]) -> None:
     """That every token is accounted for."""
-    gone = figures.get("tokens_of_dropped_rows", 0) + figures.get("tokens_of_untrained_pieces", 0)
+    gone = figures.get("tokens_of_dropped_rows", 0) + figures.get("tokens_without_a_label", 0)
     packed = figures.get("tokens_packed", 0)
     assert figures.get("tokens_in", 0) == packed + gone, figures

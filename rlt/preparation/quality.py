@@ -5,6 +5,7 @@ Rules of the web are wrong for an answer: twelve right words are "a short docume
 why not; no rule changes one."""
 
 from collections import Counter
+from pathlib import Path
 
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record
@@ -12,6 +13,7 @@ from rlt.preparation.domain import CODE, MATHS, domain_of
 from rlt.preparation.quality_chat import CHAT_RULES, ChatRules
 from rlt.preparation.quality_text import TEXT_RULES, TextRules
 from rlt.preparation.stage import RowStage, Task
+from rlt.preparation.tokenizers import tokenizer_files
 
 
 class Quality(RowStage):
@@ -19,6 +21,13 @@ class Quality(RowStage):
 
     name = "quality"
     keys = ("text_rules", "chat_rules", "max_answer_tokens", "tokenizer")
+
+    def depends_on(self) -> tuple[str, ...]:
+        return self.keys if self.settings.max_answer_tokens is not None else tuple(set(self.keys) - {"tokenizer"})
+
+    def files(self) -> list[Path]:
+        named = self.settings.tokenizer
+        return tokenizer_files(named) if named and self.settings.max_answer_tokens is not None else []
 
     def check(self) -> None:
         for key, known in (("text_rules", TEXT_RULES), ("chat_rules", CHAT_RULES)):

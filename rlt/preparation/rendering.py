@@ -5,6 +5,7 @@ renderings, each of which must begin the whole text: that of the turns before it
 of the turns up to it. Both stand for what a model is shown and asked to write.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,16 @@ from rlt.formats.record import Dropped, Record, texts_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_THOUGHT = "a thought that no template has"
+PROBE_CALL = {"name": "a_call_that_no_template_has", "arguments": {"number": "an argument that no template has"}}
+PROBE_TOOL = {"name": "a_tool_that_no_template_has", "description": "none", "parameters": {"type": "object"}}
 THOUGHT_FIELDS = ("reasoning_content", "thinking")  # by which templates know a turn's thought
 
 REFUSED = "conversation that the chat template refuses"
 SPECIAL = "special token of the tokenizer in its text"
 THOUGHTLESS = "thought that the chat template leaves out"
+CALLLESS = "tool call that the chat template leaves out"
+TOOLLESS = "tools that the chat template leaves out"
+TURNLESS = "turn that the chat template leaves out"
 NOT_ASKED = "no turn that the chat template asks for as it renders it"
 TWO_ANSWERS = "two answers to choose from"
 
@@ -49,12 +55,13 @@ class ChatRenderer:
         self.special = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
         self.in_field = self._shows_thoughts(in_field=True)
         self.shows_thoughts = self.in_field or self._shows_thoughts(in_field=False)
+        self.shows_calls, self.shows_tools = self._shows_calls(), self._shows_tools()
 
     def __call__(self, record: Record) -> Rendered | Dropped:
         """The text of a conversation.
 
         Returns:
-            why there is none: the template refuses it, leaves a thought out, or no turn is as the model would be asked.
+            why there is none: the template refuses it, leaves a part out, or no turn is as the model would be asked.
         """
         from jinja2 import TemplateError
 
@@ -65,6 +72,10 @@ class ChatRenderer:
             return Dropped(SPECIAL)
         if not self.shows_thoughts and any(turn["thinking"] for turn in turns if _trains(turn)):
             return Dropped(THOUGHTLESS)
+        if not self.shows_calls and any(turn["tool_calls"] for turn in turns):
+            return Dropped(CALLLESS)
+        if not self.shows_tools and record["tools"]:
+            return Dropped(TOOLLESS)
         messages = [self._message(turn) for turn in turns]
         try:
             rendered = (self._marked if self.marks else self._by_prefixes)(messages, turns, record["tools"] or None)
@@ -76,7 +87,8 @@ class ChatRenderer:
             return Dropped(NOT_ASKED)
         if not self._keeps_thoughts(rendered, turns):
             return Dropped(THOUGHTLESS)
-        return rendered
+        left_out = _left_out(rendered, record)
+        return rendered if left_out is None else Dropped(left_out)
 
     def _render(self, messages: list[dict], tools: list | None, asks: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asks)
@@ -145,12 +157,46 @@ class ChatRenderer:
         except TemplateError:
             return False
 
+    def _shows_calls(self) -> bool:
+        """Whether a call stands in the text, by its name and what it is given."""
+        call = {"type": "function", "id": "abcdefghi", "function": PROBE_CALL}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self._shows([answer], None, PROBE_CALL["name"], PROBE_CALL["arguments"]["number"])
+
+    def _shows_tools(self) -> bool:
+        answer = {"role": "assistant", "content": "B"}
+        return self._shows([answer], [{"type": "function", "function": PROBE_TOOL}], PROBE_TOOL["name"])
+
+    def _shows(self, answers: list[dict], tools: list | None, *wanted: str) -> bool:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._render([{"role": "user", "content": "A"}, *answers], tools)
+        except (TemplateError, TypeError):  # each row will show whether it takes one
+            return True
+        return all(one in text for one in wanted)
+
     def _keeps_thoughts(self, rendered: Rendered, turns: list[dict]) -> bool:
         """Whether each thought that is trained stands in the text."""
         if rendered.untrained:  # of turns that stand otherwise in it the thoughts may be left out
             turns = [turn for turn in turns if _trains(turn)][-1:]
         trained = "".join(rendered.text[start:end] for start, end in rendered.spans)
         return all(turn["thinking"].strip() in trained for turn in turns if _trains(turn) and turn["thinking"])
+
+
+def _left_out(rendered: Rendered, record: Record) -> str | None:
+    """What of a conversation does not stand in its text, if anything; what is trained, not in the trained part."""
+    turns, tools = record["messages"], record["tools"] or []
+    trained = "".join(rendered.text[start:end] for start, end in rendered.spans)
+    for turn in turns:
+        text = trained if _trains(turn) and not rendered.untrained else rendered.text
+        if not all(call["name"] in text for call in turn["tool_calls"] or ()):
+            return CALLLESS
+        content = (turn["content"] or "").strip()
+        if not any(form in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1])):
+            return TURNLESS
+    named = [(tool.get("function") or tool).get("name") or "" for tool in tools]
+    return None if all(name in rendered.text for name in named) else TOOLLESS
 
 
 def _trains(turn: dict[str, Any]) -> bool:

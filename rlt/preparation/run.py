@@ -99,7 +99,7 @@ def _see_that_nothing_changed(settings: PrepareSettings, place: Place) -> None:
 def key_of(stage: Stage, before: str) -> str:
     """What a stage's result depends on, as one hash: its settings and version, files it reads, and the stage before."""
     files = {str(path): fingerprint(path) for path in stage.files()}
-    made_from = [stage.name, stage.version, key_values(stage.settings, stage.keys), files, before]
+    made_from = [stage.name, stage.version, key_values(stage.settings, stage.depends_on()), files, before]
     return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,7 +127,7 @@ def run_stage(stage: Stage, place: Place, key: str, before: Counts | None, asked
         if place.folder.exists():
             cancel_jobs(place)
             shutil.rmtree(place.folder)
-        _remove_outputs(place.output, stage.outputs)
+        _remove_outputs(place.output, stage.folders())
         place.folder.mkdir(parents=True)
         write_whole(place.folder / KEY, json.dumps(key))
     passes = [_run_pass(stage, one, place, before, asked) for one in stage.passes()]
@@ -161,7 +161,7 @@ def _run_pass(stage: Stage, one: Pass, place: Place, before: Counts | None, aske
 
 def _outputs_of(stage: Stage, output: Path) -> dict[str, int]:
     """The bytes of each file that a stage has written for other runs."""
-    files = [path for name in stage.outputs for path in sorted((output / name).rglob("*")) if path.is_file()]
+    files = [path for name in stage.folders() for path in sorted((output / name).rglob("*")) if path.is_file()]
     return {str(path.relative_to(output)): path.stat().st_size for path in files}
 
 

@@ -99,6 +99,14 @@ class Stage:
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
 
+    def depends_on(self) -> tuple[str, ...]:
+        """Those of `keys` that its results depend on as they are set."""
+        return self.keys
+
+    def folders(self) -> tuple[str, ...]:
+        """Those of `outputs` that it writes as it is set."""
+        return self.outputs
+
     def passes(self) -> list[Pass]:
         raise NotImplementedError
 

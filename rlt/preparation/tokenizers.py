@@ -15,11 +15,20 @@ from rlt.runs.durable import flush_all
 from rlt.runs.folder import TOKENIZER
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*"),
+)
 SMALLEST = 256 + 4  # tokens of a vocabulary
 READ_AT_MOST = 1_000_000_000  # characters; more of them change a vocabulary hardly
 CHAT_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '<tool_call>\n' + call['function'] | tojson + '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -42,9 +51,24 @@ def load(name: str) -> Any:
     return load_tokenizer(resolve_model_path(name))
 
 
+def tokenizer_files(name: str) -> list[Path]:
+    """The files of a local or embedded model's folder that decide about ids and masks; none of a model on the hub.
+
+    Raises:
+        Refused: as `resolve_model_path`.
+    """
+    from rlt.models.paths import resolve_model_path
+
+    folder = Path(resolve_model_path(name))
+    return sorted(path for pattern in FILES for path in folder.glob(pattern) if path.is_file())
+
+
 def fingerprint_of(tokenizer: Any) -> str:
-    """Of its vocabulary: which text has which number."""
-    return sha256(orjson.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))).hexdigest()[:16]
+    """Of its vocabulary, of how it cuts texts, and of its chat template: what ids and masks follow from."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    own = orjson.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    cuts = [own.get(part) for part in ("normalizer", "pre_tokenizer")]
+    return sha256(orjson.dumps([vocabulary, cuts, tokenizer.chat_template])).hexdigest()[:16]
 
 
 def train(vocabulary: int, task: Task, shards: int) -> None:

@@ -23,7 +23,7 @@ from rlt.preparation.rendering import ChatRenderer, Rendered
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
 from rlt.preparation.token_files import TOKEN_COLUMNS, array_file, writing_arrays
-from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_folder, train
+from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_files, tokenizer_folder, train
 from rlt.preparation.write import as_rows
 from rlt.prompts.examples import student_example, teacher_example
 from rlt.prompts.rows import add_teaching_prompt
@@ -178,7 +178,8 @@ class Tokens(RowStage):
 
     name = "tokens"
     keys = ("tokenizer", "train_tokenizer", "tokens_as", "reasoning_format", "max_prompt_length")
-    outputs = (TOKENS,)
+    version = 2
+    outputs = (TOKENS, TOKENIZER)
 
     def __init__(self, settings: PrepareSettings):
         super().__init__(settings)
@@ -199,12 +200,13 @@ class Tokens(RowStage):
             if not (folder / "tokenizer.json").is_file():
                 raise Refused(f"tokenizer={named}: there is no tokenizer.json")
 
+    def folders(self) -> tuple[str, ...]:
+        return (TOKENS,) if self.settings.train_tokenizer is None else self.outputs
+
     def files(self) -> list[Path]:
         named = self.settings.tokenizer
         style = Path(self.settings.reasoning_format).expanduser()
-        folder = Path(named).expanduser() if named and named != HARMONY else None
-        known = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        own = [folder / name for name in known if (folder / name).is_file()] if folder else []
+        own = tokenizer_files(named) if named and named != HARMONY else []
         return [*own, style] if style.is_file() else own
 
     def passes(self) -> list[Pass]:
@@ -234,6 +236,7 @@ class Tokens(RowStage):
         with ExitStack() as files:
             name = self.settings.tokenizer or TOKENIZER
             notes = {"tokenizer": self.encoder.fingerprint, "tokenizer_name": name}
+            notes["tokens_as"] = self.settings.tokens_as
             write = {
                 split: files.enter_context(
                     writing_arrays(array_file(task.place.output / TOKENS, split, task.number), TOKEN_COLUMNS, notes)
