@@ -1,5 +1,6 @@
 """What a source is, by its names, by the first rows of all its files, and by the version that is read."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -182,3 +183,37 @@ def test_blocks_that_a_killed_life_left_are_not_read_again(tmp_path):
     for rows, blocks in ((None, 3), (1500, 2)):
         stage_of(tmp_path, {"path": str(path), "max_rows": rows}).format(task)
         assert len(list((task.place.work / "blocks").glob("*/*"))) == blocks
+
+
+def test_another_standard_library_is_another_input_of_its_corpus(tmp_path):
+    files = stage_of(tmp_path, "corpus/python-functions").files()
+    assert Path(json.__file__) in files and not [file for file in files if "site-packages" in file.parts]
+    assert stage_of(tmp_path, "corpus/kjv").files() == []
+
+
+# Trees.
+
+
+def node(name: str, role: str, *replies: object, **more) -> dict:
+    empty = {"message_tree_id": None, "tree_state": None}  # as exports have them inside of a tree
+    return {"message_id": name, "text": f"{name}.", "role": role, "replies": list(replies), **empty, **more}
+
+
+def test_a_nested_tree_gives_the_paths_of_its_messages(tmp_path):
+    below = node("c", "prompter", node("d", "assistant"))
+    prompt = node("a", "prompter", node("b", "assistant", below, rank=1), node("e", "assistant", rank=0), 7)
+    tree = {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": prompt}
+    result = read_all(tmp_path, write_rows(tmp_path / "a.jsonl", [tree]))
+    paths = {" ".join(turn["content"] for turn in row["messages"]) for row in kept(result)}
+    assert paths == {"a. b. c. d.", "a. e."}
+    assert result.counts.dropped == {"inside of a path that is kept": 3, "bad_column:message_id": 1}
+
+
+def test_a_tree_over_two_files_is_one_where_its_format_is_named_and_refused_where_not(tmp_path):
+    rows = [{"message_id": "a", "parent_id": None, "text": "Hello", "role": "prompter", "message_tree_id": "t"}]
+    write_rows(tmp_path / "0.jsonl", rows)
+    write_rows(tmp_path / "1.jsonl", [rows[0] | {"message_id": "b", "parent_id": "a", "role": "assistant"}])
+    with pytest.raises(Refused, match=r"belong together over its files: say {format: oasst}"):
+        stage_of(tmp_path, f"{tmp_path}/*.jsonl").check()
+    result = read_all(tmp_path, {"path": f"{tmp_path}/*.jsonl", "format": "oasst"})
+    assert [len(row["messages"]) for row in kept(result)] == [2]

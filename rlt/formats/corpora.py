@@ -43,13 +43,24 @@ def _word_problems() -> Iterator[Row]:
                 yield {key: row[key] for key in ("question", "solution", "reasoning_trace", "task")}
 
 
-def _python_functions() -> Iterator[Row]:
-    """Of files in order of their names; those with documentation, split where that ends."""
+def corpus_files(name: str) -> list[Path]:
+    """Files that another installation may have another version of: the standard library's."""
+    return list(_library_files()) if name == "python-functions" else []
+
+
+def _library_files() -> Iterator[Path]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library).as_posix()
-        if name.startswith(("site-packages/", "test/", "lib2to3/tests/", "idlelib/")) or "/tests/" in name:
-            continue
+        if not name.startswith(("site-packages/", "test/", "lib2to3/tests/", "idlelib/")) and "/tests/" not in name:
+            yield path
+
+
+def _python_functions() -> Iterator[Row]:
+    """Of files in order of their names; those with documentation, split where that ends."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in _library_files():
+        name = path.relative_to(library).as_posix()
         try:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from rlt.errors import Refused
+from rlt.formats import FORMATS
 from rlt.runs.durable import read_json, write_whole
 
 MANIFEST = "inputs.json"
@@ -206,7 +207,8 @@ def check_inputs(sources: list[Source]) -> list[tuple[Source, Path | None]]:
 
 
 def inputs_of(entries: list[Any]) -> list[Input]:
-    """What the tasks of the first stage read, of the key `sources`: a file each, or all of a source with `max_rows`.
+    """What the tasks of the first stage read, of the key `sources`: a file each, or all of a source with
+    `max_rows` or of a format whose rows depend on one another.
 
     Raises:
         Refused: as `check_inputs`.
@@ -218,7 +220,8 @@ def inputs_of(entries: list[Any]) -> list[Input]:
     for source, paths in together.items():
         numbered = tuple(enumerate(paths))
         several = len(paths) > 1
-        parts = [numbered] if source.max_rows else [(one,) for one in numbered]
+        grouped = source.format in FORMATS and FORMATS[source.format].group is not None
+        parts = [numbered] if source.max_rows or grouped else [(one,) for one in numbered]
         inputs += [Input(source, part, several) for part in parts]
     return inputs
 

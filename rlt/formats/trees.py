@@ -1,5 +1,6 @@
 """OpenAssistant's messages, of which each file holds whole trees: every path from a prompt to a last answer."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rlt.formats.columns import Columns, Options, Unfit
@@ -8,6 +9,27 @@ from rlt.formats.record import Dropped, Record, make_record, message
 ROLES = {"prompter": "user", "assistant": "assistant"}
 WORST = 10**9  # where a message has no rank
 INSIDE = "inside of a path that is kept"
+
+
+def unfolded(row: Any) -> Iterator[Any]:
+    """The messages of a row that is a whole tree, each below its `message_tree_id`, as exports have them: {"prompt":
+    {..., "replies": [...]}}; every other row as it is. What is no message stays, for `oasst` to say why."""
+    if not isinstance(row, dict) or "message_tree_id" not in row or not isinstance(row.get("prompt"), dict):
+        yield row
+        return
+    shared = {key: value for key, value in row.items() if key != "prompt"}
+    waiting = [(row["prompt"], None)]
+    while waiting:
+        given, parent = waiting.pop()
+        if not isinstance(given, dict):
+            yield {**shared, "reply": given}
+            continue
+        replies = given.get("replies")
+        inner = replies if isinstance(replies, list) else []
+        kept = {key: value for key, value in given.items() if key != "replies" or (value is not inner and value)}
+        found = {key: value for key, value in kept.items() if value is not None or key not in shared}
+        yield {**shared, **found, "parent_id": parent}
+        waiting += [(reply, given.get("message_id")) for reply in reversed(inner)]
 
 
 def tree_of(row: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Sources are read file by file, each once, into blocks of records; then the blocks are dealt out to shards, whose number
 (`engine_tasks`) is how many tasks every later stage has. Formats whose rows depend on one another (trees, trajectories)
-have a file's rows parted by group first, into `PARTS` files of which one at a time is held in memory.
+have the rows of all their source's files parted by group first, into `PARTS` files; one at a time is held in memory.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -19,9 +20,11 @@ import xxhash
 from rlt.errors import Refused
 from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format, tells
 from rlt.formats.columns import Options, Row, Unfit
-from rlt.formats.inputs import Input, Source, inputs_of, parse_sources
+from rlt.formats.corpora import corpus_files
+from rlt.formats.inputs import PACKAGED, Input, Source, files_of, inputs_of, parse_sources
 from rlt.formats.readers import Bad, rows_of
 from rlt.formats.record import Dropped, Record, content_hash, texts_of
+from rlt.formats.trees import unfolded
 from rlt.preparation.ledger import Counts
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.preparation.stage import Pass, Stage, Task
@@ -41,6 +44,11 @@ class Read(Stage):
     def passes(self) -> list[Pass]:
         return [Pass("format", self.format, tasks=len(inputs_of(self.settings.sources))), Pass("rows", self.deal)]
 
+    def files(self) -> list[Path]:
+        """Of packaged corpora."""
+        packaged = [source.path for source in parse_sources(self.settings.sources) if source.path.startswith(PACKAGED)]
+        return [file for path in packaged for file in corpus_files(path.removeprefix(PACKAGED))]
+
     def check(self) -> None:
         """That every source has rows, of a format that is known: by its first ones."""
         for source in parse_sources(self.settings.sources):
@@ -56,7 +64,14 @@ class Read(Stage):
         rows = self.first_rows(source, own, bad)
         first = next(rows, None)
         if first is not None:
-            return find_format(source.format, chain([first], rows), f"sources: {source.path}")
+            known = find_format(source.format, chain([first], rows), f"sources: {source.path}")
+            if known.group is not None and source.format is None and len(files_of(source)) > 1:
+                name = next(name for name, one in FORMATS.items() if one is known)
+                raise Refused(
+                    f"sources: rows of {source.path} belong together over its files: say {{format: {name}}}, and they "
+                    "are read as one"
+                )
+            return known
         if not self.settings.allow_empty_sources:
             why = f"begins with {bad.total()} rows that cannot be read ({', '.join(sorted(bad))})"
             raise Refused(
@@ -89,7 +104,8 @@ class Read(Stage):
         lines = named.lines if named is not None else None
         for number, path in part.files:
             empty = True
-            for row_number, row in enumerate(rows_of(part.source, path, self.settings, lines, notes)):
+            given = rows_of(part.source, path, self.settings, lines, notes)
+            for row_number, row in enumerate(chain.from_iterable(map(unfolded, given))):
                 empty = False
                 yield f"{number}-{row_number}" if part.several else str(row_number), row
             notes["files without a row"] += empty
