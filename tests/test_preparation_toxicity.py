@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from rlt.errors import Refused
 from rlt.preparation.classifier import Classifier
-from rlt.preparation.toxicity import Toxicity, passages_of, svm
+from rlt.preparation.toxicity import Toxicity, passages_of, svm, worst
 
 INSULTS = ("a fucking idiot", "a piece of shit", "a stupid bitch", "a worthless asshole", "a dumb motherfucker")
 ABUSIVE = [
@@ -92,9 +92,19 @@ def test_an_insult_is_as_bad_among_other_sentences(scores):
 
 
 def test_an_insult_at_the_very_end_is_read(tmp_path):
-    found = outcome(Toxicity, tmp_path, [text(WEATHER * 50 + ABUSIVE[0]), text(WEATHER * 50)])
+    found = outcome(Toxicity, tmp_path, [text(WEATHER * 2 + ABUSIVE[0]), text(WEATHER * 2)])
     assert (len(found.kept), found.reasons) == (1, ["toxic"])
     assert found.dropped[0]["score"] > 0.99
+
+
+def test_one_passage_in_fifty_may_be_bad(tmp_path):
+    """Long documents, of which the model would else drop most for a word."""
+    assert worst([0.1] * 48 + [0.9]) == 0.9
+    assert worst([0.1] * 49 + [0.9]) == 0.1
+    assert worst([0.1] * 98 + [0.9, 0.95]) == 0.1
+    once, often = text(WEATHER * 10 + ABUSIVE[0]), text(f"{WEATHER}{ABUSIVE[0]} " * 10)
+    found = outcome(Toxicity, tmp_path, [once, often])
+    assert ([record["id"] for record in found.kept], found.reasons) == ([once["id"]], ["toxic"])
 
 
 def test_the_worst_of_all_texts_of_a_record_counts(tmp_path):

@@ -1,4 +1,4 @@
-"""How toxic a record is: the worst of its passages.
+"""How toxic a record is: its worst passage, or one of the worst of a long record.
 
 `svm` is alt-profanity-check's model (a linear SVM inside the package). It scores profanity rather than toxicity: "I
 will kill you" .95, "kill all the background processes" .17, but "the cock crowed thrice" 1.0, and "Go back to your
@@ -9,7 +9,10 @@ slanders that mostly use none, and 2 of 30 harmless ones ("the cock crowed thric
 precision .92, recall .73.
 
 A passage is about one sentence long. In a longer one the insult drowns: the same insult scores 1.0 alone and .01
-among twenty sentences about the weather."""
+among twenty sentences about the weather. So the SVM takes the worst passage of a record, but lets one in fifty pass:
+without, 66 of 186 documents of 20,000 characters from the King James Bible went for a word such as "ass" or "suck", and
+5 of 120 modules of the standard library; with it 4 and none.
+"""
 
 import importlib.util
 import re
@@ -25,6 +28,7 @@ SVM = "svm"
 ACTIONS = ("drop", "tag")
 PASSAGE = 200  # characters, about; for the SVM
 END = re.compile(r"(?<=[.!?…])\s+|\n+")
+ALLOWED_IN = 50  # passages: one in so many may be as bad as it likes
 DIGITS = 4  # of a score
 
 
@@ -80,9 +84,14 @@ def svm() -> Scores:
         passages = [[p for text in texts for p in passages_of(text)] for texts in records]
         flat = [passage for some in passages for passage in some]
         found = iter(predict_prob(flat).tolist() if flat else ())
-        return [max((next(found) for _ in some), default=0.0) for some in passages]
+        return [worst([next(found) for _ in some]) for some in passages]
 
     return scores
+
+
+def worst(scores: list[float]) -> float:
+    """The highest, or the second of 50 and more, the third of 100 and more."""
+    return sorted(scores, reverse=True)[len(scores) // ALLOWED_IN] if scores else 0.0
 
 
 def classifier(folder: str) -> Scores:
