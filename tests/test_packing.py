@@ -10,7 +10,7 @@ from conftest import build, config_of
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from test_preparation_tokens import outputs, settings, write_texts
+from test_preparation_tokens import outputs, prepare_whole, settings, write_texts
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -293,7 +293,7 @@ def prepared(tmp_path_factory, tiny_teacher):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     keys = {"stages": ["read", "split", "write", "tokens", "pack"], "tokenizer": tiny_teacher, "pack_length": 256}
-    prepare(settings(tmp_path, engine_tasks=2, validation_share=0.2, **keys), lambda: False)
+    prepare_whole(settings(tmp_path, engine_tasks=2, validation_share=0.2, **keys))
     return tmp_path / "out"
 
 
@@ -354,7 +354,7 @@ def test_tokens_as_a_teachers_or_students_are_those_of_its_run_on_the_same_rows(
         "tokens_as": learner,
         "pack_length": 512,
     }
-    results = prepare(settings(tmp_path, engine_tasks=1, **keys), lambda: False)
+    results = prepare_whole(settings(tmp_path, engine_tasks=1, **keys))
     assert dict(results[2].counts.dropped) == {"no reasoning_trace": 4}
     run = f"run_cfg={'teacher_sft_tiny' if learner == 'teacher' else 'student_sft_tiny'}"
     config = config_of(run, f"model_name_or_path={tiny_teacher}", f"dataset_id_or_path={tmp_path}/out")
@@ -384,7 +384,7 @@ def test_tokens_as_a_teachers_or_students_are_those_of_its_run_on_the_same_rows(
 def test_what_packed_rows_cannot_do_is_refused(overrides, message, prepared, tiny_teacher, tmp_path):
     if "dataset_id_or_path=OTHER" in overrides:
         write_texts(tmp_path, 20)
-        prepare(settings(tmp_path, output_dir=str(tmp_path / "other"), **PACKING), lambda: False)
+        prepare_whole(settings(tmp_path, output_dir=str(tmp_path / "other"), **PACKING))
     given = [f"model_name_or_path={tiny_teacher}", f"dataset_id_or_path={prepared}", *overrides]
     with pytest.raises(Refused, match=message):
         build(SFT, tmp_path / "run", *(word.replace("OTHER", str(tmp_path / "other")) for word in given))

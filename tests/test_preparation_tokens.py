@@ -17,7 +17,7 @@ from rlt.preparation.run import key_of, prepare
 from rlt.preparation.token_files import array_file, read_arrays, writing_arrays
 from rlt.preparation.tokenizers import CHAT_TEMPLATE, fingerprint_of
 from rlt.preparation.tokens import NO_TOKEN, Encoder, Tokens
-from rlt.runs.folder import TOKENS
+from rlt.runs.folder import TOKENS, mark_complete
 from rlt.schema import settings_of
 
 CHATML = (
@@ -238,6 +238,13 @@ def settings(tmp_path: Path, **keys):
     (tmp_path / keys.get("output_dir", "out")).mkdir(exist_ok=True)
     config, _ = compose_config([*given, f"sources=[{tmp_path / 'rows.jsonl'}]"])
     return settings_of({**config, **keys})
+
+
+def prepare_whole(given) -> list:
+    """All stages, and the mark without which no other run reads the rows."""
+    results = prepare(given, lambda: False)
+    mark_complete(Path(given.output_dir), {"rows": results[-1].counts.kept})
+    return results
 
 
 def write_texts(tmp_path: Path, count: int = 300) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build, config_of, launch
-from test_preparation_tokens import settings
+from test_preparation_tokens import prepare_whole, settings
 from torch import nn
 
 import trainers.recovery
 from rlt.errors import Refused
 from rlt.planning.plan import make_plan
 from rlt.planning.resolve import resolve
-from rlt.preparation.run import prepare
 from rlt.preparation.token_files import read_arrays
 from rlt.runs.folder import TOKENS, mark_complete
 from trainers.fp8 import takes_fp8
@@ -41,7 +40,7 @@ def corpus(tmp_path_factory) -> Path:
     keys = {"stages": ["read", "split", "tokens", "pack"], "train_tokenizer": 320, "pack_length": 64}
     given = settings(folder, engine_tasks=1, validation_share=0.2, pack_buckets=[32], **keys)
     sources = [str(folder / f"{name}.jsonl") for name in ("counts", "days")]
-    prepare(type(given)(**{**vars(given), "sources": sources}), lambda: False)
+    prepare_whole(type(given)(**{**vars(given), "sources": sources}))
     return folder / "out"
 
 
