@@ -16,10 +16,10 @@ from trl import pack_dataset
 
 from rlt.formats.corpora import corpus_rows
 from rlt.formats.record import make_record, message
-from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.pack import WINDOW, pieces
 from rlt.preparation.stage import ROWS_AT_ONCE
 from rlt.preparation.tokens import Encoder
+from rlt.tokens.bins import best_fit_decreasing
 
 CHATS, LENGTHS = 8000, 100_000
 SETS = {"short chat": (5.3, 0.8), "reasoning": (7.2, 0.9)}  # of log-normal lengths

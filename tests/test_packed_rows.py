@@ -14,8 +14,8 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 from rlt.errors import Refused
 from rlt.planning.curriculum import Phase
 from rlt.preparation.run import prepare
-from rlt.preparation.token_files import array_file, writing_arrays
 from rlt.runs.folder import TOKENS
+from rlt.tokens.files import array_file, writing_arrays
 from trainers.curriculum import CurriculumSampler
 from trainers.packed import PackedCollator, held_out_by_source
 

@@ -19,13 +19,13 @@ from rlt.errors import Refused
 from rlt.logprobs import token_log_probs
 from rlt.models.loading import load_policy, load_tokenizer
 from rlt.planning.trl_fields import typed_settings
-from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.pack import WINDOW, Packer, check_ledger, pieces
 from rlt.preparation.run import prepare
 from rlt.preparation.shards import read_shard, shard
-from rlt.preparation.token_files import array_file, read_arrays
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import PACKED, TOKENS
+from rlt.tokens.bins import best_fit_decreasing
+from rlt.tokens.files import array_file, read_arrays
 from trainers.examples import sft_examples
 from trainers.packed import IGNORED, PackedCollator, check_made_for, packed_files, sequences_of, unigram_entropy
 

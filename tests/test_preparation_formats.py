@@ -11,8 +11,8 @@ from rlt.errors import Refused
 from rlt.formats import FORMATS, Options, apply, apply_to_group, find_format, told_by
 from rlt.formats.columns import Unfit
 from rlt.formats.record import Dropped, content_hash, make_record, message, texts_of, turns_of
-from rlt.preparation.harmony import HarmonyEncoder, parts_of
 from rlt.preparation.write import FORMS
+from rlt.tokens.harmony import HarmonyEncoder, parts_of
 
 ROWS = ROOT / "tests" / "data" / "formats"
 # Of each file, row by row: the last question, the thought, the answer and the gold answer; or why it is dropped.

@@ -12,13 +12,13 @@ from rlt.formats.record import Dropped, make_record, message
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
 from rlt.preparation.quality import Quality
-from rlt.preparation.rendering import NOT_ASKED, REFUSED, SPECIAL, THOUGHTLESS, TWO_ANSWERS, ChatRenderer
 from rlt.preparation.run import key_of, prepare
-from rlt.preparation.token_files import array_file, read_arrays, writing_arrays
 from rlt.preparation.tokenizers import CHAT_TEMPLATE, fingerprint_of
 from rlt.preparation.tokens import NO_TOKEN, Encoder, Tokens
 from rlt.runs.folder import TOKENS, mark_complete
 from rlt.schema import settings_of
+from rlt.tokens.files import array_file, read_arrays, writing_arrays
+from rlt.tokens.rendering import NOT_ASKED, REFUSED, SPECIAL, THOUGHTLESS, TWO_ANSWERS, ChatRenderer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -15,8 +15,8 @@ import trainers.recovery
 from rlt.errors import Refused
 from rlt.planning.plan import make_plan
 from rlt.planning.resolve import resolve
-from rlt.preparation.token_files import read_arrays
 from rlt.runs.folder import TOKENS, mark_complete
+from rlt.tokens.files import read_arrays
 from trainers.fp8 import takes_fp8
 from trainers.packed import IGNORED
 from trainers.pretrain import PretrainTrainer

@@ -14,14 +14,14 @@ import torch
 from datasets import Dataset
 
 from rlt.errors import Refused
-from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.split import TRAIN, VALIDATION
-from rlt.preparation.token_files import array_files, notes_of, read_arrays
 from rlt.preparation.tokenizers import fingerprint_of
 from rlt.preparation.tokens import CHAT, TEACHER
 from rlt.runs.durable import digest
 from rlt.runs.folder import PACKED, PREPARED, TOKENIZER, TOKENS
 from rlt.schema import SFTSettings, StudentSettings
+from rlt.tokens.bins import best_fit_decreasing
+from rlt.tokens.files import array_files, notes_of, read_arrays
 
 logger = logging.getLogger("rlt")
 

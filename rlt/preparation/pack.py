@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record
-from rlt.preparation.bins import best_fit_decreasing
 from rlt.preparation.ledger import Counts
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
-from rlt.preparation.token_files import PACKED_COLUMNS, array_file, notes_of, read_arrays, writing_arrays
 from rlt.runs.folder import PACKED, TOKENS
+from rlt.tokens.bins import best_fit_decreasing
+from rlt.tokens.files import PACKED_COLUMNS, array_file, notes_of, read_arrays, writing_arrays
 
 WINDOW = 50_000  # sequences that are packed together
 WINDOW_TOKENS = 2**25  # or fewer, if they are long: what is held in memory

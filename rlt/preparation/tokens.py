@@ -19,10 +19,8 @@ from rlt.formats.record import Dropped, Record
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.preparation.ledger import Counts
-from rlt.preparation.rendering import ChatRenderer, Rendered
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
-from rlt.preparation.token_files import TOKEN_COLUMNS, array_file, writing_arrays
 from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_files, tokenizer_folder, train
 from rlt.preparation.write import as_rows
 from rlt.prompts.examples import student_example, teacher_example
@@ -30,6 +28,8 @@ from rlt.prompts.rows import add_teaching_prompt
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import TOKENIZER, TOKENS
 from rlt.schema import PrepareSettings
+from rlt.tokens.files import TOKEN_COLUMNS, array_file, writing_arrays
+from rlt.tokens.rendering import ChatRenderer, Rendered
 
 HARMONY = "harmony"  # a tokenizer that is no model's: the format of gpt-oss (harmony.py)
 CHAT, TEACHER, STUDENT = "chat", "teacher", "student"  # values of tokens_as
@@ -221,7 +221,7 @@ class Tokens(RowStage):
     def start(self, task: Task) -> None:
         named = self.settings.tokenizer
         if named == HARMONY:
-            self.encoder = import_module("rlt.preparation.harmony").HarmonyEncoder()
+            self.encoder = import_module("rlt.tokens.harmony").HarmonyEncoder()
             return
         name = str(tokenizer_folder(task.place.output)) if named is None else named
         learner = self.settings.tokens_as
