@@ -17,6 +17,7 @@ ORDER = (
         "rlt.planning",
         "rlt.traces",
         "rlt.preparation",
+        "rlt.tokens",
         "rlt.formats",
         "rlt.launching",
         "rlt.runs",
