@@ -130,7 +130,7 @@ def test_a_step_has_the_same_tokens_whatever_the_lengths_of_its_rows(corpus, tmp
     trainer = pretraining(corpus, tmp_path / "run")
     batches = list(trainer.get_train_dataloader())
     shapes = [batch["input_ids"].shape for batch in batches]
-    assert {(rows, 32 if width <= 32 else 64) for rows, width in shapes} == {(2, 64), (4, 32)}  # some end a little short
+    assert {(rows, 32 if width <= 32 else 64) for rows, width in shapes} == {(2, 64), (4, 32)}  # a few end short
 
 
 class ShortOfMemory:
