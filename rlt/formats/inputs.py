@@ -16,6 +16,8 @@ from rlt.runs.durable import read_json, write_whole
 MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)
 GLOB = "*?["
+COMPRESSED = ("", ".gz", ".zst")
+SUFFIXES = (*(f"{kind}{end}" for kind in (".jsonl", ".json", ".csv", ".txt") for end in COMPRESSED), ".parquet")
 KINDS = ("prose", "maths", "code")  # of rules: `meta.kind` of a record
 # Names of evaluations, as words of a file's, a folder's or a hub set's name: whole ones, and those with a test part.
 EVALUATIONS = re.compile(
@@ -149,8 +151,6 @@ def files_of(source: Source) -> list[Path]:
     Raises:
         Refused: there is no such file, it cannot be read, or is an evaluation set by its name or that of its folders.
     """
-    from rlt.formats.readers import SUFFIXES
-
     if source.path.startswith(PACKAGED):
         return []
     path = Path(source.path).expanduser()
@@ -171,8 +171,6 @@ def _readable(paths: list[Path], otherwise: str) -> list[Path]:
     Raises:
         Refused: there is none, one is of no kind that is read, or is a link that leads nowhere.
     """
-    from rlt.formats.readers import SUFFIXES
-
     found = []
     for path in paths:
         if path.is_symlink() and not path.exists():

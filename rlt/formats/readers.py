@@ -20,12 +20,10 @@ import zstandard
 from rlt.data.files import read_file
 from rlt.errors import Refused
 from rlt.formats.corpora import corpus_rows
-from rlt.formats.inputs import PACKAGED, Source
+from rlt.formats.inputs import COMPRESSED, PACKAGED, Source
 from rlt.formats.plain import NotPlain, parse_object, plain
 from rlt.schema import ReadConfig
 
-PACKED = ("", ".gz", ".zst")
-SUFFIXES = (*(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv", ".txt") for packed in PACKED), ".parquet")
 BLOCK = 2**16  # bytes read at once; unpacked they may be a thousand times as many
 SHOWN = 1000  # characters of a line that is no row, for the file of what was dropped
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -82,7 +80,7 @@ class Reader:
                     raise Refused(f"{self.path} is a {kind} file: unpack it, or give it its name")
             packed = next((kind for magic, kind in MAGIC.items() if first.startswith(magic)), None)
             if self.path.suffix != {"gzip": ".gz", "zstd": ".zst"}.get(packed or "", self.path.suffix) or (
-                packed is None and self.path.suffix in PACKED[1:] and first
+                packed is None and self.path.suffix in COMPRESSED[1:] and first
             ):
                 self.notes[f"files that are {packed or 'not packed'}, unlike their names"] += 1
             given = chain([first], given)

@@ -18,7 +18,6 @@ from rlt.planning.checks import (
     check_groups,
     check_keys,
     check_lengths,
-    check_pretraining,
     check_reward,
     check_rows,
     check_sharding,
@@ -36,6 +35,7 @@ from rlt.planning.machine import (
     gpu_memory_gib,
 )
 from rlt.planning.memory import estimate_memory
+from rlt.planning.pretrain_checks import check_pretraining
 from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.prerequisites import check_machine, describe
 from rlt.prompts.styles import load_format
