@@ -310,6 +310,17 @@ def test_what_trains_needs_no_package_of_preparations():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_file_is_found_whatever_characters_its_name_has(tmp_path):
+    source = write_rows(tmp_path / "my 'odd' rows [1] ü*.jsonl", questions(3))
+    assert run(settings_of(tmp_path / "out", [{"path": str(source), "name": "odd"}]))["write"].counts.kept == 3
+
+
+def test_what_came_out_of_a_preparation_can_go_into_another(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", questions(12))
+    run(settings_of(tmp_path / "first", [source]))
+    assert run(settings_of(tmp_path / "second", [tmp_path / "first"]))["write"].counts.kept == 12
+
+
 def test_devices_are_not_given_to_a_preparation(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", questions(2))
     done = launch("launch.py", "2", *overrides(tmp_path / "out", source))

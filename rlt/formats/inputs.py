@@ -11,6 +11,7 @@ import xxhash
 
 from rlt.errors import Refused
 from rlt.formats import FORMATS
+from rlt.places import PREPARED
 from rlt.runs.durable import read_json, write_whole
 
 MANIFEST = "inputs.json"
@@ -135,7 +136,8 @@ def _refuse_names(place: str | Path, names: Sequence[str]) -> None:
 
 
 def _is_glob(source: Source) -> bool:
-    return any(character in source.path for character in GLOB)
+    """A file may have such characters in its name."""
+    return any(character in source.path for character in GLOB) and not Path(source.path).expanduser().exists()
 
 
 def _on_hub(source: Source) -> bool:
@@ -157,6 +159,8 @@ def files_of(source: Source) -> list[Path]:
     if _is_glob(source):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
         return _readable(sorted(anchor.glob(str(path.relative_to(anchor)))), f"{source.path} matches no file")
+    if path.is_dir() and (path / PREPARED).is_dir():  # of an earlier preparation, what came out of it
+        path = path / PREPARED
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
         return _readable(found, f"{source.path} is a folder without a file of {', '.join(SUFFIXES)}")
