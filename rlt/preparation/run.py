@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rlt.schema import PrepareSettings
 STATS = "stats.json"
 KEY = "key"  # of an unfinished stage: what its tasks are made from
 SECONDS = "seconds.json"  # apart from what is the same each time
+FEW_ROWS = 1000  # for which starting processes takes longer than the work
 LEFT = ("work", "counts", "progress", "refused", "logs", "jobs")
 
 logger = logging.getLogger("rlt")
@@ -148,9 +149,12 @@ def _run_pass(stage: Stage, one: Pass, place: Place, before: Counts | None, aske
     """A pass of a stage, and what all of its tasks counted."""
     if asked():
         raise Stopped
-    tasks = one.tasks or stage.settings.engine_tasks
+    settings = stage.settings
+    if before is not None and before.kept < FEW_ROWS and settings.engine == "local" and settings.engine_workers is None:
+        settings = replace(settings, engine_workers=1)
+    tasks = one.tasks or settings.engine_tasks
     with bar(place.folder / "progress", stage.name, one.name, before.kept if before else None):
-        run_pass(stage.name, one, place, stage.settings, tasks, asked)
+        run_pass(stage.name, one, place, settings, tasks, asked)
     counts = Counts()
     for number in range(tasks):
         found = read_counts(counts_file(place, one.name, number))
