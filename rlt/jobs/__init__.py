@@ -1,4 +1,4 @@
-"""What a plan can be: training, a collection, an evaluation, a pipeline; each module has `run(plan, stop)`."""
+"""What a plan can be: training, a collection, an evaluation, a preparation, a pipeline; each has `run(plan, stop)`."""
 
 from importlib import import_module
 
