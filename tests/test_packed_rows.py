@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
-from test_preparation_tokens import settings
+from test_preparation_tokens import prepare_whole, settings
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from rlt.errors import Refused
 from rlt.planning.curriculum import Phase
-from rlt.preparation.run import prepare
 from rlt.runs.folder import TOKENS
 from rlt.tokens.files import array_file, writing_arrays
 from trainers.curriculum import CurriculumSampler
@@ -37,7 +36,7 @@ def packed(folder: Path, **keys) -> Path:
         "pack_length": 64,
         "engine_tasks": 1,
     }
-    prepare(settings(folder, **{**given, **keys}), lambda: False)
+    prepare_whole(settings(folder, **{**given, **keys}))
     return folder / "out"
 
 
@@ -89,7 +88,7 @@ def test_a_teachers_warm_up_from_a_preparation_trains_the_tokens_of_the_same_row
     given = tmp_path / "rows.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in TRACES))
     keys = {"tokenizer": tiny_teacher, "pack_length": 256, "engine_tasks": 1}
-    prepare(settings(tmp_path, stages=["read", "write", "tokens", "pack"], **keys), lambda: False)
+    prepare_whole(settings(tmp_path, stages=["read", "write", "tokens", "pack"], **keys))
     out = str(tmp_path / "out")
     direct = sft("teacher_sft_tiny", tmp_path / "a", str(given), tiny_teacher)
     prepared = sft("teacher_sft_tiny", tmp_path / "b", out, tiny_teacher)
@@ -97,7 +96,7 @@ def test_a_teachers_warm_up_from_a_preparation_trains_the_tokens_of_the_same_row
     assert trained_tokens(prepared) == trained_tokens(direct) > 8 * 8
     packed_rows = sft("student_sft_tiny", tmp_path / "c", out, tiny_teacher)
     assert "seq_lengths" in packed_rows.train_dataset.column_names
-    prepare(settings(tmp_path, stages=["read", "tokens", "pack"], **keys), lambda: False)
+    prepare_whole(settings(tmp_path, stages=["read", "tokens", "pack"], **keys))
     with pytest.raises(Refused, match="packed with tokens_as=chat alone, and a teacher is trained"):
         sft("teacher_sft_tiny", tmp_path / "d", out, tiny_teacher)
 
