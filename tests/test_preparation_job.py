@@ -20,6 +20,7 @@ from rlt.errors import Refused
 from rlt.formats.record import Dropped
 from rlt.preparation import stages
 from rlt.preparation.clean import Clean
+from rlt.preparation.engine import _run_in_processes
 from rlt.preparation.ledger import LedgerError
 from rlt.preparation.prerequisites import PACKAGES
 from rlt.preparation.read import Read
@@ -350,6 +351,26 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_
     assert "error: a process of this preparation was killed" in said
     assert launch("prepare.py", *arguments).returncode == 0
     assert results_of(tmp_path / "out")[-1].counts.kept == 60_000
+
+
+class _Idle:
+    def one(self, rank: int) -> None: ...
+
+
+def test_a_worker_that_is_killed_while_tasks_are_given_is_refused_as_well():
+    def ranks():
+        yield 0
+        for child in psutil.Process().children():
+            if _is_worker(child.pid):
+                child.kill()
+        for number in range(1, 1000):
+            time.sleep(0.02)
+            yield number
+
+    given = ranks()
+    with pytest.raises(Refused, match="a process of this preparation was killed"):
+        _run_in_processes(_Idle(), given, 1, lambda: False)
+    assert next(given, None) is not None  # refused before the last task was given
 
 
 def _is_worker(pid: int) -> bool:

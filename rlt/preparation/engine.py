@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -147,12 +147,14 @@ def _run_locally(step: TaskStep, logs: Path, tasks: int, settings: PrepareSettin
         executor.one(rank)
 
 
-def _run_in_processes(executor: _Local, ranks: list[int], workers: int, asked: Callable[[], bool]) -> None:
+def _run_in_processes(executor: _Local, ranks: Iterable[int], workers: int, asked: Callable[[], bool]) -> None:
     """In children of this process, which end with it: one that stayed behind would write beside the next life's."""
     others = set(psutil.Process().children())
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
-        waiting = {pool.submit(executor.one, rank) for rank in ranks}
+        waiting: set[Future[None]] = set()
         try:
+            for rank in ranks:  # refused as well where the first one is killed before the last one is given
+                waiting.add(pool.submit(executor.one, rank))
             while waiting:
                 done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 for future in done:
