@@ -12,11 +12,13 @@ import torch
 from trl.trainer.utils import use_adapter
 
 from rlt.errors import Refused
+from rlt.generation.seeds import request_seed
 from rlt.models.residence import resident
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
+from rlt.rewards.permuted import permuted_within_groups
 from rlt.rewards.tokens import token_columns
-from rlt.schema import TeacherRewardConfig
+from rlt.schema import RewardOptions, TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
 
 ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
@@ -55,6 +57,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student_tokenizer: of a student that has one of its own.
         style: tags and prompts.
         reward_config: coefficients, reductions, temperatures.
+        options: what is done beside; None: nothing.
         more_rewards: functions of TRL's signature, added with `reward_weights`.
         other arguments: as in `GRPOTrainer`; rows need `question` and `solution`.
     """
@@ -65,10 +68,12 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student,
         style: ReasoningFormat,
         reward_config: TeacherRewardConfig,
+        options: RewardOptions | None = None,
         student_tokenizer=None,
         more_rewards=(),
         **kwargs,
     ):
+        self.options = options
         self.student = student
         self._batch: Batch | None = None
         super().__init__(*args, reward_funcs=[self.teacher_reward, *more_rewards], **kwargs)
@@ -100,6 +105,14 @@ class TeacherGRPOTrainer(GRPOTrainer):
             texts: Any = generated[3]
             self._batch.readings = self.reward.read(self._batch.rows, texts)
         return generated
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # Extended for a control run, whose completions get rewards of their siblings.
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.options is not None and self.options.permute_rewards and self.model.training:
+            seed = request_seed(self.args.seed, "permuted", self._questions_before(self._step))
+            rewards[:, 0] = permuted_within_groups(rewards[:, 0], self.num_generations, seed)  # of all ranks
+        return rewards
 
     def teacher_reward(self, prompts, completions, completion_ids, log_extra, log_metric, **columns):
         """TRL's reward-function signature; None where a reward is not finite."""

@@ -291,7 +291,7 @@ def main() -> None:
         usage(USAGE)
     known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
-        read_overrides(sys.argv[1:], known)
+        read_overrides(sys.argv[1:], known | {"reward_cfg"})
     except Refused as error:
         fail(error)
     job()

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.planning.checks import check_context, check_reward, check_verifier, context_length
+from rlt.planning.checks import check_context, check_reward, check_reward_options, check_verifier, context_length
 from rlt.preparation.prerequisites import check_settings
 from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, PrepareSettings, RunConfig, Sampling
 
@@ -56,6 +56,9 @@ def check_stages(stages: list[dict[str, Any]]) -> None:
 
 def check_collection(settings: CollectSettings) -> None:
     check_reward(settings)
+    check_reward_options(settings)
+    if settings.permute_rewards:
+        raise Refused("permute_rewards=true: it is for training; set select=random for traces drawn by chance")
     if settings.student_model is None:
         raise Refused("student_model=null: name the student whose understanding ranks the traces")
     if settings.temperature <= 0:

@@ -34,7 +34,7 @@ from rlt.prompts.rendering import (
 )
 from rlt.prompts.spans import Aligned, TokenizedText, align_spans, tokenize_with_spans
 from rlt.prompts.styles import ReasoningFormat
-from rlt.rewards.reductions import NORMALIZERS, kl_estimate, weighted_reductions
+from rlt.rewards.reductions import NORMALIZERS, kl_estimate, reductions_of, weighted_reductions
 from rlt.schema import TeacherRewardConfig
 
 # (sequences, counted indices, temperature) -> log-probs of the counted tokens, one tensor per sequence.
@@ -100,7 +100,9 @@ def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple
     values_T = NORMALIZERS[config.normalize_log_prob_fn or "none"](student_T.float())
     if config.clip_log_prob is not None:
         values_T = values_T.clamp(min=-config.clip_log_prob)
-    total, parts = weighted_reductions(values_T, config.reduction_log_prob_fn, config.answer_log_prob_coeff)
+    total, parts = weighted_reductions(
+        values_T, config.reduction_log_prob_fn, config.answer_log_prob_coeff, reductions_of(config)
+    )
     return total, {f"answer_log_prob_{name}": value for name, value in parts.items()}
 
 
@@ -116,7 +118,7 @@ def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[fl
     values_T = NORMALIZERS[config.normalize_kl_fn or "none"](values_T)
     if config.clip_kl is not None:
         values_T = values_T.clamp(max=config.clip_kl)
-    total, parts = weighted_reductions(values_T, names, config.kl_penalty_reward_coeff)
+    total, parts = weighted_reductions(values_T, names, config.kl_penalty_reward_coeff, reductions_of(config))
     return -total, parts
 
 
