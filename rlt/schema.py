@@ -566,12 +566,8 @@ def own_keys(settings: type) -> dict[str, Any]:
     """{key: annotation} of a settings class; keys that only some of its runs have are in it too."""
     hints = get_type_hints(settings)
     keys = {field.name: hints[field.name] for field in fields(settings) if field.name not in ("trl", *REWARD_PARTS)}
-    return keys | {
-        key: kind
-        for part in REWARD_PARTS
-        if part in hints
-        for key, kind in get_type_hints(REWARD_PARTS[part][0]).items()
-    }
+    parts = [cls for part, (cls, _) in REWARD_PARTS.items() if part in hints]
+    return keys | {key: kind for cls in parts for key, kind in get_type_hints(cls).items()}
 
 
 def picked_parts(config: Mapping[str, Any]) -> dict[str, Any]:

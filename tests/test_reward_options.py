@@ -76,7 +76,7 @@ def test_rewards_are_laid_over_each_other_in_a_list():
 
 BAD = [
     (["reward_cfg=spikes"], "reward_cfg=spikes: use one of gated, generated"),
-    (["run_cfg=evaluate_tiny", "reward_cfg=spike"], "a evaluate run has no reward"),
+    (["run_cfg=evaluate_tiny", "reward_cfg=spike"], "evaluate runs have no reward to choose"),
     (["reward_cfg=spike", "top_share=0"], "top_share=0 must be above 0 and at most 1"),
     (["log_sum_exp_temperature=0"], "log_sum_exp_temperature=0 must be above 0"),
     (["reward_cfg=generated", "answers_cut=0"], "answers_cut=0 must be above 0 and below 1, or null"),

@@ -5,6 +5,8 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from trl.trainer.utils import use_adapter
 
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
+from rlt.logprobs import LogProbs
 from rlt.models.residence import resident
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
@@ -36,6 +39,7 @@ class Batch:
        indices of explanation tokens among what the pass returned of row i; None where the teacher's reading is cut
        into other tokens than were sampled, and rode along as a sequence of its own.
     4. `student_log_probs`: the reference's pass has read the students' texts, where the student is the reference.
+       With `report_rsr` the student's pass is one of its own, which gives ranks too.
     5. TRL calls `teacher_reward`, which asks for log-probs and is given those of 3 and 4.
 
     The next batch begins with another object. Passes that TRL does not make leave their fields at None; the reward
@@ -89,6 +93,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             teacher_log_probs=self._teacher_log_probs,
             student_log_probs=self._student_log_probs,
             student_tokenizer=student_tokenizer,
+            student_ranked=self._student_ranked if options is not None and options.report_rsr else None,
         )
 
     def _generate_and_score_completions(self, inputs):
@@ -161,7 +166,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self._log_reuse(1 - len(anew) / len(sequences))
             asked = (batch.readings[row] for row in anew)
             return [Rider(r.teacher.ids, r.teacher_counted, self.temperature) for r in asked]
-        if which == "reference" and self.student is None:
+        if which == "reference" and self.student is None and self.reward.student_ranked is None:
             temperature = self.reward.student_temperature
             return [Rider(r.student.ids, r.student_counted, temperature) for r in batch.readings]
         return []
@@ -191,16 +196,28 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def _student_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
         if self._batch is not None and self._batch.student_log_probs is not None:
             return self._batch.student_log_probs
+        with self._frozen_student() as (student, _):
+            return self._frozen_log_probs(student, sequences, counted, temperature)
+
+    def _student_ranked(self, sequences, counted, temperature) -> LogProbs:
+        with self._frozen_student() as (student, sharded), torch.no_grad():
+            how = {"temperature": temperature, "sharded": sharded, "entropy": "rank"}
+            return self._read(student, student, sequences, counted, **how)
+
+    @contextmanager
+    def _frozen_student(self) -> Iterator[tuple[Any, bool]]:
+        """The student where it computes, and whether its passes are collective."""
         if self.student is not None:
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
-                return self._frozen_log_probs(self.student, sequences, counted, temperature)
-        if self.ref_model is not None:
+                yield self.student, False
+        elif self.ref_model is not None:
             reference: Any = self.accelerator.unwrap_model(self.ref_model)
             with resident(reference, self.accelerator.device, self._reference_waits):
-                return self._frozen_log_probs(reference, sequences, counted, temperature)
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            return self._frozen_log_probs(policy, sequences, counted, temperature)
+                yield reference, self._sharded
+        else:
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield policy, self._sharded
 
     @torch.no_grad()
     def _frozen_log_probs(self, model, sequences, counted, temperature) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from omegaconf import MissingMandatoryValue
 from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
 from rlt.places import CFGS
-from rlt.planning.checks import check_reward, check_types
-from rlt.planning.configuration import as_dict, read_overrides
+from rlt.planning.checks import check_reward, check_reward_options, check_types
+from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, read_overrides
 from rlt.planning.machine import check_models_exist
+from rlt.planning.ranges import check_ranges
 from rlt.prompts.styles import load_format
 from rlt.runs.durable import write_whole, written_whole
-from rlt.schema import TeacherRewardConfig, pick
+from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts
 from rlt.traces.ranking import ranks, sources_of, summary, table
 
 DTYPES = ("float32", "bfloat16")
@@ -59,7 +60,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class ScoreSettings(ScoreConfig, TeacherRewardConfig):
+class ScoreSettings(ScoreConfig, TeacherRewardConfig, RewardOptions):
     """The keys of a scoring."""
 
 
@@ -69,9 +70,13 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
     Raises:
         Refused: it cannot.
     """
-    check_types(config, (ScoreSettings,))
-    settings = pick(config, ScoreSettings)
+    check_types(config, (ScoreSettings, *(cls for cls, _ in REWARD_PARTS.values())))
+    check_ranges(config)
+    settings = pick({**config, **picked_parts(config)}, ScoreSettings)
     check_reward(settings)
+    check_reward_options(settings)
+    if settings.permute_rewards:
+        raise Refused("permute_rewards=true: it is for training; set select=random for completions drawn by chance")
     load_format(settings.reasoning_format)
     if settings.temperature <= 0:
         raise Refused(f"temperature={settings.temperature} must be above 0")
@@ -163,6 +168,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     from rlt.models.loading import load_frozen, load_student
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
+    from rlt.survival.readings import lasting_ranked_log_probs
 
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,6 +184,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
         log_prob_function(teacher, settings.logprob_token_budget),
         log_prob_function(student, settings.logprob_token_budget),
         tokenizers[1],
+        partial(lasting_ranked_log_probs(settings.logprob_token_budget), student) if settings.report_rsr else None,
     )
 
 
@@ -286,12 +293,27 @@ def job(cfg) -> None:
     sys.stdout.write(said)
 
 
+def arguments_for_hydra(arguments: list[str]) -> list[str]:
+    """The same, with a reward where Hydra has its group.
+
+    Raises:
+        Refused: an unknown key, or no such reward.
+    """
+    rewritten = []
+    for argument in arguments:
+        for _, name, value in read_overrides([argument], {*own_keys(ScoreSettings), "reward_cfg"}):
+            if name == "reward_cfg":
+                check_reward_names(value)
+                argument = f"{REWARDS}={value}"
+        rewritten.append(argument)
+    return rewritten
+
+
 def main() -> None:
     if len(sys.argv) == 1:
         usage(USAGE)
-    known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
-        read_overrides(sys.argv[1:], known | {"reward_cfg"})
+        sys.argv[1:] = arguments_for_hydra(sys.argv[1:])
     except Refused as error:
         fail(error)
     job()

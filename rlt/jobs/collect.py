@@ -112,7 +112,7 @@ class Pace:
 def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, student_tokenizer):
     from rlt.models.loading import load_student
     from rlt.models.paths import resolve_model_path
-    from rlt.survival.readings import lasting_log_probs
+    from rlt.survival.readings import lasting_log_probs, lasting_ranked_log_probs
     from rlt.traces.scoring import TraceScorer
 
     assert settings.student_model is not None  # the plan refuses it
@@ -132,6 +132,7 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, stu
         settings.temperature,
         lasting_log_probs(settings.logprob_token_budget),
         student_tokenizer,
+        lasting_ranked_log_probs(settings.logprob_token_budget) if settings.report_rsr else None,
     )
 
 

@@ -100,14 +100,17 @@ def check_rewards(value: str, others: list[str]) -> None:
     Raises:
         Refused: there is none of that name, or the run has no reward to choose.
     """
+    check_reward_names(value)
+    config = _composed(others)
+    if not REWARD_KEYS & config.keys():
+        raise Refused(f"reward_cfg={value}: {config['trainer']} runs have no reward to choose")
+
+
+def check_reward_names(value: str) -> None:
+    """Refuse what `reward_cfg` names and is not there."""
     for choice in value.strip("[]").split(","):
         if choice.strip() not in options(REWARDS):
             raise Refused(f"reward_cfg={value}: use one of {', '.join(options(REWARDS))}, or a list of them")
-    config = _composed(others)
-    if not REWARD_KEYS & config.keys():
-        raise Refused(
-            f"reward_cfg={value}: a {config['trainer']} run has no reward; it is for teachers and collections"
-        )
 
 
 def check_head(group: str, choice: str) -> None:

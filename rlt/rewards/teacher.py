@@ -21,7 +21,7 @@ log-probs to reward (`reductions.py`). This module does not know which models ar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,10 +35,13 @@ from rlt.prompts.rendering import (
 from rlt.prompts.spans import Aligned, TokenizedText, align_spans, tokenize_with_spans
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.reductions import NORMALIZERS, kl_estimate, reductions_of, weighted_reductions
+from rlt.rewards.suitability import likelihood, rank_surprisal_ratio
 from rlt.schema import TeacherRewardConfig
 
 # (sequences, counted indices, temperature) -> log-probs of the counted tokens, one tensor per sequence.
 LogProbFunction = Callable[[list[list[int]], list[list[int]], float], list[torch.Tensor]]
+# The same, and the ranks of the same tokens among the vocabulary, 1 for the likeliest.
+RankedFunction = Callable[[list[list[int]], list[list[int]], float], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,21 @@ def piece_log_probs(values_N: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return torch.segment_reduce(values_N, "sum", lengths=torch.tensor(sizes, device=values_N.device))
 
 
+def suitability(reading: Reading, student_N: torch.Tensor, ranks_N: torch.Tensor) -> dict[str, float]:
+    """Figures of the explanation's tokens, of the log-probs and ranks (N,) of explanation and solution."""
+    thought = slice(len(reading.explanation.right))
+    ratio = rank_surprisal_ratio(student_N[thought].float(), ranks_N[thought])
+    return {"rsr": ratio, "likelihood": likelihood(student_N[thought].float())}
+
+
 class TeacherReward:
     """Scores completions of a teacher; holds no model.
 
     Args:
         tokenizer: the teacher's.
         student_tokenizer: the student's, with its own chat template; None: the teacher's serves both.
+        student_ranked: is asked in the place of `student_log_probs`; parts then tell how well the explanation suits
+            the student (`suitability.py`).
     """
 
     def __init__(
@@ -161,6 +173,7 @@ class TeacherReward:
         teacher_log_probs: LogProbFunction,
         student_log_probs: LogProbFunction,
         student_tokenizer=None,
+        student_ranked: RankedFunction | None = None,
     ):
         self.tokenizer = tokenizer
         self.student_tokenizer = student_tokenizer or tokenizer
@@ -170,6 +183,7 @@ class TeacherReward:
         self.student_temperature = config.unbias_student_log_probs_temp
         self.teacher_log_probs = teacher_log_probs
         self.student_log_probs = student_log_probs
+        self.student_ranked = student_ranked
 
     def score(self, rows: list[dict], completions: list[str]) -> list[Scored]:
         """Rewards of completions.
@@ -191,10 +205,16 @@ class TeacherReward:
         teacher = self.teacher_log_probs(
             [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
         )
-        student = self.student_log_probs(
-            [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
-        )
-        return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        asked = [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
+        if self.student_ranked is None:
+            student = self.student_log_probs(*asked)
+            return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        student, ranks = self.student_ranked(*asked)
+        scored = [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        return [
+            replace(one, parts={**one.parts, **suitability(r, s, ranked)})
+            for one, r, s, ranked in zip(scored, readings, student, ranks, strict=True)
+        ]
 
     def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
         """The texts of both models, tokenised once, and which tokens count. Arguments and errors as in `score`."""
