@@ -275,6 +275,8 @@ class TraceConfig:
     min_format_rate: float
     max_student_length: int
     near_duplicate_similarity: float
+    select: str
+    select_student_tokens: int | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ Each row of the input (JSONL, JSON, CSV or Parquet) has `question`, `solution`, 
 `reward`, `solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a
 `completion`, lists for `completions`, which get their `rank` and the `best_index` too. Of these a table by source
 follows (a list `sources` in each row says who wrote which; else it is by place): how many questions each won, mean rank
-and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training.
+and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training; `reward_cfg` is one, too.
+
+    python score.py input=results/collect_tiny/all/traces.parquet output=chosen.jsonl select=rsr
+
+Without models the best completion of each question is chosen, by scores that the rows have: a student's data.
 """
 
 import json
@@ -32,7 +36,8 @@ from rlt.planning.ranges import check_ranges
 from rlt.prompts.styles import load_format
 from rlt.runs.durable import write_whole, written_whole
 from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts
-from rlt.traces.ranking import ranks, sources_of, summary, table
+from rlt.traces.ranking import check_select, ranks, sources_of, summary, table, worth
+from rlt.traces.scored import select_scored
 
 DTYPES = ("float32", "bfloat16")
 USAGE = (
@@ -50,8 +55,11 @@ class ScoreConfig:
 
     input: str
     output: str
-    teacher_model: str
-    student_model: str
+    teacher_model: str | None
+    student_model: str | None
+    select: str
+    select_student_tokens: int | None
+    seed: int
     temperature: float
     dtype: str
     reasoning_format: str
@@ -78,6 +86,7 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
     if settings.permute_rewards:
         raise Refused("permute_rewards=true: it is for training; set select=random for completions drawn by chance")
     load_format(settings.reasoning_format)
+    check_selection(settings)
     if settings.temperature <= 0:
         raise Refused(f"temperature={settings.temperature} must be above 0")
     if settings.dtype not in DTYPES:
@@ -89,8 +98,24 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
             raise Refused(f"output={settings.output}: {path} exists and would be overwritten: name another file")
     if not Path(settings.output).absolute().parent.is_dir():
         raise Refused(f"output={settings.output}: its folder does not exist")
-    check_models_exist({key: getattr(settings, key) for key in MODELS})
+    check_models_exist({key: getattr(settings, key) for key in MODELS if getattr(settings, key)})
     return settings
+
+
+def check_selection(settings: ScoreSettings) -> None:
+    """How completions are ranked, and whether they are scored for it.
+
+    Raises:
+        Refused: the selector lacks what it selects by.
+    """
+    check_select(settings.select)
+    named = [key for key in MODELS if getattr(settings, key)]
+    if len(named) == 1:
+        raise Refused(f"{named[0]} alone: name teacher_model and student_model, or neither for rows that are scored")
+    if named and settings.select in ("likelihood", "rsr") and not settings.report_rsr:
+        raise Refused(f"select={settings.select} needs the student's log-probs and ranks: set report_rsr=true")
+    if named and settings.select_student_tokens is not None:
+        raise Refused("select_student_tokens: score the rows first, then select from them without the models")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -242,6 +267,18 @@ def check_context(place: str, readings: list, longest: dict[str, int]) -> None:
                 )
 
 
+def select_file(settings: ScoreSettings) -> str:
+    """Write the best completion of each question, by scores that the rows have. Returns what to say of it."""
+    rows = list(read_lines(Path(settings.input)))
+    style = load_format(settings.reasoning_format)
+    how = settings.select, settings.seed, settings.select_student_tokens
+    kept, dropped = select_scored(rows, style, *how, f"input={settings.input}")
+    with written_whole(Path(settings.output)) as aside, aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in kept)
+    said = "".join(f"; out: {count} {reason}" for reason, count in dropped.items())
+    return f"{len(kept)} of {len(rows)} rows selected by {settings.select}, written to {settings.output}{said}\n"
+
+
 def score_file(settings: ScoreSettings) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(settings.input)))
@@ -255,11 +292,17 @@ def score_file(settings: ScoreSettings) -> str:
     with written_whole(output) as aside, aside.open("w", encoding="utf-8") as file:
         for row in rows:
             answers = _answers(row)
-            scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
+            readings = reward.read([row] * len(answers), answers)
+            scored = [s.as_dict() for s in reward.score_readings(readings)]
+            if settings.report_rsr:
+                sizes = [len(reading.student.ids) for reading in readings]
+                scored = [{**one, "student_tokens": size} for one, size in zip(scored, sizes, strict=True)]
             named = {name: [s[name] for s in scored] for name in scored[0]}
             if row.get("completions") is not None:
-                places = ranks(named["reward"])
-                added = {**named, "rank": places, "best_index": best_index(named["reward"], places)}
+                each = [{"question": row["question"], **one} for one in scored]
+                values = [worth(one, settings.select, settings.seed, place) for place, one in enumerate(each)]
+                places = ranks(values)
+                added = {**named, "rank": places, "best_index": best_index(values, places)}
                 ranked.append((sources_of(row, len(answers)), named["reward"]))
             else:
                 added = {name: values[0] for name, values in named.items()}
@@ -285,9 +328,10 @@ def ranking_file(output: Path) -> Path:
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="score")
 def job(cfg) -> None:
     try:
-        said = score_file(checked(as_dict(cfg, throw_on_missing=True)))
+        settings = checked(as_dict(cfg, throw_on_missing=True))
+        said = score_file(settings) if settings.teacher_model else select_file(settings)
     except MissingMandatoryValue as error:
-        fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
+        fail(ValueError(f"{error.full_key} is not given: input and output are needed"))
     except Refused as error:
         fail(error)
     sys.stdout.write(said)

@@ -21,11 +21,12 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
 from rlt.runs.durable import as_json_lines, write_whole, written_whole
-from rlt.runs.folder import ALL_TRACES, CARD, TRACES, TRACES_AS_LINES, mark_complete
+from rlt.runs.folder import ALL_TRACES, CARD, PARTS, TRACES, TRACES_AS_LINES, mark_complete
 from rlt.runs.learned import check_held_out, write_held_out
 from rlt.runs.parts import Parts
 from rlt.schema import CollectSettings
 from rlt.traces.card import write_card
+from rlt.traces.ranking import check_columns
 from rlt.traces.selection import Selection, check_format, rank, select
 
 DEVIATIONS = 3.3  # one part in 2,000 of a teacher that just has the format often enough falls short by more
@@ -172,7 +173,8 @@ def finish(plan: Plan, scored: list[dict], folder: Path, asked: Rows) -> Selecti
     """Rank, filter and write everything."""
     import pandas
 
-    ranked = rank(scored)
+    check_columns(scored, plan.settings.select, f"{folder}/{PARTS}")
+    ranked = rank(scored, plan.settings.select, plan.settings.seed)
     (folder / ALL_TRACES).parent.mkdir(exist_ok=True)
     with written_whole(folder / ALL_TRACES) as aside:
         pandas.DataFrame(ranked).to_parquet(aside)

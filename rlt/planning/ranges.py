@@ -11,7 +11,7 @@ from rlt.errors import Refused
 COUNTS = (
     *("num_iterations", "num_generations_eval", "ref_model_sync_steps", "per_device_eval_batch_size"),
     *("lora_r", "lora_alpha", "vllm_tensor_parallel_size", "ddp_timeout", "dataloader_prefetch_factor"),
-    *("answers_per_explanation", "answers_max_length"),
+    *("answers_per_explanation", "answers_max_length", "select_student_tokens"),
     *("max_length", "max_student_length", "model_max_length", "logprob_token_budget", "precompute_ref_batch_size"),
 )
 SIZES = (
