@@ -14,12 +14,14 @@ import torch
 from trl.trainer.utils import use_adapter
 
 from rlt.errors import Refused
+from rlt.generation.answering import write_answers
 from rlt.generation.seeds import request_seed
 from rlt.logprobs import LogProbs
 from rlt.models.residence import resident
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
 from rlt.rewards.permuted import permuted_within_groups
+from rlt.rewards.terms import CHECKED, AddedTerms
 from rlt.rewards.tokens import token_columns
 from rlt.schema import RewardOptions, TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
@@ -96,6 +98,16 @@ class TeacherGRPOTrainer(GRPOTrainer):
             student_ranked=self._student_ranked if options is not None and options.report_rsr else None,
         )
 
+        if options is not None and options.generated is not None and student is None and self._sharded:
+            raise Refused(
+                "reward_cfg=generated: the student is the reference model, whose shards cannot answer: name another "
+                "student_model, or train with ddp"
+            )
+        self.terms: AddedTerms | None = None
+        if options is not None:
+            read = student_tokenizer or self.processing_class
+            self.terms = AddedTerms(options, style, read, self._student_writes, self.args.ddp_timeout)
+
     def _generate_and_score_completions(self, inputs):
         # Extended by what the reward needs to know of the batch meanwhile.
         self._batch = Batch([{key: row[key] for key in ROW_KEYS if key in row} for row in inputs])
@@ -129,6 +141,12 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 [dict(zip(present, row, strict=True)) for row in values], [str(text) for text in completions]
             )
         scored = self.reward.score_readings(readings)
+        if self.terms is not None:
+            keys = [key for key in CHECKED if key in columns]
+            rows = [dict(zip(keys, values, strict=True)) for values in zip(*(columns[k] for k in keys), strict=True)]
+            texts, seeds = [str(text) for text in completions], self._request_seeds(len(completions))
+            seeds = [request_seed(seed, "answers") for seed in seeds]
+            scored = self.terms(rows, texts, readings, scored, seeds)
         self._log_parts(scored, log_extra, log_metric)
         matched = [reading.matched for reading in readings]
         log_extra("matched", matched)
@@ -203,6 +221,13 @@ class TeacherGRPOTrainer(GRPOTrainer):
         with self._frozen_student() as (student, sharded), torch.no_grad():
             how = {"temperature": temperature, "sharded": sharded, "entropy": "rank"}
             return self._read(student, student, sequences, counted, **how)
+
+    def _student_writes(self, prompts: list[list[int]], seeds: list[list[int]]) -> list[list[list[int]]]:
+        """The frozen student's answers, by a loop of its own: the engine holds the policy."""
+        assert self.options is not None and self.options.generated is not None
+        with self._frozen_student() as (student, _), self.accelerator.autocast():
+            how = self.reward.student_tokenizer, self.reward.style, self.options.generated
+            return write_answers(student, *how, prompts, seeds, self.args.logprob_token_budget)
 
     @contextmanager
     def _frozen_student(self) -> Iterator[tuple[Any, bool]]:

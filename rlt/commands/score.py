@@ -28,6 +28,7 @@ from omegaconf import MissingMandatoryValue
 
 from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
+from rlt.generation.seeds import request_seed
 from rlt.places import CFGS
 from rlt.planning.checks import check_reward, check_reward_options, check_types
 from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, read_overrides
@@ -182,7 +183,7 @@ def load_tokenizers(settings: ScoreSettings) -> tuple[Any, Any]:
 
 
 def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
-    """The teacher reward over the two models of the configuration.
+    """The teacher reward over the two models of the configuration, and the student.
 
     Args:
         tokenizers: as `load_tokenizers` gives them.
@@ -201,7 +202,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = on(device, load_frozen(paths[0], **options))
     student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizers[1], **options))
-    return TeacherReward(
+    reward = TeacherReward(
         tokenizers[0],
         load_format(settings.reasoning_format),
         settings,
@@ -211,6 +212,23 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
         tokenizers[1],
         partial(lasting_ranked_log_probs(settings.logprob_token_budget), student) if settings.report_rsr else None,
     )
+    return reward, student
+
+
+def added_terms(settings: ScoreSettings, student, tokenizer):
+    """What `reward_cfg` adds to the rewards."""
+    from rlt.generation.answering import write_answers
+    from rlt.rewards.terms import AddedTerms
+
+    style = load_format(settings.reasoning_format)
+
+    def write(prompts, seeds):
+        assert settings.generated is not None
+        return write_answers(
+            student, tokenizer, style, settings.generated, prompts, seeds, settings.logprob_token_budget
+        )
+
+    return AddedTerms(settings, style, tokenizer, write)
 
 
 def contexts(settings: ScoreSettings) -> dict[str, int]:
@@ -286,14 +304,17 @@ def score_file(settings: ScoreSettings) -> str:
         raise Refused(f"input={settings.input} has no line to score")
     tokenizers = load_tokenizers(settings)
     check_readings(settings, rows, tokenizers)
-    reward = build_reward(settings, tokenizers)
+    reward, student = build_reward(settings, tokenizers)
+    terms = added_terms(settings, student, tokenizers[1])
     output = Path(settings.output)
     count, ranked = 0, []
     with written_whole(output) as aside, aside.open("w", encoding="utf-8") as file:
-        for row in rows:
+        for number, row in enumerate(rows):
             answers = _answers(row)
             readings = reward.read([row] * len(answers), answers)
-            scored = [s.as_dict() for s in reward.score_readings(readings)]
+            seeds = [request_seed(settings.seed, "score", number, place) for place in range(len(answers))]
+            scored = terms([row] * len(answers), answers, readings, reward.score_readings(readings), seeds)
+            scored = [s.as_dict() for s in scored]
             if settings.report_rsr:
                 sizes = [len(reading.student.ids) for reading in readings]
                 scored = [{**one, "student_tokens": size} for one, size in zip(scored, sizes, strict=True)]

@@ -54,11 +54,12 @@ def run(plan: Plan, stop) -> None:
         write_held_out(folder, held_out)
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(settings, sampler, style, student_tokenizer), Pace()
+        terms = added_terms(settings, scorer, style)
 
         def make(part: range) -> list[dict]:
             if first := parts.first():  # a teacher without the format is noticed there, not after all of them
                 check_format(sum(row["matched"] for row in first), len(first), settings.min_format_rate, DEVIATIONS)
-            return answer(settings, sampler, scorer, style, asked.rows, part, pace)
+            return answer(settings, sampler, scorer, terms, style, asked.rows, part, pace)
 
         parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
@@ -137,8 +138,21 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, stu
     )
 
 
+def added_terms(settings: CollectSettings, scorer, style: ReasoningFormat):
+    """What `reward_cfg` adds to the traces' rewards; its answers are the scorer's student's."""
+    from rlt.generation.answering import write_answers
+    from rlt.rewards.terms import AddedTerms
+
+    def write(prompts, seeds):
+        assert settings.generated is not None
+        how = scorer.reward.student_tokenizer, style, settings.generated
+        return write_answers(scorer.student, *how, prompts, seeds, settings.logprob_token_budget)
+
+    return AddedTerms(settings, style, scorer.reward.student_tokenizer, write, settings.ddp_timeout)
+
+
 def answer(
-    settings: CollectSettings, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
+    settings: CollectSettings, sampler, scorer, terms, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
 ) -> list[dict]:
     """Every completion of a part's questions, scored."""
     from rlt.rewards.tokens import token_columns
@@ -153,6 +167,8 @@ def answer(
     sampled, log_probs = sampler(prompts, seeds)
     sampled_at = time.monotonic()
     texts, scored = scorer.score([rows[number] for number in asked], prompts, sampled, log_probs)
+    known = [rows[number] for number in asked]
+    scored = terms(known, texts, scorer.readings, scored, [request_seed(seed, "answers") for seed in seeds])
     kill_point("scoring")
     pace.tokens += sum(map(len, sampled))
     pace.sampling_s += sampled_at - begun

@@ -359,6 +359,15 @@ def check_sharding(settings: Training, devices: int, sharding: str) -> None:
         raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
+    if (
+        isinstance(settings, TeacherSettings)
+        and settings.generated
+        and settings.student_model in (None, settings.model_name_or_path)
+    ):
+        raise Refused(
+            f"reward_cfg=generated with {sharding}: the student is the reference model, whose shards cannot answer; "
+            "name another student_model, or use ddp"
+        )
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
         if getattr(settings, key):
             raise Refused(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
