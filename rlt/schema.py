@@ -113,6 +113,8 @@ class SFTKeys:
     max_length: int | None
     logprob_token_budget: int | None
     curriculum: list[Any] | None
+    max_surprisal: float | None
+    surprising_weight: float
 
 
 @dataclass(frozen=True)

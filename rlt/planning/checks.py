@@ -359,11 +359,8 @@ def check_sharding(settings: Training, devices: int, sharding: str) -> None:
         raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
-    if (
-        isinstance(settings, TeacherSettings)
-        and settings.generated
-        and settings.student_model in (None, settings.model_name_or_path)
-    ):
+    answers = settings if isinstance(settings, TeacherSettings) and settings.generated is not None else None
+    if answers is not None and answers.student_model in (None, answers.model_name_or_path):
         raise Refused(
             f"reward_cfg=generated with {sharding}: the student is the reference model, whose shards cannot answer; "
             "name another student_model, or use ddp"

@@ -17,7 +17,7 @@ COUNTS = (
 SIZES = (
     *("model_size", "logging_steps", "adam_epsilon", "repetition_penalty", "vllm_server_timeout"),
     *("sapo_temperature_neg", "sapo_temperature_pos"),
-    *("log_sum_exp_temperature", "answers_temperature", "answers_weight"),
+    *("max_surprisal", "log_sum_exp_temperature", "answers_temperature", "answers_weight"),
 )
 NOT_NEGATIVE = (
     *("beta", "epsilon", "epsilon_high", "weight_decay", "warmup_steps", "dataloader_num_workers"),
@@ -25,7 +25,7 @@ NOT_NEGATIVE = (
 )
 SHARES = ("top_p", "vllm_gpu_memory_utilization", "top_share")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
-PARTS = ("min_p", "ref_model_mixup_alpha", "top_entropy_quantile")
+PARTS = ("surprising_weight", "min_p", "ref_model_mixup_alpha", "top_entropy_quantile")
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (COUNTS, lambda value: value >= 1, "at least 1"),
     (SIZES, lambda value: value > 0, "above 0"),
