@@ -180,16 +180,11 @@ def explain(self, prompt_ids, images, multimodal_fields, num_generations, **kwar
     return [self.processing_class.encode(text, add_special_tokens=False) for text in written], None
 
 
-SHORT = ["answers_per_explanation=2", "answers_max_length=12", "answers_weight=5", "verifier=exact"]
+SHORT = ["answers_per_explanation=2", "answers_max_length=12", "answers_weight=5"]
 KINDS = {
     "random": ["reward_cfg=random"],
-    "generated": ["reward_cfg=generated", *SHORT],
-    "generated, by a student that can add": [
-        "reward_cfg=generated",
-        *SHORT,
-        f"student_model={EMBEDDED}",
-        "verifier=auto",
-    ],
+    "generated": ["reward_cfg=generated", *SHORT, "verifier=exact"],
+    "generated, by a student that can add": ["reward_cfg=generated", *SHORT, f"student_model={EMBEDDED}"],
 }
 
 
