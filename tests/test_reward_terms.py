@@ -206,6 +206,19 @@ def test_a_run_that_goes_on_draws_what_the_unbroken_one_draws(tiny_run, tmp_path
         assert any(0 < record["reward_parts/answers_right"] < 0.75 for record in logged[0])
 
 
+STUDENTS = {"the reference": [], "the policy without its adapter": ["use_peft=true", "lora_r=4"]}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_student_that_is_the_reference_answers_too(tiny_run, tmp_path, sums, student):
+    run = [*sums, *KINDS["generated"], "student_model=null", *STUDENTS[student], "gradient_checkpointing=true"]
+    trainer, _ = build(tiny_run, tmp_path / "run", *run, "max_steps=1", "report_rsr=true")
+    trainer.train()
+    logged = next(record for record in trainer.state.log_history if "reward" in record)
+    assert 0 < logged["reward_parts/answers_cut"] < 1 and logged["reward_parts/rsr"] > 0
+    assert trainer.model.training
+
+
 @pytest.mark.parametrize("reward", ["teacher", "random"])
 def test_advantages_are_of_the_permuted_rewards_and_parts_of_the_completions_own(tiny_run, tmp_path, sums, reward):
     import pandas
