@@ -24,7 +24,8 @@ from rlt.data.generator import generated_rows
 from rlt.data.worked import WRITERS
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "read,clean,language,quality,pii,toxicity,exact,near,decontamination,split,tokens,pack"  # write keeps rows of one form, and this corpus has two
+# Without write, which keeps rows of one form: this corpus has two.
+STAGES = "read,clean,language,quality,pii,toxicity,exact,near,decontamination,split,tokens,pack"
 VERSIONS = ("kjv", "akjv", "asv", "web")
 VERSES = 25  # of a document
 PROBLEMS = 500  # of a task and seed
