@@ -97,7 +97,7 @@ def test_what_cannot_work_is_refused_in_one_line(overrides, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("reward", ["spike", "gated", "generated", "random"])  # the others are keys of the paper's
+@pytest.mark.parametrize("reward", ["spike", "[gated,solution_only]", pytest.param("kl_only", marks=pytest.mark.slow)])
 def test_every_reward_is_built_and_makes_a_step(tiny_run, tmp_path, reward):
     trainer, _ = build(tiny_run, tmp_path, f"reward_cfg={reward}", "max_steps=1", "eval_size=0", "eval_steps=null")
     trainer.train()

@@ -182,13 +182,12 @@ def explain(self, prompt_ids, images, multimodal_fields, num_generations, **kwar
 
 SHORT = ["answers_per_explanation=2", "answers_max_length=12", "answers_weight=5"]
 KINDS = {
-    "random": ["reward_cfg=random"],
-    "generated": ["reward_cfg=generated", *SHORT, "verifier=exact"],
+    "random and generated": ["reward_cfg=[random,generated]", *SHORT, "verifier=exact"],
     "generated, by a student that can add": ["reward_cfg=generated", *SHORT, f"student_model={EMBEDDED}"],
 }
 
 
-@pytest.mark.parametrize("kind", ["random", "generated", pytest.param(list(KINDS)[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["random and generated", pytest.param(list(KINDS)[1], marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_draws_what_the_unbroken_one_draws(tiny_run, tmp_path, sums, kind):
     run = [*sums, *KINDS[kind], "max_steps=2"]
     whole, _ = build(tiny_run, tmp_path / "whole", *run)
@@ -209,9 +208,15 @@ def test_a_run_that_goes_on_draws_what_the_unbroken_one_draws(tiny_run, tmp_path
 STUDENTS = {"the reference": [], "the policy without its adapter": ["use_peft=true", "lora_r=4"]}
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", [pytest.param("the reference", marks=pytest.mark.slow), list(STUDENTS)[1]])
 def test_a_student_that_is_the_reference_answers_too(tiny_run, tmp_path, sums, student):
-    run = [*sums, *KINDS["generated"], "student_model=null", *STUDENTS[student], "gradient_checkpointing=true"]
+    run = [
+        *sums,
+        *KINDS["random and generated"],
+        "student_model=null",
+        *STUDENTS[student],
+        "gradient_checkpointing=true",
+    ]
     trainer, _ = build(tiny_run, tmp_path / "run", *run, "max_steps=1", "report_rsr=true")
     trainer.train()
     logged = next(record for record in trainer.state.log_history if "reward" in record)
@@ -219,7 +224,7 @@ def test_a_student_that_is_the_reference_answers_too(tiny_run, tmp_path, sums, s
     assert trainer.model.training
 
 
-@pytest.mark.parametrize("reward", ["teacher", "random"])
+@pytest.mark.parametrize("reward", [pytest.param("teacher", marks=pytest.mark.slow), "random"])
 def test_advantages_are_of_the_permuted_rewards_and_parts_of_the_completions_own(tiny_run, tmp_path, sums, reward):
     import pandas
 

@@ -81,7 +81,7 @@ def test_the_figures_are_of_the_explanation_and_the_reward_keeps_every_digit(tok
     assert math.isnan(with_ranks[2].parts["rsr"])
 
 
-@pytest.mark.parametrize("student", ["its own", "the reference"])
+@pytest.mark.parametrize("student", [pytest.param("its own", marks=pytest.mark.slow), "the reference"])
 def test_training_logs_the_ratio_and_trains_as_without(tiny_run, tmp_path, student):
     found = {}
     for asked in ("true", "false"):
