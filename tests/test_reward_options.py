@@ -9,7 +9,7 @@ from conftest import build, config_of
 from test_reductions import PAPER
 
 from rlt.errors import Refused
-from rlt.planning.configuration import REWARDS, options
+from rlt.planning.configuration import REWARDS, options, rewrite_arguments
 from rlt.planning.plan import make_plan
 from rlt.rewards.permuted import permuted_within_groups
 from rlt.rewards.reductions import log_sum_exp, top_share
@@ -72,6 +72,12 @@ def test_rewards_are_laid_over_each_other_in_a_list():
     assert plan.settings.reduction_kl_fn == ["mean", "top_share"] and plan.settings.verified.length_weight == 0.1
     both = make_plan(config_of("reward_cfg=[gated,generated]", "dry_run=true")).settings
     assert both.gate.wrong_result_penalty == -1.0 and both.generated.answers_per_explanation == 4
+
+
+def test_a_job_of_a_sweep_reads_what_the_sweep_hands_on():
+    given = ["run_cfg=teacher_rlt_tiny", "reward_cfg=spike"]
+    assert rewrite_arguments(rewrite_arguments(given)) == rewrite_arguments(given)
+    assert rewrite_arguments(["-m", "reward_cfg=spike,random"]) == ["-m", f"{REWARDS}@reward_cfg=spike,random"]
 
 
 BAD = [

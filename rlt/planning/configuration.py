@@ -75,6 +75,7 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
     flags = [argument for argument in arguments if argument.startswith("-")]
     named = [a if "=" in a else f"run_cfg={Path(a).name.removesuffix('.yaml')}" for a in arguments if a not in flags]
     rewritten = []
+    named = [a.removeprefix(f"{REWARDS}@") for a in named]  # as a sweep's jobs are given it
     rewards = [a for a in named if a.startswith("reward_cfg=")]
     named = [a for a in named if a not in rewards]
     for argument, name, value in read_overrides(named, key_names() | set(GROUPS)):
