@@ -30,6 +30,7 @@ from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
+from rlt.planning.transfer import devices_of_both
 from rlt.runs.folder import LOGS
 from rlt.runs.hidden import hide_secrets
 from rlt.schema import PROFILES, profile_of
@@ -155,7 +156,7 @@ def check_machine(config: dict, devices: int, machines: Machines, server_devices
         Refused: too many devices; servers of its own, or a pipeline, on several machines.
     """
     if not config["dry_run"]:
-        check_devices(devices + server_devices, count_gpus(), config["requires"])
+        check_devices(devices_of_both(config, count_gpus(), devices, server_devices), count_gpus(), config["requires"])
     nodes = machines.most
     if nodes > 1 and server_devices:
         raise Refused(

@@ -22,6 +22,7 @@ from rlt.planning.configuration import compose_config
 from rlt.planning.machine import check_devices
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
+from rlt.schema import IPC
 
 SHORTEST_KEY = 16  # characters: of hexadecimal ones, 64 bits
 
@@ -52,10 +53,12 @@ def serve(devices: int, arguments: list[str]) -> int:
 def servers_of(
     plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path, watchdog: Watchdog
 ) -> Servers:
-    """On the devices behind those that train."""
+    """On the devices behind those that train, or on these where weights are handed over in their memory."""
+    shares = plan.config.get("weight_transfer") == IPC
     parallel = plan.config.get("vllm_tensor_parallel_size", 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
+    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)]) if plan.gpus else []
+    ids = ids[0 if shares else devices :]
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
     where = address_of_servers(dict(os.environ))
