@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 LIMIT_S = 60
-CHUNK = 2**16  # bytes, at least: what the kernel keeps of a stream is small against it
+TAKEN = b"1"
 
 
 class SocketCommunicator:
@@ -49,15 +49,23 @@ class SocketCommunicator:
             return
         try:
             if self.rank == 0:
-                for one in self.sockets:
-                    one.sendall(content)
+                self._send(content)
             while self.rank and content:
                 taken = self.sockets[0].recv_into(content)
                 if not taken:
                     raise OSError("closed")
                 content = content[taken:]
+            if self.rank:
+                self.sockets[0].sendall(TAKEN)
         except OSError as error:
             raise RuntimeError(f"NCCL error: {error}") from error
+
+    def _send(self, content: memoryview) -> None:
+        for one in self.sockets:
+            one.sendall(content)
+        for one in self.sockets:
+            if one.recv(1) != TAKEN:
+                raise OSError("closed")
 
     def destroy(self) -> None:
         self.disabled = True
@@ -79,7 +87,27 @@ def install() -> None:
     packed_tensor._get_streams = lambda device, number: (Stream(),) * number
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.synchronize = lambda: None
-    WorkerBase.digest = digest
+    torch.cuda.current_stream = lambda: None
+    WorkerBase.digest, WorkerBase.pack, WorkerBase.by_files = digest, pack, by_files
+
+
+def pack(worker, value: bool) -> None:
+    worker.weight_transfer_engine.packed = value
+
+
+def by_files(worker, updates: list[dict]) -> None:
+    """What the server's other way of taking weights makes of them."""
+    from vllm.config import set_current_vllm_config
+
+    from rlt.generation.served.weight_files import ChunkTransfer
+
+    config = worker.vllm_config
+    transfer = ChunkTransfer(config.weight_transfer_config, config, worker.device, worker.model_runner.get_model())
+    with set_current_vllm_config(config):
+        transfer.start_weight_update()
+        for update in updates:
+            transfer.update_weights(update)
+        transfer.finish_weight_update()
 
 
 def digest(worker) -> str:

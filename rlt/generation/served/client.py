@@ -89,8 +89,8 @@ class Server:
                     raise ServerError(f"{self.url} is not ready after {limit_s:.0f} s: {error}") from error
             time.sleep(PAUSE_S)
 
-    def version(self) -> str:
-        return self.ask("GET", "/weight_info", limit_s=CONTROL_LIMIT_S)["weight_version"]
+    def version(self, limit_s: float = CONTROL_LIMIT_S) -> str:
+        return self.ask("GET", "/weight_info", limit_s=limit_s)["weight_version"]
 
     def check_transfer(self, wanted: str) -> None:
         """Weights can be sent only by what the server was started to take them by.
