@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 
@@ -44,7 +45,7 @@ def server(tiny_run, tmp_path_factory):
         patch.chdir(ROOT)
         found = os.environ.get("PYTHONPATH", "")
         patch.setenv("PYTHONPATH", f"{nccl_by_sockets.plugin_folder(folder / 'plugin')}:{found}")
-        config = {**config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48"), "weight_transfer": "nccl"}
+        config = {**config_of(*tiny_run, "use_vllm=true"), "weight_transfer": "nccl"}
         (folder / "plan.json").write_text(json.dumps({"config": config}))
         servers = Servers([""], 1, folder, folder / "plan.json")
         patch.setenv("RLT_SERVER_KEY", servers.key)
@@ -74,6 +75,13 @@ def send_files(engine, folder) -> None:
     engine.servers[0].ask(
         "POST", "/collective_rpc", {"method": "by_files", "args": [[asdict(update) for update in updates]]}, 60
     )
+
+
+def kill_once_it_has_weights(server, pid: int, version: str) -> None:
+    give_up = time.monotonic() + START_LIMIT_S
+    while server.version() == version and time.monotonic() < give_up:
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
 
 
 def shift(model) -> None:
@@ -199,12 +207,17 @@ def test_a_server_that_stands_still_in_a_transfer_is_given_up_at_its_limit(direc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+@pytest.mark.parametrize(("sharding", "loses_its_server"), [("fsdp", False), ("zero3", True)])
 def test_a_run_of_two_processes_whose_weights_are_in_shards_is_the_run_with_engines_in_process(
-    server, tiny_run, tmp_path, sharding
+    server, tiny_run, tmp_path, sharding, loses_its_server
 ):
-    run = [*tiny_run, "use_vllm=true", "max_prompt_length=48", "max_steps=2", "eval_size=2", "report_to=null"]
+    """Also where its server is killed right behind the first weights, and both ranks have to send them again."""
+    run = [*tiny_run, "use_vllm=true", "max_steps=2", "eval_size=2", "report_to=null"]
     served = ["use_vllm_server=true", f"vllm_server_base_url={server.urls[0]}", "weight_transfer=nccl"]
+    one, first = client.Server(server.urls[0]), server.processes[0]
+    one.wait_until_ready(START_LIMIT_S)
+    if loses_its_server:
+        threading.Thread(target=kill_once_it_has_weights, args=(one, first.pid, one.version()), daemon=True).start()
     found = {}
     for name, (script, more) in {"inside": ("launch.py", []), "served": ("tests/nccl_launch.py", served)}.items():
         done = launch(script, "2", sharding, *run, *more, f"output_dir={tmp_path / name}")
@@ -212,6 +225,7 @@ def test_a_run_of_two_processes_whose_weights_are_in_shards_is_the_run_with_engi
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found[name] = [(r["loss"], r["completions/mean_length"]) for r in records if "loss" in r]
     assert len(found["served"]) == 2
+    assert (server.processes[0] is not first) == loses_its_server
     for (ours, length), (theirs, expected_length) in zip(found["served"], found["inside"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
         assert length == expected_length
