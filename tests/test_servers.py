@@ -51,7 +51,7 @@ def server(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48")
+        config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48", "weight_transfer=files")
         (folder / "plan.json").write_text(json.dumps({"config": config}))
         servers = Servers([""], 1, folder, folder / "plan.json")
         patch.setenv("RLT_SERVER_KEY", servers.key)

@@ -34,6 +34,7 @@ def config(tiny_run, in_root):
         (4, 4, 2, "ipc"),
         (4, 2, 4, "nccl"),  # refused for its devices: a server's would be no rank's
         (4, 8, 4, "nccl"),
+        (1, 0, 1, "nccl"),  # servers for ranks elsewhere
         (8, 8, 0, "nccl"),  # servers that were there already
     ],
 )

@@ -32,7 +32,8 @@ logger = logging.getLogger("rlt")
 def serve(devices: int, arguments: list[str]) -> int:
     """Servers alone, for a run on other machines, until a signal comes; the exit code."""
     config, given = compose_config(arguments)
-    resolved = resolve({**config, "overwrite_output_dir": True}, given, server_devices=devices)  # the trainer's folder
+    config = {**config, "overwrite_output_dir": True}  # the trainer's folder
+    resolved = resolve(config, given, server_devices=devices, trains_here=False)
     plan, config = resolved.plan, resolved.plan.config
     if config["dry_run"]:
         show(plan)

@@ -37,6 +37,7 @@ def resolve(
     sharding: str | None = None,
     server_devices: int = 0,
     list_missing: bool | None = None,
+    trains_here: bool = True,
 ) -> Resolved:
     """The plan of a composed configuration, which is not changed.
 
@@ -47,6 +48,7 @@ def resolve(
         sharding: over them; None: one process, without the launcher.
         server_devices: that the launcher gives to servers of its own.
         list_missing: as in `make_plan`.
+        trains_here: beside the servers; else they are for ranks elsewhere.
 
     Raises:
         Refused: one line on the first thing that cannot work.
@@ -57,7 +59,7 @@ def resolve(
     if server_devices:
         check_server_devices(typed_settings(config), server_devices)
         config = {**config, "use_vllm_server": True, "vllm_server_base_url": STARTING}
-    config = with_weight_transfer(config, count_gpus(), devices, server_devices)
+    config = with_weight_transfer(config, count_gpus(), devices if trains_here else 0, server_devices)
     return Resolved(make_plan(config, devices, warmup is not None, sharding, list_missing), warmup)
 
 
