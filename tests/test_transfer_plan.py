@@ -75,8 +75,10 @@ def test_memory_is_not_handed_over_between_machines(config):
 
 def test_the_plan_of_a_run_with_servers_on_a_cpu_says_files_and_without_servers_nothing(tiny_run, in_root, tmp_path):
     run = [*tiny_run, "use_vllm=true", f"output_dir={tmp_path}"]
-    assert resolve(config_of(*run), run, server_devices=1).plan.config["weight_transfer"] == "files"
-    assert resolve(config_of(*run), run).plan.config["weight_transfer"] == "auto"
+    served, alone = (resolve(config_of(*run), run, server_devices=number).plan for number in (1, 0))
+    assert (served.config["weight_transfer"], alone.config["weight_transfer"]) == ("files", "auto")
+    assert "weights to the servers        files" in served.report()
+    assert "weights to" not in alone.report()
     with pytest.raises(Refused, match="weight_transfer=ipc needs GPUs"):
         resolve(config_of(*run, "weight_transfer=ipc"), run, server_devices=1)
 
