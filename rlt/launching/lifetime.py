@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -56,22 +56,31 @@ def end_with(launcher: int) -> None:
 
 
 @contextlib.contextmanager
-def ends_within(limit_s: float, what: str) -> Iterator[None]:
+def ends_within(limit_s: float, what: str) -> Iterator[Callable[[float], None]]:
     """A block that may stand still inside a library, where no exception reaches it: past its limit the process ends,
-    with code 1, and its launcher does with it as with any that failed."""
+    with code 1, and its launcher does with it as with any that failed.
 
-    def end() -> None:
-        sys.stderr.write(f"{what} took longer than {limit_s:.0f} s: this process ends\n")
+    Yields:
+        What sets another limit, from now on in seconds; for other threads, too.
+    """
+    timers: list[threading.Timer] = []
+
+    def end(seconds: float) -> None:
+        sys.stderr.write(f"{what} took longer than {seconds:.1f} s: this process ends\n")
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
+    def limit(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, end, [seconds]))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    limit(limit_s)
     try:
-        yield
+        yield limit
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def has_ended(pid: int) -> bool:

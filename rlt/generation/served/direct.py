@@ -76,7 +76,7 @@ class ServerGroup:
 
     def all_have(self, version: str) -> bool:
         """Whether all hold these weights, and with them what they agreed on; one that does not say so is ended."""
-        found = [self._version_of(server) for server in self.servers]
+        found = [self._version_of(server, CONTROL_LIMIT_S) for server in self.servers]
         return found == [version] * len(found)
 
     def end_those_without(self, version: str) -> None:
@@ -86,7 +86,7 @@ class ServerGroup:
                 server.end()
 
     @staticmethod
-    def _version_of(server: Server, limit_s: float = CONTROL_LIMIT_S) -> str | None:
+    def _version_of(server: Server, limit_s: float) -> str | None:
         try:
             return server.version(limit_s)
         except ServerError:

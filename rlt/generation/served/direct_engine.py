@@ -20,6 +20,7 @@ from rlt.launching.lifetime import ends_within
 
 # Of a transfer: its calls, each with its own limit, and a minute.
 LIMIT_S = 4 * CONTROL_LIMIT_S + 3 * UPDATE_LIMIT_S + 60
+FREED_S = 60  # for the sender to come back from a transfer that was aborted
 
 
 class DirectEngine(ServerEngine):
@@ -61,7 +62,8 @@ class DirectEngine(ServerEngine):
     def _attempt(self, before: str) -> str:
         """Why the servers have not got the weights; empty where they have. The same on all ranks."""
         is_first = self.accelerator.is_main_process
-        if self._as_rank_0_says(self.transfer is None or (is_first and not self.group.all_have(before))):
+        ready = is_first and self.group.all_have(before)  # asked at first, too: one that a lost trainer left waits on
+        if self._as_rank_0_says(self.transfer is None or not ready):
             self.transfer = None
             if why := self._as_rank_0_says(self._failure(self._meet)):
                 return why
@@ -79,7 +81,8 @@ class DirectEngine(ServerEngine):
             act()
             return ""
         try:
-            with ends_within(LIMIT_S + self.start_limit_s, f"sending weights by {self.way}"):
+            with ends_within(LIMIT_S + self.start_limit_s, f"sending weights by {self.way}") as limit:
+                self.group.abort = partial(self._abort, limit)
                 act()
         except (RuntimeError, OSError) as error:  # a server's, or of the connection to it
             if not TRANSFERS[self.way].fails_alone and self.accelerator.num_processes > 1:
@@ -89,17 +92,21 @@ class DirectEngine(ServerEngine):
             return f"{type(error).__name__}: {error}"
         return ""
 
+    def _abort(self, limit: Callable[[float], None]) -> None:
+        """From a call's thread, as the sender waits for a server that does not come."""
+        if self.transfer is not None:
+            TRANSFERS[self.way].abort(self.transfer)
+        limit(FREED_S)
+
     def _meet(self) -> None:
         """All servers and this trainer agree on a transfer: at first, and where one was started again."""
         if self.accelerator.is_main_process:
             for server in self.servers:
                 server.wait_until_ready(self.start_limit_s)
-        transfer = TRANSFERS[self.way]
-        self.group.abort = lambda: None
-        meeting = transfer.meet(self.group, self.accelerator.process_index)
+        meeting = TRANSFERS[self.way].meet(self.group, self.accelerator.process_index)
         engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self.group, source=self.source)
         check_meeting(engine)
-        self.transfer, self.group.abort = engine, partial(transfer.abort, engine)
+        self.transfer = engine
 
     def _pass_on(self) -> None:
         assert self.transfer is not None  # they have met
