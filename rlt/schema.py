@@ -164,6 +164,7 @@ class GRPOKeys:
     save_completions_probability: float
     use_vllm: bool
     use_vllm_server: bool
+    weight_transfer: str
     vllm_gpu_memory_utilization: float
     vllm_enable_sleep_mode: bool
     vllm_server_timeout: float
@@ -507,6 +508,9 @@ def renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with today's names for what it names by an older one."""
     functions = config.get("reward_functions")
     return {**config, "reward_functions": [MOVED.get(path, path) for path in functions]} if functions else config
+
+
+AUTO, FILES, NCCL, IPC = "auto", "files", "nccl", "ipc"  # values of weight_transfer
 
 
 def server_urls(named: str | list[str] | None) -> list[str]:

@@ -31,6 +31,7 @@ class GRPOConfig(trl.GRPOConfig):
     vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
         default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
     )
+    weight_transfer: str = field(default="files", metadata={"help": "How weights reach the servers: files, nccl, ipc."})
     offload_untrained_models: bool = field(
         default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
     )

@@ -105,6 +105,7 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversM
             urls if config.vllm_mode == "server" else [],
             config.vllm_server_timeout,
             config.overlap_generation,
+            config.weight_transfer,
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -51,6 +53,25 @@ def end_with(launcher: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def ends_within(limit_s: float, what: str) -> Iterator[None]:
+    """A block that may stand still inside a library, where no exception reaches it: past its limit the process ends,
+    with code 1, and its launcher does with it as with any that failed."""
+
+    def end() -> None:
+        sys.stderr.write(f"{what} took longer than {limit_s:.0f} s: this process ends\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def has_ended(pid: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from rlt.models.embedded import cache_folder, is_embedded
 from rlt.models.files import model_settings, tensor_shapes
 from rlt.models.paths import MERGED, adapter_base, is_adapter
-from rlt.schema import profile_of
+from rlt.schema import IPC, profile_of
 
 GIB = 2**30
 # Per parameter:
@@ -127,7 +127,7 @@ def estimate_memory(
     half = config["bf16"] is not False
     student = found.parameters * (BFLOAT16_BYTES if half else FLOAT32_BYTES) if found else 0.0
     engine = 0.0
-    if config["use_vllm"] and not config["use_vllm_server"]:
+    if config["use_vllm"] and (not config["use_vllm_server"] or config["weight_transfer"] == IPC):
         engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * BFLOAT16_BYTES
     asleep = config["vllm_enable_sleep_mode"]
     resident += 0.0 if asleep else engine

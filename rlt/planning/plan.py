@@ -111,6 +111,8 @@ class Plan:
                 f"completions generated at once {batch} (every {self.steps_per_generation} micro-batches)",
                 f"tokens per step, at most      {tokens:,}",
             ]
+            if c["use_vllm_server"]:
+                lines.append(f"weights to the servers        {c['weight_transfer']}")
         lines += ["memory per device, estimated (GiB, at the longest batch):"]
         lines += [f"  {phase:<27} {gib:.1f}" for phase, gib in self.memory_gib.items()]
         return "\n".join(lines)

@@ -63,6 +63,7 @@ CONTINUABLE = frozenset(
         *("save_steps", "save_minutes", "stop_grace_s", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
+        "weight_transfer",
     }
 )
 # And with other values of these while it is not complete: they say what is made of its samples, or of a pipeline which
