@@ -89,6 +89,17 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
 
 
+@pytest.mark.parametrize("reward", ["random", pytest.param("generated", marks=pytest.mark.slow)])
+def test_what_a_reward_draws_is_the_same_on_two_processes(reward, run_steps):
+    more = ["reward_cfg=" + reward] + ["answers_max_length=4"] * (reward == "generated")
+    together, alone = run_steps(2, "ddp", *more), run_steps(1, "ddp", *more)
+    assert_same(together, alone)
+    if reward == "generated":
+        records = [map(json.loads, (f / "metrics.jsonl").read_text().splitlines()) for f in (together, alone)]
+        cuts = [[record["reward_parts/answers_cut"] for record in some if "loss" in record] for some in records]
+        assert cuts[0] == pytest.approx(cuts[1]) and cuts[0][0]
+
+
 @pytest.mark.parametrize("sharding", shardings("ddp"))
 def test_a_rank_with_fewer_rewards_trains_along(sharding, run_steps, tiny_teacher):
     """One completion of a step has none, on one of the ranks: it is left out on both, and on a single one."""

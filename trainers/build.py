@@ -210,7 +210,7 @@ def its_tokenizer(settings: TeacherSettings, tokenizer, style: ReasoningFormat):
 def teacher_arguments(settings: TeacherSettings, student_tokenizer, style: ReasoningFormat) -> dict[str, Any]:
     """What a teacher's trainer takes beside the others': its student, its tags, its reward."""
     student = {"student": build_student(settings, student_tokenizer), "student_tokenizer": student_tokenizer}
-    return {**student, "style": style, "reward_config": settings}
+    return {**student, "style": style, "reward_config": settings, "options": settings}
 
 
 def reward_functions(

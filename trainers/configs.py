@@ -7,11 +7,15 @@ import trl
 
 @dataclass
 class SFTConfig(trl.SFTConfig):
-    """TRL's configuration and the field that this trainer adds."""
+    """TRL's configuration and the fields that this trainer adds."""
 
     logprob_token_budget: int | None = field(
         default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
     )
+    max_surprisal: float | None = field(
+        default=None, metadata={"help": "Nats from which on a token counts by surprising_weight; None: all count."}
+    )
+    surprising_weight: float = field(default=0.0, metadata={"help": "Of tokens beyond max_surprisal, in [0, 1]."})
 
 
 @dataclass

@@ -85,7 +85,7 @@ def token_log_probs(
     temperature: float | Sequence[float] = 1.0,
     token_budget: int | None,
     autocast: AbstractContextManager | None = None,
-    entropy: Literal["none", "value", "with_grad"] = "none",
+    entropy: Literal["none", "value", "with_grad", "rank"] = "none",
     agree_on_forwards: Callable[[int], int] | None = None,
     guard: Guard | None = None,
 ) -> LogProbs:
@@ -102,7 +102,8 @@ def token_log_probs(
         token_budget: most tokens of one forward pass, padding included; a longer single sequence passes alone. None:
             as many as the longest sequence has.
         autocast: context of the forward pass.
-        entropy: whether to compute entropies, and whether gradients flow through them.
+        entropy: whether to compute entropies, and whether gradients flow through them; "rank": ranks of the tokens in
+            their place, 1 for the likeliest, from the same pass.
         agree_on_forwards: from this rank's number of forward passes to the number of all; for sharded models, whose
             passes are collective. Passes that are lacking are made on one token and count for nothing.
         guard: is told of the passes. Of a sharded model it also keeps this rank in step with the others: where a pass
@@ -111,7 +112,7 @@ def token_log_probs(
 
     Returns:
         Two lists with one float32 tensor (len(counted[i]),) per sequence: log-probs (of K targets, with K columns), and
-        entropies in nats (zeros unless asked for). Gradients flow when enabled.
+        entropies in nats (zeros unless asked for), or ranks. Gradients flow when enabled.
     """
     beyond = targets is not None  # what comes after a sequence is no token of it
     assert all(0 < i < len(ids) + beyond for ids, where in zip(sequences, counted, strict=True) for i in where), (

@@ -19,19 +19,22 @@ GPU_VOCABULARY_CHUNK = 32768  # columns of the head in one tile of TRL's kernel
 
 def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: float, entropy: str):
     """Log-probs of the targets, (N,) or (N, K) as they are, and (N,) entropies (zeros unless asked for), in float32 or
-    finer."""
+    finer.
+
+    With `entropy` "rank" the second is each target's rank (of N alone) instead, 1 for the likeliest; without gradients.
+    """
     head = model.get_output_embeddings()
     factor, cap = _logit_transform(model.config)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
     if type(head) is torch.nn.Linear and _is_whole(head):
         plain = hidden_NH, head.weight, head.bias, targets_N
-        if hidden_NH.device.type == "cuda" and targets_N.dim() == 1:
+        if hidden_NH.device.type == "cuda" and targets_N.dim() == 1 and entropy != "rank":
             asked = () if entropy == "none" else ("entropy",)
             values = ChunkedLogProbFunction.apply(*plain, temperature, GPU_VOCABULARY_CHUNK, cap, factor, asked)
             entropies = torch.zeros_like(values[0]) if values[1] is None else values[1]
             return values[0], entropies if entropy == "with_grad" else entropies.detach()
         if cap is None and entropy != "with_grad":
-            return _LinearHead.apply(*plain, factor / temperature, rows, entropy == "value")
+            return _LinearHead.apply(*plain, factor / temperature, rows, entropy)
     args = (factor, cap, temperature, entropy)
     chunks = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -74,6 +77,8 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
     log_probs_N = log_probs_NK.view(targets_N.shape)
     if entropy == "none":
         return log_probs_N, torch.zeros_like(log_probs_N)
+    if entropy == "rank":
+        return log_probs_N, ranks_of(logits_NV, targets_N)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "with_grad"):
         probs_NV = torch.exp(logits_NV - normaliser_N[:, None])
         return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
@@ -89,6 +94,11 @@ def _logits(head, hidden_NH, factor: float, cap: float | None) -> torch.Tensor:
     if cap is not None:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV
+
+
+def ranks_of(values_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """(N,) 1 + how many tokens have more than the target, of logits or log-probs; ties share the better rank."""
+    return 1.0 + (values_NV > values_NV.gather(-1, targets_N[:, None])).sum(-1)
 
 
 def best_tokens(logits_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +123,10 @@ def _columns(targets: torch.Tensor) -> torch.Tensor:
 
 
 class _LinearHead(torch.autograd.Function):
-    """Log-probs (with gradients) and entropies (without) of a linear head."""
+    """Log-probs (with gradients) and entropies or ranks (without) of a linear head."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, scale: float, rows: int, entropy: bool):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, scale: float, rows: int, entropy: str):
         device = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
         with torch.autocast(device, enabled=False):
@@ -129,7 +139,9 @@ class _LinearHead(torch.autograd.Function):
                 for block in _blocks(logits_CV, start):
                     values_BV = _log_softmax(logits_CV[block.start - start : block.stop - start], scale)
                     log_probs_NK[block] = values_BV.gather(-1, _columns(targets_N[block]))
-                    if entropy:
+                    if entropy == "rank":
+                        entropies_N[block] = ranks_of(values_BV, targets_N[block])
+                    elif entropy == "value":
                         entropies_N[block] = -torch.linalg.vecdot(values_BV.exp(), values_BV)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
         ctx.dtype, ctx.scale, ctx.rows = dtype, scale, rows

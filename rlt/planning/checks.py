@@ -17,8 +17,10 @@ from rlt.planning.trl_fields import base_names, fields_of, read_table
 from rlt.runs.hidden import secrets_in
 from rlt.schema import (
     PROFILES,
+    REWARD_PARTS,
     EvaluateSettings,
     GRPOSettings,
+    RewardOptions,
     RunConfig,
     Sampling,
     StudentConfig,
@@ -27,15 +29,21 @@ from rlt.schema import (
     TeacherSettings,
     Training,
     Tuning,
-    VerifiedRewardConfig,
+    VerifierKeys,
     own_keys,
 )
 
-REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
+REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile", "top_share", "log_sum_exp")
 VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
 # The functions of rewards/verified.py, in their order, and the keys of their weights.
 VERIFIED = {"answer_reward": "answer_weight", "format_reward": "format_weight", "length_penalty": "length_weight"}
+# What chooses each part of the reward.
+CHOSEN_BY = {
+    "verified": "a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier",
+    "generated": "of the student's answers: set reward_cfg=generated",
+    "gate": "of the gate: set reward_cfg=gated",
+}
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
 DERIVED = {
     "gradient_accumulation_steps": "train_batch_size",
@@ -112,19 +120,28 @@ def check_keys(config: dict[str, Any]) -> None:
             raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     check_ranges(config)
-    wanted = fields_of(VerifiedRewardConfig).keys()
-    if (
-        "verified" in fields_of(PROFILES[trainer].settings)
-        and (verifies := config.keys() & wanted)
-        and verifies != wanted
-    ):
-        raise Refused(f"{min(verifies)} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
+    check_parts_of_reward(config)
     for key, choices in read_table()["choices"].items():
         if config.get(key) not in (None, *choices):
             close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
             raise Refused(f"{key}={config[key]} does not exist: use {', '.join(close)}")
     if config["restarts"] < 0:
         raise Refused(f"restarts={config['restarts']} must not be negative; 0: a crash ends the run")
+
+
+def check_parts_of_reward(config: dict[str, Any]) -> None:
+    """Keys that belong to a part of the reward come with all of its keys.
+
+    Raises:
+        Refused: the part is not chosen, or only some of its keys are there.
+    """
+    chosen = {part: cls for part, (cls, key) in REWARD_PARTS.items() if key in config}
+    complete = {key for cls in chosen.values() if not fields_of(cls).keys() - config.keys() for key in fields_of(cls)}
+    for part, (cls, _) in REWARD_PARTS.items():
+        if part in fields_of(PROFILES[config["trainer"]].settings):
+            own = fields_of(cls).keys() - fields_of(PROFILES[config["trainer"]].settings).keys()
+            if alone := config.keys() & own - complete:
+                raise Refused(f"{min(alone)} is {CHOSEN_BY[part]}")
 
 
 def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
@@ -317,7 +334,7 @@ def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None
         )
 
 
-def check_verifier(settings: VerifiedRewardConfig | StudentSettings | EvaluateSettings) -> None:
+def check_verifier(settings: VerifierKeys | StudentSettings | EvaluateSettings) -> None:
     if settings.verifier not in VERIFIERS:
         raise Refused(f"verifier={settings.verifier}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
@@ -342,6 +359,12 @@ def check_sharding(settings: Training, devices: int, sharding: str) -> None:
         raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
+    answers = settings if isinstance(settings, TeacherSettings) and settings.generated is not None else None
+    if answers is not None and answers.student_model in (None, answers.model_name_or_path):
+        raise Refused(
+            f"reward_cfg=generated with {sharding}: the student is the reference model, whose shards cannot answer; "
+            "name another student_model, or use ddp"
+        )
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
         if getattr(settings, key):
             raise Refused(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
@@ -406,3 +429,12 @@ def check_reward(settings: TeacherRewardConfig) -> None:
             raise Refused(f"{key}={getattr(settings, key)!r}: use null or one of {', '.join(NORMALIZERS)}")
     if settings.unbias_student_log_probs_temp <= 0:
         raise Refused(f"unbias_student_log_probs_temp={settings.unbias_student_log_probs_temp} must be above 0")
+
+
+def check_reward_options(settings: RewardOptions) -> None:
+    """How answers and results are checked that the reward asks for."""
+    for part in (settings.generated, settings.gate):
+        if part is not None:
+            check_verifier(part)
+    if settings.gate is not None and settings.gate.missing_result not in ("right", "wrong"):
+        raise Refused(f"missing_result={settings.gate.missing_result}: use right or wrong")

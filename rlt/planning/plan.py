@@ -19,6 +19,7 @@ from rlt.planning.checks import (
     check_keys,
     check_lengths,
     check_reward,
+    check_reward_options,
     check_rows,
     check_sharding,
 )
@@ -165,6 +166,7 @@ def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding:
     check_sharding(settings, devices, kind)
     if isinstance(settings, TeacherSettings):
         check_reward(settings)
+        check_reward_options(settings)
     check_common(settings)
     if isinstance(settings, Tuning):
         check_rows(settings)
