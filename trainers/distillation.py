@@ -51,6 +51,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
     args: Any  # DistillationConfig
     model: Any  # TRL's unions of wrappers
     model_wrapped: Any
+    processing_class: Any
     vllm_generation: Any  # one of our engines
     COUNTED: tuple[str, ...] = (*GivesUpSteps.COUNTED, "_step")
 
@@ -96,10 +97,8 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         stock = super()._generate_single_turn
         return self._write(prompt_ids, lambda: (stock(prompt_ids, images, multimodal_fields, has_tool_images), None))[0]
 
-    def _prepare_inputs(self, generation_batch):
+    def _prepare_inputs(self, generation_batch):  # pyrefly: ignore[bad-override-param-name]  # TRL's name for it
         # Overridden so that siblings stay in one micro-batch.
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
         steps = self.args.gradient_accumulation_steps
         return self._micro_batch(generation_batch, steps, steps)
 
@@ -111,7 +110,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         kill_point("scoring")
         generation = sum(metrics["generation/seconds"][before:])
         completions = _unpadded(batch["completion_ids"], batch["completion_mask"])
-        counts = [counted_tokens(self._tokenizer, self.style, ids, self.teacher_prompt) for ids in completions]
+        counts = [counted_tokens(self.processing_class, self.style, ids, self.teacher_prompt) for ids in completions]
         prompts = prompt_token_ids(self.processing_class, [row["teacher_prompt"] for row in inputs])
         states = self._teacher_states(prompts, completions, counts)
         batch["teacher_states"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)

@@ -66,6 +66,7 @@ class GRPOTrainer(OverlappedGeneration, SeededGeneration, GivesUpSteps, trl.GRPO
     args: Any  # GRPOConfig
     model: Any  # TRL's unions of wrappers
     ref_model: Any
+    _buffered_inputs: Any
     model_wrapped: Any
     vllm_generation: Any  # one of our engines
     num_generations: Any
@@ -86,6 +87,7 @@ class GRPOTrainer(OverlappedGeneration, SeededGeneration, GivesUpSteps, trl.GRPO
         if self._reference_waits and self.ref_model is not None:
             self.ref_model.to("cpu")
         if with_engine:
+            assert config.generation_batch_size is not None  # set by TRL where it is not given
             self._take_engine(config, engine_dtype, config.generation_batch_size, config.overlap_generation)
 
     # Prompts and generation

@@ -12,6 +12,7 @@ N positions, H hidden size of the student, G of the teacher, V vocabulary, B pos
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -63,7 +64,7 @@ class TeacherHead:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "TeacherHead":
         """Of a model whose head is whole where it is asked: a loaded one's, or that of a pass at hand."""
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.detach()
         return cls(head.weight.detach(), bias, *logit_transform(model.config))
 
@@ -212,8 +213,8 @@ def _lowered(tensors, dtype: torch.dtype) -> list:
 
 def _log_probs_by_block(low: list, beta: float, scale: float, other_scale: float, rows: int):
     """Where a block stands in its chunk (whose logits may be overwritten), its positions, both models' log-probs."""
-    both = zip(chunks(*low[:3], rows), chunks(*low[3:], rows), strict=True)
-    for (start, logits_CV), (_, other_CV) in both:
+    ours, theirs = (chunks(hidden, weight, bias, rows) for hidden, weight, bias in (low[:3], low[3:]))
+    for (start, logits_CV), (_, other_CV) in zip(ours, theirs, strict=True):
         for block in blocks(logits_CV, start):
             here = slice(block.start - start, block.stop - start)
             log_s_BV, log_t_BV = log_softmax(logits_CV[here], scale), log_softmax(other_CV[here], other_scale)
