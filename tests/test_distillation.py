@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 import trl
-from conftest import build, config_of, launch, save_tiny
+from conftest import build, config_of, save_tiny
 from safetensors.torch import load_file
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
