@@ -184,6 +184,7 @@ class DistillKeys:
 
     teacher_model: str | None
     teacher_prompt: str
+    learns_solution: bool
     divergence_top_k: int | None
     verifier: str
     verifier_limit_s: float

@@ -15,7 +15,7 @@ from rlt.errors import Refused
 from rlt.logprobs import Divergence
 from rlt.models.files import tensor_shapes
 from rlt.planning.plan import make_plan
-from rlt.prompts.distillation import counted_tokens, distillation_prompts
+from rlt.prompts.distillation import distillation_prompts, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import FORMATS
 
@@ -60,16 +60,29 @@ def test_the_solution_is_shown_to_the_teacher_alone(tokenizer):
 
 
 @pytest.mark.parametrize(("style", "shared"), [("r1", ["</"]), ("stratos", ["<", "|", "end", "_", "of", "_"])])
-def test_of_the_thoughts_end_tag_what_the_explanations_begins_with_counts(style, shared, tokenizer):
+def test_the_teacher_is_read_up_to_where_the_end_tags_part(style, shared, tokenizer):
     tags = FORMATS[style]
-    text = f"Two é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}4"
+    text = f"Two é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}5"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    count = counted_tokens(tokenizer, tags, ids, "teaching")
-    counted = [tokenizer.decode(token) for token in ids[:count]]
-    assert counted[-len(shared) :] == shared
-    assert tokenizer.decode(ids[: count - len(shared)]) == "Two é.\n\n"
-    assert counted_tokens(tokenizer, tags, ids, "solution") == len(ids)
-    assert counted_tokens(tokenizer, tags, ids[:3], "teaching") == 3  # cut off amid its thought
+    read = read_completion(tokenizer, tags, ids, "teaching", "4")
+    assert tokenizer.decode(read.teacher_ids) == "Two é.\n\n" + "".join(shared)
+    assert [tokenizer.decode(token) for token in read.teacher_ids[-len(shared) :]] == shared
+    assert read.student_ids[: len(read.teacher_ids)] == read.teacher_ids
+    answer = f"{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}4{tags.solution_tags[1]}<|im_end|>"
+    assert tokenizer.decode(read.student_ids) == f"Two é.\n\n{answer}"  # not the 5 that it wrote
+    alone = read_completion(tokenizer, tags, ids, "teaching", None)
+    assert alone.student_ids == alone.teacher_ids == read.teacher_ids
+    whole = read_completion(tokenizer, tags, ids, "solution", "4")
+    assert whole.student_ids == whole.teacher_ids == ids
+
+
+def test_of_a_thought_that_is_cut_off_nothing_follows_and_one_that_ended_its_turn_is_gone_on_from(tokenizer):
+    tags = FORMATS["r1"]
+    cut = tokenizer("Two and two", add_special_tokens=False)["input_ids"]
+    assert read_completion(tokenizer, tags, cut, "teaching", "4").student_ids == cut
+    read = read_completion(tokenizer, tags, [*cut, tokenizer.eos_token_id], "teaching", "4")
+    assert tokenizer.decode(read.student_ids) == "Two and two</think>\n\n<answer>4</answer><|im_end|>"
+    assert tokenizer.decode(read.teacher_ids) == "Two and two</"
 
 
 # The loss
@@ -89,7 +102,7 @@ def stock_loss(trainer, batch: dict, teacher_prompts: list[str]) -> torch.Tensor
 
     with torch.no_grad():
         of_teacher = read(trainer.teacher, padded, mask)
-    counted = torch.arange(keep)[None] < batch["counts"][:, None]
+    counted = torch.arange(keep)[None] < batch["asked"][:, None]
     loss, _, _ = _chunked_divergence_loss(
         read(student, batch["prompt_ids"], batch["prompt_mask"]),
         of_teacher,
@@ -113,6 +126,7 @@ def loss_and_gradients(model, compute) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("teacher_prompt", ["solution", "teaching"])
 def test_loss_and_gradients_behind_another_prompt_are_stock_trls(teacher_prompt, run, tmp_path, in_root):
     keys = [f"teacher_prompt={teacher_prompt}", "temperature=0.7", "eval_size=0", "per_device_train_batch_size=8"]
+    keys += ["learns_solution=false"]
     trainer, _ = build([*run, *keys], tmp_path)
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
@@ -144,6 +158,30 @@ def test_behind_the_students_prompt_the_trainers_whole_loss_is_stock_trls(run, t
     assert 0 < trainer.compute_loss(trainer.model, batch) < loss
 
 
+def test_behind_its_thought_a_student_learns_the_solution(run, tokenizer, tmp_path, in_root):
+    trainer, _ = build([*run, "eval_size=0", "per_device_train_batch_size=8", "temperature=0.7"], tmp_path)
+    thought = tokenizer("So it is.", add_special_tokens=False)["input_ids"]
+    ended = [*thought, tokenizer.eos_token_id]
+    trainer._generate_single_turn = lambda prompts, *_: [ended if i < 4 else thought for i in range(len(prompts))]
+    trainer._log_generation(1.0, [1])
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    batch = trainer._prepare_inputs(rows)
+    loss = trainer.compute_loss(trainer.model, batch)
+    surprise = []
+    for row in rows[:4]:
+        text = f"{row['prompt']}So it is.<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}"
+        ids = tokenizer(f"{text}<|end_of_solution|><|im_end|>", add_special_tokens=False)["input_ids"]
+        first = len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) + len(thought) + 6  # of the tag `<|end_of_`
+        logits = trainer.model(torch.tensor([ids])).logits[0, first - 1 : -1] / 0.7
+        surprise.append(-logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None]).sum())
+    said = {name: trainer._metrics["train"][name][-1] for name in ("divergence", "solution_surprise")}
+    asked = 4 * (len(thought) + 6) + 4 * len(thought)
+    known = batch["num_items_in_batch"].item() - asked
+    assert said["solution_surprise"] == pytest.approx(sum(surprise).item() / known, rel=1e-5)
+    assert loss.item() == pytest.approx((said["divergence"] * asked + sum(surprise).item()) / (asked + known), rel=1e-5)
+
+
 # Runs
 
 
@@ -156,7 +194,6 @@ def test_every_parameter_moves_the_teacher_does_not_and_the_run_says_what_it_did
     logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first = next(record for record in logs if "loss" in record)
     assert first["loss"] == pytest.approx(first["divergence"], rel=1e-5) and first["entropy"] > 0
-    assert first["completions/counted_share"] == 1.0
     assert sum("eval/accuracy" in record for record in logs) == 2
     table = pandas.read_parquet(tmp_path / "completions/step-00001.parquet")
     assert len(table) == 8 and {"question", "solution", "divergence", "entropy", "counted_tokens"} <= set(table)

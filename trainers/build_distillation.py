@@ -54,6 +54,7 @@ def build_distillation(plan: Plan):
         teacher=teacher,
         style=style,
         teacher_prompt=settings.teacher_prompt,
+        learns_solution=settings.learns_solution and settings.teacher_prompt == "teaching",
         engine_dtype=dtype if device_type() == "cpu" else "auto",
         model=policy,
         args=arguments,

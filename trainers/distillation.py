@@ -6,9 +6,10 @@ figures of generation, adapters and callbacks. What is overridden, and why, is s
 
 A step reads in the order in which things happen: completions; the teacher's hidden states before each of their tokens,
 in one pass of which the head is left out; the student's pass, whose head meets the teacher's in chunks of positions
-(rlt/logprobs/divergence.py). The teacher is needed for its pass alone: with `offload_untrained_models` it waits in the
-CPU's memory, and its head alone stays. It is held whole on each device, also where the student is in shards.
-B completions of a batch, C completion tokens, G hidden size of the teacher.
+(rlt/logprobs/divergence.py). Where the teacher is certain of a token, the divergence is minus the student's log-prob of
+it. The teacher is needed for its pass alone: with `offload_untrained_models` it waits in the CPU's memory, and its head
+alone stays. It is held whole on each device, also where the student is in shards.
+G hidden size of the teacher.
 """
 
 import time
@@ -24,7 +25,7 @@ from backends.collective import is_sharded
 from backends.roll_call import slowest
 from rlt.logprobs import Divergence, TeacherHead, token_divergences, token_hidden_states
 from rlt.models.residence import resident
-from rlt.prompts.distillation import counted_tokens
+from rlt.prompts.distillation import Completion, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import ReasoningFormat
 from rlt.runs.durable import read_json
@@ -43,6 +44,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         teacher: frozen, of the student's vocabulary; None: the student itself without its adapter.
         style: tags, which say what of a completion the teacher goes on with.
         teacher_prompt: one of `rlt.prompts.distillation.TEACHER_PROMPTS`.
+        learns_solution: behind a thought that the teacher has read, the solution counts too; rows need `solution`.
         engine_dtype: of vLLM on the CPU, "bfloat16" or "float32".
         other arguments: as in TRL's `DistillationTrainer`; rows hold `prompt` and `teacher_prompt`, strings that carry
             their own special tokens.
@@ -61,6 +63,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         teacher,
         style: ReasoningFormat,
         teacher_prompt: str = "question",
+        learns_solution: bool = False,
         engine_dtype: str = "auto",
         **kwargs,
     ):
@@ -68,7 +71,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         with_engine, config.use_vllm = config.use_vllm, False
         self.num_generations, self.num_generations_eval = config.num_generations, config.num_generations_eval
-        self.style, self.teacher_prompt = style, teacher_prompt
+        self.style, self.teacher_prompt, self.learns_solution = style, teacher_prompt, learns_solution
         super().__init__(*args, **kwargs)
         self.teacher = teacher
         self._teacher_head: TeacherHead | None = None
@@ -103,37 +106,44 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         return self._micro_batch(generation_batch, steps, steps)
 
     def _generate_and_score_completions(self, inputs):
-        # Extended by what the teacher reads of the completions, and by how much of each counts.
+        # Extended by what both models read of the completions, and by the teacher's states.
         metrics, start = self._metrics["train" if self.model.training else "eval"], time.perf_counter()
         before = len(metrics["generation/seconds"])
         batch = super()._generate_and_score_completions(inputs)
         kill_point("scoring")
         generation = sum(metrics["generation/seconds"][before:])
-        completions = _unpadded(batch["completion_ids"], batch["completion_mask"])
-        counts = [counted_tokens(self.processing_class, self.style, ids, self.teacher_prompt) for ids in completions]
-        prompts = prompt_token_ids(self.processing_class, [row["teacher_prompt"] for row in inputs])
-        states = self._teacher_states(prompts, completions, counts)
+        sampled = _unpadded(batch["completion_ids"], batch["completion_mask"])
+        read = [self._read_completion(row, ids) for row, ids in zip(inputs, sampled, strict=True)]
+        states = self._teacher_states([row["teacher_prompt"] for row in inputs], [one.teacher_ids for one in read])
         batch["teacher_states"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        batch["counts"] = torch.tensor(counts, device=self.accelerator.device)
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["counts"].sum()).sum()
-        metrics["completions/counted_share"].append(sum(counts) / max(1, sum(map(len, completions))))
+        device, sizes = self.accelerator.device, [len(one.student_ids) for one in read]
+        batch["read_ids"] = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(one.student_ids, device=device, dtype=torch.long) for one in read], batch_first=True
+        )
+        batch["sizes"] = torch.tensor(sizes, device=device)
+        batch["asked"] = torch.tensor([len(one.teacher_ids) for one in read], device=device)
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["sizes"].sum()).sum()
         metrics["scoring/seconds"].append(time.perf_counter() - start - generation)
         self._rows = {
             "prompt": [row["prompt"] for row in inputs],
-            "completion": self.processing_class.batch_decode(completions, skip_special_tokens=True),
+            "completion": self.processing_class.batch_decode(sampled, skip_special_tokens=True),
             **asked_columns(inputs),
-            "tokens": list(map(len, completions)),
-            "counted_tokens": counts,
+            "tokens": list(map(len, sampled)),
+            "counted_tokens": batch["asked"].tolist(),
         }
         return batch
+
+    def _read_completion(self, row: dict, ids: list[int]) -> Completion:
+        solution = row["solution"] if self.learns_solution else None
+        return read_completion(self.processing_class, self.style, ids, self.teacher_prompt, solution)
 
     # The teacher
 
     @torch.no_grad()
-    def _teacher_states(self, prompts, completions, counts) -> list[torch.Tensor]:
-        """The teacher's hidden states (counts[i], G) before each token of a completion that counts."""
-        sequences = [[*prompt, *ids[:count]] for prompt, ids, count in zip(prompts, completions, counts, strict=True)]
-        counted = [list(range(len(prompt), len(ids))) for prompt, ids in zip(prompts, sequences, strict=True)]
+    def _teacher_states(self, prompts: list[str], completions: list[list[int]]) -> list[torch.Tensor]:
+        """The teacher's hidden states (tokens, G) before each token of a completion."""
+        begun = prompt_token_ids(self.processing_class, prompts)
+        sequences, counted = behind(begun, completions)
         if self.teacher is None:
             policy: Any = self.accelerator.unwrap_model(self.model)
             with use_adapter(policy, adapter_name=None):
@@ -154,39 +164,51 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Overridden to read a prompt once for all its completions, and each model behind a prompt of its own.
         kill_point("backward")
-        prompts = _unpadded(inputs["prompt_ids"], inputs["prompt_mask"])
-        completions, counts = _unpadded(inputs["completion_ids"], inputs["completion_mask"]), inputs["counts"].tolist()
-        sequences = [[*prompt, *ids[:count]] for prompt, ids, count in zip(prompts, completions, counts, strict=True)]
+        asked, sizes = inputs["asked"].tolist(), inputs["sizes"].tolist()
+        completions = [ids[:size].tolist() for ids, size in zip(inputs["read_ids"], sizes, strict=True)]
+        sequences, counted = behind(_unpadded(inputs["prompt_ids"], inputs["prompt_mask"]), completions)
         divergences, entropies = self._read(
             model,
             self.accelerator.unwrap_model(model),
             sequences,
-            [list(range(len(prompt), len(ids))) for prompt, ids in zip(prompts, sequences, strict=True)],
+            counted,
             reads=token_divergences,
-            against=[states[:count] for states, count in zip(inputs["teacher_states"], counts, strict=True)],
+            against=[states[:count] for states, count in zip(inputs["teacher_states"], asked, strict=True)],
             teacher=self._teacher_head,
             divergence=self._divergence,
             sharded=self._sharded,
         )
-        self._log_loss(divergences, entropies)
+        self._log_loss(divergences, entropies, asked)
         # Of all ranks, over which gradients are averaged; the sum of all micro-batches is one mean over tokens.
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         loss = torch.cat(divergences).sum() / tokens
         return (loss, None) if return_outputs else loss
 
-    def _log_loss(self, divergences: list[torch.Tensor], entropies: list[torch.Tensor]) -> None:
-        """Means over the tokens that count, of all ranks: divergence, and the student's entropy, in nats."""
-        parts = [torch.cat(values).detach().float() for values in (divergences, entropies)]
-        sums = torch.stack([parts[0].sum(), parts[1].sum(), parts[0].new_tensor(float(len(parts[0])))])
+    def _log_loss(self, divergences: list[torch.Tensor], entropies: list[torch.Tensor], asked: list[int]) -> None:
+        """Means of all ranks, in nats: divergence and the student's entropy over the tokens that the teacher was asked
+        for, minus log-probs over those that it is certain of."""
+        zero = torch.zeros(1, device=self.accelerator.device)
+        asked_for, entropy, known = (
+            [values.detach()[part].float() for values, part in zip(kind, parts, strict=True)]
+            for kind, parts in (
+                (divergences, [slice(0, count) for count in asked]),
+                (entropies, [slice(0, count) for count in asked]),
+                (divergences, [slice(count, None) for count in asked]),
+            )
+        )
+        sums = torch.stack([torch.cat([zero, *kind]).sum() for kind in (asked_for, entropy, known)])
+        counts = sums.new_tensor([sum(map(len, asked_for)), sum(map(len, known))])
         if self._watch is not None and self.accelerator.num_processes > 1:
             self._watch.enter()
-        divergence, entropy, count = self.accelerator.gather(sums[None]).sum(0).tolist()
+        total = self.accelerator.gather(torch.cat([sums, counts])[None]).sum(0).tolist()
         if self._watch is not None and self.accelerator.num_processes > 1:
             self._watch.leave()
         metrics = self._metrics["train"]
-        metrics["divergence"].append(divergence / max(count, 1.0))
-        metrics["entropy"].append(entropy / max(count, 1.0))
-        means = [[values.detach().float().mean().item() for values in kind] for kind in (divergences, entropies)]
+        metrics["divergence"].append(total[0] / max(total[3], 1.0))
+        metrics["entropy"].append(total[1] / max(total[3], 1.0))
+        if self.learns_solution:
+            metrics["solution_surprise"].append(total[2] / max(total[4], 1.0))
+        means = [[values.mean().item() for values in kind] for kind in (asked_for, entropy)]
         self._of_rows[self._step % self.args.gradient_accumulation_steps] = list(zip(*means, strict=True))
 
     def completions_of_step(self) -> list[dict[str, Any]]:
@@ -209,6 +231,12 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         # Checkpoints stand between optimizer steps, and each step samples anew.
         state: Any = read_json(folder / TRAINER_STATE_NAME)
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
+
+
+def behind(prompts: list[list[int]], completions: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Each prompt with its completion, and the indices of the completion's tokens."""
+    sequences = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+    return sequences, [list(range(len(prompt), len(ids))) for prompt, ids in zip(prompts, sequences, strict=True)]
 
 
 def _unpadded(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[int]]:

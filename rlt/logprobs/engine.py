@@ -170,24 +170,44 @@ def token_divergences(
     """Divergences of a student's next-token distributions from a teacher's, before each counted token.
 
     Args:
-        against: the teacher's hidden states (len(counted[i]), G) for the same tokens, behind whatever it has read.
+        against: the teacher's hidden states (n, G) for the first n of the counted tokens, behind whatever it has read.
+            At all later ones the teacher is certain of the sequence's own token, from which the divergence of the
+            student (the forward KL, whichever is asked for) is minus its log-prob of that token.
         teacher: whose head reads those; None: the model's own.
         other arguments: as of `token_log_probs`.
 
     Returns:
         Two lists with one tensor (len(counted[i]),) per sequence: divergences, with gradients, and entropies of the
-        student, without.
+        student (0 where the teacher is certain), without.
     """
     causal = _causal_model(model)
-    before = [{i: number for number, i in enumerate(where)} for where in counted]
+    numbers = [{i: number for number, i in enumerate(where)} for where in counted]
 
     def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
-        places = [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted]
-        asked = [before[member][i] for *_, member, i in wanted]
-        others = [against[member] for _, _, member, _ in wanted]
-        hidden_NG = torch.stack([states[number] for states, number in zip(others, asked, strict=True)])
-        hidden_NH = _chosen(hidden_BTH.flatten(0, 1), places)
-        return list(head_divergences(causal, hidden_NH, teacher, hidden_NG.to(hidden_BTH.device), divergence))
+        of_member = [(member, numbers[member][i], sequences[member][i]) for *_, member, i in wanted]
+        hidden_NH = _chosen(hidden_BTH.flatten(0, 1), [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted])
+        asked = [place for place, (member, number, _) in enumerate(of_member) if number < len(against[member])]
+        known = [place for place, (member, number, _) in enumerate(of_member) if number >= len(against[member])]
+        values, entropies = hidden_NH.new_zeros(
+            2, len(wanted), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)
+        )
+        if asked:
+            states_NG = torch.stack([against[of_member[place][0]][of_member[place][1]] for place in asked])
+            found = head_divergences(
+                causal, _chosen(hidden_NH, asked), teacher, states_NG.to(hidden_NH.device), divergence
+            )
+            at = torch.tensor(asked, device=values.device)
+            values, entropies = (
+                whole.index_copy(0, at, some.to(whole.dtype))
+                for whole, some in zip((values, entropies), found, strict=True)
+            )
+        if known:
+            targets_N = torch.tensor([of_member[place][2] for place in known], device=hidden_NH.device)
+            log_probs_N, _ = head_log_probs(
+                causal, _chosen(hidden_NH, known), targets_N, divergence.temperature, "none"
+            )
+            values = values.index_copy(0, torch.tensor(known, device=values.device), -log_probs_N.to(values.dtype))
+        return [values, entropies]
 
     return _over_passes(causal, sequences, counted, read, token_budget, autocast, agree_on_forwards, guard)
 

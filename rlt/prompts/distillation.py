@@ -6,14 +6,17 @@ own way:
 - `teaching`: the prompt that teachers here are trained with: question and solution, then the teacher's own turn, begun
   with the solution and the explanation's start tag. What follows there is an explanation, which is what a student
   thinks: the student's turn is begun with its thought's start tag, the teacher's with its explanation's, and both read
-  on with the same tokens. The two end tags begin alike (`<|end_of_`, `</`) and then differ. The completion counts up to
-  where they do, so that the teacher also says where to stop thinking. What the student writes then, its solution, is
-  text that the teacher was never asked for, and does not count.
+  on with the same tokens. The two end tags begin alike (`<|end_of_`, `</`) and then part: up to there the teacher is
+  read, so that it also says where to stop thinking. What comes behind is known without asking: the rest of the
+  student's end tag, and the solution that the teacher was shown, which the student has to find likely behind its own
+  thought (the solution part of the reward of arXiv 2506.08388). Without that part nothing holds a student to its
+  format, and weights that move towards a teacher's texts lose it within a few steps.
 - `solution`: the student's own prompt, whose question is followed by the solution (SDFT, arXiv 2601.19897; OPSD,
   arXiv 2601.18734). For a teacher that answers as students do: the student's starting weights, or a larger model.
 - `question`: the student's own prompt (GKD, arXiv 2306.13649). The whole completion counts, as with `solution`.
 """
 
+import os
 from dataclasses import dataclass
 
 from rlt.prompts.rendering import render_question, render_teacher_prompt
@@ -54,25 +57,53 @@ def distillation_prompts(
     return Prompts(f"{asked}{style.thought_tags[0]}\n\n", teaching)
 
 
-def counted_tokens(tokenizer, style: ReasoningFormat, completion_ids: list[int], teacher_prompt: str) -> int:
-    """How many of a completion's first tokens the teacher's prompt goes on with: all, or those of a thought.
+@dataclass(frozen=True)
+class Completion:
+    """What is read behind both prompts, and what of it the teacher says.
 
-    Of a thought's end tag those count that the explanation's begins with, too. A token that holds the end of the
-    thought and the beginning of its tag does not.
+    Attributes:
+        student_ids: behind the student's prompt.
+        teacher_ids: behind the teacher's prompt; as many tokens as the teacher says the distribution of.
+        All later ones of `student_ids` are an answer, each of whose tokens is known.
+    """
+
+    student_ids: list[int]
+    teacher_ids: list[int]
+
+
+def read_completion(
+    tokenizer, style: ReasoningFormat, ids: list[int], teacher_prompt: str, solution: str | None
+) -> Completion:
+    """A sampled completion as both models read it.
+
+    Args:
+        ids: as it was sampled, with the token that ends it.
+        teacher_prompt: one of `TEACHER_PROMPTS`.
+        solution: of the question; None: what follows a thought is left out.
     """
     if teacher_prompt != "teaching":
-        return len(completion_ids)
-    text = tokenizer.decode(completion_ids)
-    end = text.find(style.thought_tags[1])
-    if end < 0:
-        return len(completion_ids)
-    inside = _tokens_within(tokenizer, completion_ids, end)
-    if len(tokenizer.decode(completion_ids[:inside])) < end:  # a token straddles
-        return inside
+        return Completion(ids, ids)
+    thought, ended = thought_of(tokenizer, style, ids)
+    if not ended:  # cut off amid its thought
+        return Completion(thought, thought)
+    start, end = style.solution_tags
+    answer = f"{style.thought_tags[1]}{style.delimiter}{start}{solution}{end}{tokenizer.eos_token}"
+    behind = tokenizer(answer, add_special_tokens=False)["input_ids"]
     tag = tokenizer(style.explanation_tags[1], add_special_tokens=False)["input_ids"]
-    written = completion_ids[inside:]
-    same = next((i for i, (a, b) in enumerate(zip(tag, written, strict=False)) if a != b), min(len(tag), len(written)))
-    return inside + same
+    alike = len(os.path.commonprefix([tag, behind]))
+    kept = len(behind) if solution is not None else alike
+    return Completion(thought + behind[:kept], thought + tag[:alike])
+
+
+def thought_of(tokenizer, style: ReasoningFormat, ids: list[int]) -> tuple[list[int], bool]:
+    """The tokens before the thought's end, and whether it came to one: its end tag, or the end of the turn.
+
+    A token that holds the end of the thought and the beginning of its tag is left out.
+    """
+    over = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    ids = ids[: over[0]] if over else ids
+    end = tokenizer.decode(ids).find(style.thought_tags[1])
+    return (ids, bool(over)) if end < 0 else (ids[: _tokens_within(tokenizer, ids, end)], True)
 
 
 def _tokens_within(tokenizer, ids: list[int], characters: int) -> int:
