@@ -170,9 +170,10 @@ def test_behind_its_thought_a_student_learns_the_solution(run, tokenizer, tmp_pa
     loss = trainer.compute_loss(trainer.model, batch)
     surprise = []
     for row in rows[:4]:
-        text = f"{row['prompt']}So it is.<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}"
-        ids = tokenizer(f"{text}<|end_of_solution|><|im_end|>", add_special_tokens=False)["input_ids"]
-        first = len(prompt_token_ids(tokenizer, [row["prompt"]])[0]) + len(thought) + 6  # of the tag `<|end_of_`
+        answer = f"<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}<|end_of_solution|><|im_end|>"
+        begun = [*prompt_token_ids(tokenizer, [row["prompt"]])[0], *thought]
+        ids = [*begun, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+        first = len(begun) + 6  # of the tag `<|end_of_`
         logits = trainer.model(torch.tensor([ids])).logits[0, first - 1 : -1] / 0.7
         surprise.append(-logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None]).sum())
     said = {name: trainer._metrics["train"][name][-1] for name in ("divergence", "solution_surprise")}
@@ -203,14 +204,12 @@ def test_every_parameter_moves_the_teacher_does_not_and_the_run_says_what_it_did
 
 
 def test_a_run_that_was_stopped_after_two_steps_ends_as_one_of_four(run, tmp_path, in_root):
-    small = [*run, "save_steps=2", "max_completion_length=6", "num_generations=2", "train_batch_size=4"]
+    small = [*run, "save_steps=2", "max_completion_length=6", "num_generations=2", "train_batch_size=4", "eval_size=0"]
     for folder, steps, start in (("straight", 4, None), ("resumed", 2, None), ("resumed", 4, "checkpoint-2")):
         trainer, _ = build([*small, f"max_steps={steps}", "per_device_train_batch_size=2"], tmp_path / folder)
         trainer.train(resume_from_checkpoint=str(tmp_path / folder / start) if start else None)
         trainer.save_model(str(tmp_path / folder))
     assert_equal(tmp_path / "straight", tmp_path / "resumed")
-    last = [(tmp_path / f / "evaluations.jsonl").read_text().splitlines()[-1] for f in ("straight", "resumed")]
-    assert last[0] == last[1]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["its base as the teacher", "another teacher"])
