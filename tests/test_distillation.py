@@ -76,6 +76,14 @@ def test_the_teacher_is_read_up_to_where_the_end_tags_part(style, shared, tokeni
     assert whole.student_ids == whole.teacher_ids == ids
 
 
+def test_a_student_that_misses_its_end_tag_is_shown_it(tokenizer):
+    tags = FORMATS["stratos"]
+    ids = tokenizer("It is 4.\n\n<|end_of_solution|>\n\nor 5", add_special_tokens=False)["input_ids"]
+    read = read_completion(tokenizer, tags, ids, "teaching", "4")
+    assert tokenizer.decode(read.teacher_ids) == "It is 4.\n\n<|end_of_"
+    assert tokenizer.decode(read.student_ids).startswith("It is 4.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>4")
+
+
 def test_of_a_thought_that_is_cut_off_nothing_follows_and_one_that_ended_its_turn_is_gone_on_from(tokenizer):
     tags = FORMATS["r1"]
     cut = tokenizer("Two and two", add_special_tokens=False)["input_ids"]

@@ -96,13 +96,16 @@ def read_completion(
 
 
 def thought_of(tokenizer, style: ReasoningFormat, ids: list[int]) -> tuple[list[int], bool]:
-    """The tokens before the thought's end, and whether it came to one: its end tag, or the end of the turn.
+    """The tokens before the thought's end, and whether it came to one: an end tag, or the end of the turn.
 
-    A token that holds the end of the thought and the beginning of its tag is left out.
+    What the two end tags begin with alike is taken for the end tag, whatever the student goes on with: there the
+    teacher would write its own tag, and a student that has missed its own would be taught never to write it again. A
+    token that holds the end of the thought and the beginning of its tag is left out.
     """
     over = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
     ids = ids[: over[0]] if over else ids
-    end = tokenizer.decode(ids).find(style.thought_tags[1])
+    begun = os.path.commonprefix([style.thought_tags[1], style.explanation_tags[1]])
+    end = tokenizer.decode(ids).find(begun if len(begun) > 1 else style.thought_tags[1])
     return (ids, bool(over)) if end < 0 else (ids[: _tokens_within(tokenizer, ids, end)], True)
 
 
