@@ -113,6 +113,8 @@ class SFTKeys:
     max_length: int | None
     logprob_token_budget: int | None
     curriculum: list[Any] | None
+    max_surprisal: float | None
+    surprising_weight: float
 
 
 @dataclass(frozen=True)
@@ -136,31 +138,52 @@ class PairConfig:
 
 
 @dataclass(frozen=True)
-class VerifiedRewardConfig:
+class VerifierKeys:
+    """How answers are checked."""
+
+    verifier: str
+    verifier_limit_s: float
+
+
+@dataclass(frozen=True)
+class VerifiedRewardConfig(VerifierKeys):
     """The keys of `reward_cfg: verifier`; commented in cfgs/trainer_cfg/reward_cfg/verifier.yaml."""
 
     answer_weight: float
     format_weight: float
     length_weight: float
     length_free: int
-    verifier: str
-    verifier_limit_s: float
 
 
 @dataclass(frozen=True)
-class GRPOKeys:
-    """Keys of the GRPO profiles."""
+class GeneratedRewardConfig(VerifierKeys):
+    """The keys of `reward_cfg: generated`; commented in cfgs/trainer_cfg/reward_cfg/generated.yaml."""
 
-    generation_aggregation_steps: int | None
+    answers_per_explanation: int
+    answers_weight: float
+    answers_cut: float | None
+    answers_temperature: float
+    answers_max_length: int
+
+
+@dataclass(frozen=True)
+class ResultGateConfig(VerifierKeys):
+    """The keys of `reward_cfg: gated`; commented in cfgs/trainer_cfg/reward_cfg/gated.yaml."""
+
+    wrong_result_penalty: float
+    missing_result: str
+
+
+@dataclass(frozen=True)
+class GenerationKeys:
+    """Keys of every profile that samples while it trains."""
+
     num_generations: int
     num_generations_eval: int
     max_completion_length: int | None
     temperature: float
-    beta: float
-    sync_ref_model: bool
     offload_untrained_models: bool
     logprob_token_budget: int | None
-    overlap_generation: bool
     save_completions_probability: float
     use_vllm: bool
     use_vllm_server: bool
@@ -168,9 +191,31 @@ class GRPOKeys:
     vllm_gpu_memory_utilization: float
     vllm_enable_sleep_mode: bool
     vllm_server_timeout: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class GRPOKeys:
+    """Keys of the GRPO profiles."""
+
+    generation_aggregation_steps: int | None
+    sync_ref_model: bool
+    overlap_generation: bool
     reward_functions: list[str] | None
     answer_line: bool
     verified: VerifiedRewardConfig | None  # with `reward_cfg: verifier` alone
+
+
+@dataclass(frozen=True)
+class DistillKeys:
+    """Keys of on-policy distillation."""
+
+    teacher_model: str | None
+    teacher_prompt: str
+    learns_solution: bool
+    divergence_top_k: int | None
+    verifier: str
+    verifier_limit_s: float
 
 
 @dataclass(frozen=True)
@@ -190,6 +235,18 @@ class TeacherRewardConfig:
     unbias_teacher_log_probs: bool
     unbias_student_log_probs_temp: float
     include_teacher_think_entropy: bool
+    top_share: float
+    log_sum_exp_temperature: float
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What may be done beside the paper's reward; `generated` and `gate` with the `reward_cfg` of that name alone."""
+
+    permute_rewards: bool
+    report_rsr: bool
+    generated: GeneratedRewardConfig | None
+    gate: ResultGateConfig | None
 
 
 @dataclass(frozen=True)
@@ -239,6 +296,8 @@ class TraceConfig:
     min_format_rate: float
     max_student_length: int
     near_duplicate_similarity: float
+    select: str
+    select_student_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -401,12 +460,22 @@ class DPOSettings(Tuning, PairConfig):
 
 
 @dataclass(frozen=True)
-class GRPOSettings(Tuning, GRPOKeys):
+class Generating(Tuning, GenerationKeys):
+    """A run that trains on what the model samples."""
+
+
+@dataclass(frozen=True)
+class DistillSettings(Generating, DistillKeys):
+    """A student learns a teacher's next-token distributions on its own samples."""
+
+
+@dataclass(frozen=True)
+class GRPOSettings(Generating, GRPOKeys):
     """A student learns from rewards of its answers."""
 
 
 @dataclass(frozen=True)
-class TeacherSettings(GRPOSettings, TeacherRewardConfig, StudentConfig):
+class TeacherSettings(GRPOSettings, TeacherRewardConfig, RewardOptions, StudentConfig):
     """A teacher learns from a student's understanding."""
 
 
@@ -416,7 +485,7 @@ class Sampling(RunConfig, ModelConfig, DataConfig, SamplingConfig):
 
 
 @dataclass(frozen=True)
-class CollectSettings(Sampling, TeacherRewardConfig, StudentConfig, TraceConfig):
+class CollectSettings(Sampling, TeacherRewardConfig, RewardOptions, StudentConfig, TraceConfig):
     """A teacher's traces become a student's data."""
 
 
@@ -460,6 +529,7 @@ class Profile:
         learns_from: what its rows are: questions with solutions, their traces, pairs of those, or packed text.
         learner: whose answer a trace becomes.
         teaches: its completions are explanations, rewarded by a student's understanding.
+        distils: a frozen teacher reads its completions; there are no rewards and no reference model.
         stages: it is a list of other runs.
         asks: its questions must not be among those that a model was trained on.
         prepares: it makes rows of sources, stage by stage, and does again what changed.
@@ -467,11 +537,12 @@ class Profile:
     """
 
     settings: type[RunConfig]
-    config: Literal["grpo", "sft", "dpo", "pretrain"] | None = None
+    config: Literal["grpo", "sft", "dpo", "pretrain", "distill"] | None = None
     generates: bool = False
     learns_from: Literal["questions", "traces", "pairs", "text"] | None = None
     learner: Literal["teacher", "student"] | None = None
     teaches: bool = False
+    distils: bool = False
     stages: bool = False
     asks: bool = False
     prepares: bool = False
@@ -496,10 +567,19 @@ PROFILES = {
     "teacher_grpo": Profile(
         TeacherSettings, config="grpo", generates=True, learns_from="questions", learner="teacher", teaches=True
     ),
+    "distill": Profile(
+        DistillSettings, config="distill", generates=True, learns_from="questions", learner="student", distils=True
+    ),
     "collect": Profile(CollectSettings, teaches=True, job="collect"),
     "evaluate": Profile(EvaluateSettings, asks=True, job="evaluate"),
     "pipeline": Profile(PipelineSettings, stages=True, job="pipeline"),
     "prepare": Profile(PrepareSettings, prepares=True, job="prepare"),
+}
+# Parts of settings that only some `reward_cfg` have: the class of each, and a key that no other part has.
+REWARD_PARTS: dict[str, tuple[type, str]] = {
+    "verified": (VerifiedRewardConfig, "answer_weight"),
+    "generated": (GeneratedRewardConfig, "answers_per_explanation"),
+    "gate": (ResultGateConfig, "wrong_result_penalty"),
 }
 MOVED = {"rewards.exact.exact_answer": "rlt.rewards.exact.exact_answer"}  # dotted paths in older runs' folders
 
@@ -526,8 +606,14 @@ def profile_of(config: dict[str, Any]) -> Profile:
 def own_keys(settings: type) -> dict[str, Any]:
     """{key: annotation} of a settings class; keys that only some of its runs have are in it too."""
     hints = get_type_hints(settings)
-    keys = {field.name: hints[field.name] for field in fields(settings) if field.name not in ("trl", "verified")}
-    return {**keys, **get_type_hints(VerifiedRewardConfig)} if "verified" in hints else keys
+    keys = {field.name: hints[field.name] for field in fields(settings) if field.name not in ("trl", *REWARD_PARTS)}
+    parts = [cls for part, (cls, _) in REWARD_PARTS.items() if part in hints]
+    return keys | {key: kind for cls in parts for key, kind in get_type_hints(cls).items()}
+
+
+def picked_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the settings whose own key is set; None for the others."""
+    return {part: pick(config, cls) if key in config else None for part, (cls, key) in REWARD_PARTS.items()}
 
 
 def settings_of(config: dict[str, Any], trl: Iterable[str] = ()) -> Any:
@@ -541,7 +627,7 @@ def settings_of(config: dict[str, Any], trl: Iterable[str] = ()) -> Any:
     """
     cls = profile_of(config).settings
     given: dict[str, Any] = {**config, "trl": MappingProxyType({key: config[key] for key in trl if key in config})}
-    given["verified"] = pick(config, VerifiedRewardConfig) if "answer_weight" in config else None
+    given |= picked_parts(config)
     for field in fields(cls):
         if field.name not in given:
             raise Refused(f"{field.name} is not set, and a {config['trainer']} run needs it")

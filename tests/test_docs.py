@@ -11,18 +11,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from rlt.commands import serve
+from rlt.commands.score import ScoreSettings
 from rlt.launching.environment import SHARDINGS
 from rlt.places import CFGS
 from rlt.planning.checks import key_names
 from rlt.runs import folder
-from rlt.schema import TeacherRewardConfig
+from rlt.schema import own_keys
 
 PAGES = (
     "README.md",
@@ -37,7 +37,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SETTING = re.compile(r"^[+]*([a-z][a-z0-9_]*)=")
 OF_RECIPES = {"base_url", "largest", "steps", "questions", "samples", "max_tokens", "held_out", "folder", "name"}
 OF_CLIENTS = {"merged", "loss_fn"}
-OF_SCORE = {"input", "output", "teacher_model", "student_model", "temperature", "dtype"}
+OF_SCORE = own_keys(ScoreSettings).keys()
 TREE = re.compile(
     r"^(?:rlt|trainers|backends|cfgs|docs|tests|benchmarks|recipes|scripts|accelerate_configs|\.github)/[\w./-]*$"
 )
@@ -197,15 +197,7 @@ def commands_of(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_a_page_names_is_a_key(page):
     groups = {path.name for path in CFGS.iterdir() if path.is_dir()} | {"reward_cfg"}
-    known = (
-        key_names()
-        | groups
-        | OF_SCORE
-        | set(serve.USAGE)
-        | OF_RECIPES
-        | OF_CLIENTS
-        | {field.name for field in fields(TeacherRewardConfig)}
-    )
+    known = key_names() | groups | OF_SCORE | set(serve.USAGE) | OF_RECIPES | OF_CLIENTS
     named = {word for command in commands_of(page) for word in command}
     named |= {word for text in INLINE.findall(text_of(page)) for word in text.split()}
     settings = {match.group(1) for word in named if (match := SETTING.match(word))}

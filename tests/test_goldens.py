@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_reductions import PAPER
 
 from rlt.logprobs import token_log_probs
 from rlt.models.embedded import embedded_model_path
@@ -45,7 +46,7 @@ def teacher_system(case: dict) -> str:
 def test_rewards_and_parts_equal_the_reference(models, name):
     tokenizer, student, teacher = models
     cases = [case for case in GOLDENS["cases"] if case["config"] == name]
-    config = TeacherRewardConfig(**{**GOLDENS["base_config"], **GOLDENS["configs"][name]})
+    config = TeacherRewardConfig(**{**vars(PAPER), **GOLDENS["base_config"], **GOLDENS["configs"][name]})
     style = load_format("stratos")
     rows = [
         {

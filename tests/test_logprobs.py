@@ -239,7 +239,7 @@ def test_the_head_is_trls_kernel_in_numbers():
     bias, targets, upstream = torch.randn(VOCABULARY, requires_grad=True), torch.arange(7), torch.randn(7)
     found = []
     for apply in (
-        lambda: _LinearHead.apply(hidden, weight, bias, targets, 1 / 0.7, 3, True),
+        lambda: _LinearHead.apply(hidden, weight, bias, targets, 1 / 0.7, 3, "value"),
         lambda: ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 20, None, 1.0, ("entropy",))[:2],
     ):
         log_probs, entropies = apply()

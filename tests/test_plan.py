@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_reductions import PAPER
 
 from rlt.commands.begin import show
 from rlt.commands.torchrun import forget_place
@@ -264,7 +265,7 @@ def test_every_key_with_a_range_is_a_number_that_some_run_has():
 
 
 def test_the_names_that_the_plan_admits_are_those_that_the_rewards_have():
-    assert set(checks.REDUCTIONS) == reductions.REDUCTIONS.keys()
+    assert set(checks.REDUCTIONS) == reductions.reductions_of(PAPER).keys()
     assert set(checks.NORMALIZERS) == reductions.NORMALIZERS.keys()
     assert set(checks.VERIFIERS) == {"auto", *verifiers.CHECKS}
     every = dict.fromkeys(checks.VERIFIED.values(), 0.5)

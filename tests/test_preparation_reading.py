@@ -11,12 +11,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from conftest import ROOT
-from preparation import dropped, kept, run, settings_of, write_rows
+from preparation import dropped, kept, questions, run, settings_of, write_rows
 
 from rlt.errors import Refused
 from rlt.formats import FORMATS, Options, apply
 from rlt.formats.corpora import CORPORA, corpus_rows
-from rlt.formats.inputs import Source, check_inputs, files_of, parse_sources
+from rlt.formats.inputs import TASK_BYTES, Source, check_inputs, files_of, inputs_of, parse_sources
 from rlt.formats.readers import Bad, Reader, rows_of
 from rlt.formats.record import Dropped
 from rlt.preparation.prerequisites import check_machine
@@ -253,6 +253,20 @@ def test_a_place_that_holds_no_file_is_refused(tmp_path, name, said):
     written(tmp_path, "a.md", b"")
     with pytest.raises(Refused, match=said):
         check_inputs(parse_sources([str(tmp_path / name)]))
+
+
+def test_small_files_are_read_some_at_a_time_and_each_row_keeps_the_number_of_its_file(tmp_path):
+    (tmp_path / "many").mkdir()
+    for number in range(40):
+        write_rows(tmp_path / "many" / f"{number:02d}.jsonl", questions(3, 3 * number))
+    (tmp_path / "many" / "40.jsonl").write_text("x" * TASK_BYTES)
+    (tmp_path / "many" / "41.jsonl").write_text("{}")
+    given = inputs_of([str(tmp_path / "many")])
+    assert [[number for number, _ in one.files] for one in given] == [[*range(41)], [41]]
+    (tmp_path / "many" / "40.jsonl").unlink()
+    (tmp_path / "many" / "41.jsonl").unlink()
+    rows = kept(read_all(tmp_path, str(tmp_path / "many")))
+    assert [row["id"].split(":")[1] for row in rows] == [f"{file}-{row}" for file in range(40) for row in range(3)]
 
 
 def test_one_file_under_two_names_is_refused(tmp_path):

@@ -1,8 +1,10 @@
 """The split: by group, by a hash that nothing else moves."""
 
+import pytest
 from preparation import kept, run, settings_of, write_rows
 from stage_alone import chat_record, run_alone, text_record
 
+from rlt.errors import Refused
 from rlt.preparation.split import Split
 
 
@@ -12,6 +14,11 @@ def split_of(rows: list[dict]) -> dict[str, str]:
 
 def grouped(count: int, of_each: int) -> list[dict]:
     return [text_record(n, f"{n}", meta={"group": f"problem {n // of_each}"}) for n in range(count)]
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(Refused, match="validation_share=1 holds every row out"):
+        Split(settings_of(tmp_path, ["a.jsonl"], validation_share=1.0)).check()
 
 
 def test_rows_of_one_group_stand_on_one_side_and_the_share_is_near_what_was_asked(tmp_path):

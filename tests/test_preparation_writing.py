@@ -128,7 +128,7 @@ def test_no_file_of_an_earlier_run_stays(tmp_path):
     prepared(tmp_path, path, engine_tasks=3, validation_share=0.5)
     prepared(tmp_path, path, engine_tasks=1)
     names = sorted(file.name for file in (tmp_path / "out" / "prepared").iterdir())
-    assert names == ["train-00000.jsonl", "validation-00000.jsonl"]
+    assert names == ["train-00000.jsonl"]
     assert len(load_rows(str(tmp_path / "out")).rows) == 4
 
 

@@ -24,6 +24,8 @@ PAPER = TeacherRewardConfig(
     unbias_teacher_log_probs=True,
     unbias_student_log_probs_temp=0.7,
     include_teacher_think_entropy=True,
+    top_share=0.1,
+    log_sum_exp_temperature=1.0,
 )
 
 

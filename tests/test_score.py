@@ -110,3 +110,12 @@ def test_a_line_that_is_not_json_is_named(rows, tmp_path, tiny_teacher, tiny_stu
     rows.write_text(rows.read_text() + "{oops\n")
     done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student)
     assert "line 3 is not JSON" in done.stderr
+
+
+def test_a_reward_is_chosen_by_its_name_and_the_ratio_is_told(rows, tmp_path, tiny_teacher, tiny_student):
+    done = score(rows, tmp_path / "out.jsonl", tiny_teacher, tiny_student, "reward_cfg=spike", "report_rsr=true")
+    assert done.returncode == 0, done.stderr
+    one, two = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = -(3 * one["reasoning_kl_mean"] + 0.3 * one["reasoning_kl_top_share"])
+    assert one["kl_reward"] == pytest.approx(expected)
+    assert one["rsr"] > 0 and len(two["rsr"]) == 2

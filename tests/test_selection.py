@@ -16,6 +16,8 @@ CONFIG = TraceConfig(
     min_format_rate=0.05,
     max_student_length=100,
     near_duplicate_similarity=0.9,
+    select="reward",
+    select_student_tokens=None,
 )
 
 

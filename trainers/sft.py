@@ -15,6 +15,7 @@ from trainers.curriculum import CurriculumSampler, FollowsCurriculum
 from trainers.packed import sequences_of
 from trainers.recovery import RecoversMemory
 from trainers.stopping import GivesUpSteps
+from trainers.surprisal import surprisal_weights
 
 
 class SFTTrainer(FollowsCurriculum, GivesUpSteps, trl.SFTTrainer, RecoversMemory):
@@ -47,7 +48,11 @@ class SFTTrainer(FollowsCurriculum, GivesUpSteps, trl.SFTTrainer, RecoversMemory
         sequences, counted = sequences_of(inputs)
         inner = self.accelerator.unwrap_model(model)
         log_probs, _ = self._read(model, inner, sequences, counted, sharded=is_sharded(self.accelerator))
-        loss = -torch.cat(log_probs).sum()
+        log_probs_N = torch.cat(log_probs)
+        if self.args.max_surprisal is not None and torch.is_grad_enabled():  # the held-out loss is of all tokens
+            weights_N = surprisal_weights(log_probs_N, self.args.max_surprisal, self.args.surprising_weight)
+            log_probs_N = log_probs_N * weights_N  # and divided by as many tokens as without weights
+        loss = -log_probs_N.sum()
         if num_items_in_batch is None:
             loss = loss / sum(map(len, counted))
         else:  # of all ranks, over which gradients are averaged

@@ -5,6 +5,8 @@ the policy's own gives the teacher's log-probs, the reference's those of a stude
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,16 @@ import torch
 from trl.trainer.utils import use_adapter
 
 from rlt.errors import Refused
+from rlt.generation.answering import write_answers
+from rlt.generation.seeds import request_seed
+from rlt.logprobs import LogProbs
 from rlt.models.residence import resident
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
+from rlt.rewards.permuted import permuted_within_groups
+from rlt.rewards.terms import CHECKED, AddedTerms
 from rlt.rewards.tokens import token_columns
-from rlt.schema import TeacherRewardConfig
+from rlt.schema import RewardOptions, TeacherRewardConfig
 from trainers.grpo import GRPOTrainer, Rider
 
 ROW_KEYS = ("question", "solution", "teacher_system_prompt", "student_system_prompt")
@@ -34,6 +41,7 @@ class Batch:
        indices of explanation tokens among what the pass returned of row i; None where the teacher's reading is cut
        into other tokens than were sampled, and rode along as a sequence of its own.
     4. `student_log_probs`: the reference's pass has read the students' texts, where the student is the reference.
+       With `report_rsr` the student's pass is one of its own, which gives ranks too.
     5. TRL calls `teacher_reward`, which asks for log-probs and is given those of 3 and 4.
 
     The next batch begins with another object. Passes that TRL does not make leave their fields at None; the reward
@@ -55,6 +63,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student_tokenizer: of a student that has one of its own.
         style: tags and prompts.
         reward_config: coefficients, reductions, temperatures.
+        options: what is done beside; None: nothing.
         more_rewards: functions of TRL's signature, added with `reward_weights`.
         other arguments: as in `GRPOTrainer`; rows need `question` and `solution`.
     """
@@ -65,10 +74,12 @@ class TeacherGRPOTrainer(GRPOTrainer):
         student,
         style: ReasoningFormat,
         reward_config: TeacherRewardConfig,
+        options: RewardOptions | None = None,
         student_tokenizer=None,
         more_rewards=(),
         **kwargs,
     ):
+        self.options = options
         self.student = student
         self._batch: Batch | None = None
         super().__init__(*args, reward_funcs=[self.teacher_reward, *more_rewards], **kwargs)
@@ -84,7 +95,18 @@ class TeacherGRPOTrainer(GRPOTrainer):
             teacher_log_probs=self._teacher_log_probs,
             student_log_probs=self._student_log_probs,
             student_tokenizer=student_tokenizer,
+            student_ranked=self._student_ranked if options is not None and options.report_rsr else None,
         )
+
+        if options is not None and options.generated is not None and student is None and self._sharded:
+            raise Refused(
+                "reward_cfg=generated: the student is the reference model, whose shards cannot answer: name another "
+                "student_model, or train with ddp"
+            )
+        self.terms: AddedTerms | None = None
+        if options is not None:
+            read = student_tokenizer or self.processing_class
+            self.terms = AddedTerms(options, style, read, self._student_writes, self.args.ddp_timeout)
 
     def _generate_and_score_completions(self, inputs):
         # Extended by what the reward needs to know of the batch meanwhile.
@@ -101,6 +123,14 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self._batch.readings = self.reward.read(self._batch.rows, texts)
         return generated
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # Extended for a control run, whose completions get rewards of their siblings.
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.options is not None and self.options.permute_rewards and self.model.training:
+            seed = request_seed(self.args.seed, "permuted", self._questions_before(self._step))
+            rewards[:, 0] = permuted_within_groups(rewards[:, 0], self.num_generations, seed)  # of all ranks
+        return rewards
+
     def teacher_reward(self, prompts, completions, completion_ids, log_extra, log_metric, **columns):
         """TRL's reward-function signature; None where a reward is not finite."""
         readings = self._batch.readings if self._batch is not None else None
@@ -111,6 +141,12 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 [dict(zip(present, row, strict=True)) for row in values], [str(text) for text in completions]
             )
         scored = self.reward.score_readings(readings)
+        if self.terms is not None:
+            keys = [key for key in CHECKED if key in columns]
+            rows = [dict(zip(keys, values, strict=True)) for values in zip(*(columns[k] for k in keys), strict=True)]
+            texts, seeds = [str(text) for text in completions], self._request_seeds(len(completions))
+            seeds = [request_seed(seed, "answers") for seed in seeds]
+            scored = self.terms(rows, texts, readings, scored, seeds)
         self._log_parts(scored, log_extra, log_metric)
         matched = [reading.matched for reading in readings]
         log_extra("matched", matched)
@@ -148,7 +184,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self._log_reuse(1 - len(anew) / len(sequences))
             asked = (batch.readings[row] for row in anew)
             return [Rider(r.teacher.ids, r.teacher_counted, self.temperature) for r in asked]
-        if which == "reference" and self.student is None:
+        if which == "reference" and self.student is None and self.reward.student_ranked is None:
             temperature = self.reward.student_temperature
             return [Rider(r.student.ids, r.student_counted, temperature) for r in batch.readings]
         return []
@@ -178,16 +214,35 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def _student_log_probs(self, sequences, counted, temperature) -> list[torch.Tensor]:
         if self._batch is not None and self._batch.student_log_probs is not None:
             return self._batch.student_log_probs
+        with self._frozen_student() as (student, _):
+            return self._frozen_log_probs(student, sequences, counted, temperature)
+
+    def _student_ranked(self, sequences, counted, temperature) -> LogProbs:
+        with self._frozen_student() as (student, sharded), torch.no_grad():
+            how = {"temperature": temperature, "sharded": sharded, "entropy": "rank"}
+            return self._read(student, student, sequences, counted, **how)
+
+    def _student_writes(self, prompts: list[list[int]], seeds: list[list[int]]) -> list[list[list[int]]]:
+        """The frozen student's answers, by a loop of its own: the engine holds the policy."""
+        assert self.options is not None and self.options.generated is not None
+        with self._frozen_student() as (student, _), self.accelerator.autocast():
+            how = self.reward.student_tokenizer, self.reward.style, self.options.generated
+            return write_answers(student, *how, prompts, seeds, self.args.logprob_token_budget)
+
+    @contextmanager
+    def _frozen_student(self) -> Iterator[tuple[Any, bool]]:
+        """The student where it computes, and whether its passes are collective."""
         if self.student is not None:
             with resident(self.student, self.accelerator.device, self.args.offload_untrained_models):
-                return self._frozen_log_probs(self.student, sequences, counted, temperature)
-        if self.ref_model is not None:
+                yield self.student, False
+        elif self.ref_model is not None:
             reference: Any = self.accelerator.unwrap_model(self.ref_model)
             with resident(reference, self.accelerator.device, self._reference_waits):
-                return self._frozen_log_probs(reference, sequences, counted, temperature)
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            return self._frozen_log_probs(policy, sequences, counted, temperature)
+                yield reference, self._sharded
+        else:
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield policy, self._sharded
 
     @torch.no_grad()
     def _frozen_log_probs(self, model, sequences, counted, temperature) -> list[torch.Tensor]:

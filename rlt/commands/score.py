@@ -7,14 +7,18 @@ Each row of the input (JSONL, JSON, CSV or Parquet) has `question`, `solution`, 
 `reward`, `solution_log_prob_reward`, `kl_reward`, `match_reward` and the reductions by name: numbers for a
 `completion`, lists for `completions`, which get their `rank` and the `best_index` too. Of these a table by source
 follows (a list `sources` in each row says who wrote which; else it is by place): how many questions each won, mean rank
-and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training.
+and reward, also in `OUTPUT.ranking.json`. Reward keys are overrides, as in training; `reward_cfg` is one, too.
+
+    python score.py input=results/collect_tiny/all/traces.parquet output=chosen.jsonl select=rsr
+
+Without models the best completion of each question is chosen, by scores that the rows have: a student's data.
 """
 
 import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +28,17 @@ from omegaconf import MissingMandatoryValue
 
 from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
+from rlt.generation.seeds import request_seed
 from rlt.places import CFGS
-from rlt.planning.checks import check_reward, check_types
-from rlt.planning.configuration import as_dict, read_overrides
+from rlt.planning.checks import check_reward, check_reward_options, check_types
+from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, read_overrides
 from rlt.planning.machine import check_models_exist
+from rlt.planning.ranges import check_ranges
 from rlt.prompts.styles import load_format
 from rlt.runs.durable import write_whole, written_whole
-from rlt.schema import TeacherRewardConfig, pick
-from rlt.traces.ranking import ranks, sources_of, summary, table
+from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts
+from rlt.traces.ranking import check_select, ranks, sources_of, summary, table, worth
+from rlt.traces.scored import select_scored
 
 DTYPES = ("float32", "bfloat16")
 USAGE = (
@@ -49,8 +56,11 @@ class ScoreConfig:
 
     input: str
     output: str
-    teacher_model: str
-    student_model: str
+    teacher_model: str | None
+    student_model: str | None
+    select: str
+    select_student_tokens: int | None
+    seed: int
     temperature: float
     dtype: str
     reasoning_format: str
@@ -59,7 +69,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class ScoreSettings(ScoreConfig, TeacherRewardConfig):
+class ScoreSettings(ScoreConfig, TeacherRewardConfig, RewardOptions):
     """The keys of a scoring."""
 
 
@@ -69,10 +79,15 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
     Raises:
         Refused: it cannot.
     """
-    check_types(config, (ScoreSettings,))
-    settings = pick(config, ScoreSettings)
+    check_types(config, (ScoreSettings, *(cls for cls, _ in REWARD_PARTS.values())))
+    check_ranges(config)
+    settings = pick({**config, **picked_parts(config)}, ScoreSettings)
     check_reward(settings)
+    check_reward_options(settings)
+    if settings.permute_rewards:
+        raise Refused("permute_rewards=true: it is for training; set select=random for completions drawn by chance")
     load_format(settings.reasoning_format)
+    check_selection(settings)
     if settings.temperature <= 0:
         raise Refused(f"temperature={settings.temperature} must be above 0")
     if settings.dtype not in DTYPES:
@@ -84,8 +99,24 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
             raise Refused(f"output={settings.output}: {path} exists and would be overwritten: name another file")
     if not Path(settings.output).absolute().parent.is_dir():
         raise Refused(f"output={settings.output}: its folder does not exist")
-    check_models_exist({key: getattr(settings, key) for key in MODELS})
+    check_models_exist({key: getattr(settings, key) for key in MODELS if getattr(settings, key)})
     return settings
+
+
+def check_selection(settings: ScoreSettings) -> None:
+    """How completions are ranked, and whether they are scored for it.
+
+    Raises:
+        Refused: the selector lacks what it selects by.
+    """
+    check_select(settings.select)
+    named = [key for key in MODELS if getattr(settings, key)]
+    if len(named) == 1:
+        raise Refused(f"{named[0]} alone: name teacher_model and student_model, or neither for rows that are scored")
+    if named and settings.select in ("likelihood", "rsr") and not settings.report_rsr:
+        raise Refused(f"select={settings.select} needs the student's log-probs and ranks: set report_rsr=true")
+    if named and settings.select_student_tokens is not None:
+        raise Refused("select_student_tokens: score the rows first, then select from them without the models")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -152,7 +183,7 @@ def load_tokenizers(settings: ScoreSettings) -> tuple[Any, Any]:
 
 
 def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
-    """The teacher reward over the two models of the configuration.
+    """The teacher reward over the two models of the configuration, and the student.
 
     Args:
         tokenizers: as `load_tokenizers` gives them.
@@ -163,6 +194,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     from rlt.models.loading import load_frozen, load_student
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
+    from rlt.survival.readings import lasting_ranked_log_probs
 
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,7 +202,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = on(device, load_frozen(paths[0], **options))
     student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizers[1], **options))
-    return TeacherReward(
+    reward = TeacherReward(
         tokenizers[0],
         load_format(settings.reasoning_format),
         settings,
@@ -178,7 +210,25 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
         log_prob_function(teacher, settings.logprob_token_budget),
         log_prob_function(student, settings.logprob_token_budget),
         tokenizers[1],
+        partial(lasting_ranked_log_probs(settings.logprob_token_budget), student) if settings.report_rsr else None,
     )
+    return reward, student
+
+
+def added_terms(settings: ScoreSettings, student, tokenizer):
+    """What `reward_cfg` adds to the rewards."""
+    from rlt.generation.answering import write_answers
+    from rlt.rewards.terms import AddedTerms
+
+    style = load_format(settings.reasoning_format)
+
+    def write(prompts, seeds):
+        assert settings.generated is not None
+        return write_answers(
+            student, tokenizer, style, settings.generated, prompts, seeds, settings.logprob_token_budget
+        )
+
+    return AddedTerms(settings, style, tokenizer, write)
 
 
 def contexts(settings: ScoreSettings) -> dict[str, int]:
@@ -235,6 +285,18 @@ def check_context(place: str, readings: list, longest: dict[str, int]) -> None:
                 )
 
 
+def select_file(settings: ScoreSettings) -> str:
+    """Write the best completion of each question, by scores that the rows have. Returns what to say of it."""
+    rows = list(read_lines(Path(settings.input)))
+    style = load_format(settings.reasoning_format)
+    how = settings.select, settings.seed, settings.select_student_tokens
+    kept, dropped = select_scored(rows, style, *how, f"input={settings.input}")
+    with written_whole(Path(settings.output)) as aside, aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in kept)
+    said = "".join(f"; out: {count} {reason}" for reason, count in dropped.items())
+    return f"{len(kept)} of {len(rows)} rows selected by {settings.select}, written to {settings.output}{said}\n"
+
+
 def score_file(settings: ScoreSettings) -> str:
     """Score every line; the output appears when all of it is written. Returns what to say of it."""
     rows = list(read_lines(Path(settings.input)))
@@ -242,17 +304,26 @@ def score_file(settings: ScoreSettings) -> str:
         raise Refused(f"input={settings.input} has no line to score")
     tokenizers = load_tokenizers(settings)
     check_readings(settings, rows, tokenizers)
-    reward = build_reward(settings, tokenizers)
+    reward, student = build_reward(settings, tokenizers)
+    terms = added_terms(settings, student, tokenizers[1])
     output = Path(settings.output)
     count, ranked = 0, []
     with written_whole(output) as aside, aside.open("w", encoding="utf-8") as file:
-        for row in rows:
+        for number, row in enumerate(rows):
             answers = _answers(row)
-            scored = [s.as_dict() for s in reward.score([row] * len(answers), answers)]
+            readings = reward.read([row] * len(answers), answers)
+            seeds = [request_seed(settings.seed, "score", number, place) for place in range(len(answers))]
+            scored = terms([row] * len(answers), answers, readings, reward.score_readings(readings), seeds)
+            scored = [s.as_dict() for s in scored]
+            if settings.report_rsr:
+                sizes = [len(reading.student.ids) for reading in readings]
+                scored = [{**one, "student_tokens": size} for one, size in zip(scored, sizes, strict=True)]
             named = {name: [s[name] for s in scored] for name in scored[0]}
             if row.get("completions") is not None:
-                places = ranks(named["reward"])
-                added = {**named, "rank": places, "best_index": best_index(named["reward"], places)}
+                each = [{"question": row["question"], **one} for one in scored]
+                values = [worth(one, settings.select, settings.seed, place) for place, one in enumerate(each)]
+                places = ranks(values)
+                added = {**named, "rank": places, "best_index": best_index(values, places)}
                 ranked.append((sources_of(row, len(answers)), named["reward"]))
             else:
                 added = {name: values[0] for name, values in named.items()}
@@ -278,20 +349,36 @@ def ranking_file(output: Path) -> Path:
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="score")
 def job(cfg) -> None:
     try:
-        said = score_file(checked(as_dict(cfg, throw_on_missing=True)))
+        settings = checked(as_dict(cfg, throw_on_missing=True))
+        said = score_file(settings) if settings.teacher_model else select_file(settings)
     except MissingMandatoryValue as error:
-        fail(ValueError(f"{error.full_key} is not given: input, output, teacher_model and student_model are needed"))
+        fail(ValueError(f"{error.full_key} is not given: input and output are needed"))
     except Refused as error:
         fail(error)
     sys.stdout.write(said)
 
 
+def arguments_for_hydra(arguments: list[str]) -> list[str]:
+    """The same, with a reward where Hydra has its group.
+
+    Raises:
+        Refused: an unknown key, or no such reward.
+    """
+    rewritten = []
+    for argument in arguments:
+        for _, name, value in read_overrides([argument], {*own_keys(ScoreSettings), "reward_cfg"}):
+            if name == "reward_cfg":
+                check_reward_names(value)
+                argument = f"{REWARDS}={value}"
+        rewritten.append(argument)
+    return rewritten
+
+
 def main() -> None:
     if len(sys.argv) == 1:
         usage(USAGE)
-    known = {f.name for cls in (ScoreConfig, TeacherRewardConfig) for f in fields(cls)}
     try:
-        read_overrides(sys.argv[1:], known)
+        sys.argv[1:] = arguments_for_hydra(sys.argv[1:])
     except Refused as error:
         fail(error)
     job()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ TEST = re.compile(r"(?<![a-z])test(?![a-z])", re.I)
 TRAINING = re.compile(r"mmlu.*auxiliary_train|mbpp.*(?<![a-z])train(?![a-z])", re.I)  # parts of them that are none
 NAMES = 3  # of a path, from its end: the file, its folder, and the folder of that
 BLOCK = 2**22
+TASK_BYTES = 2**23  # a second or two of reading
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def check_inputs(sources: list[Source]) -> list[tuple[Source, Path | None]]:
 
 
 def inputs_of(entries: list[Any]) -> list[Input]:
-    """What the tasks of the first stage read, of the key `sources`: a file each, or all of a source with
-    `max_rows` or of a format whose rows depend on one another.
+    """What the tasks of the first stage read, of the key `sources`: files of one source, each task so many that they
+    are worth a process; all of a source with `max_rows` or of a format whose rows depend on one another.
 
     Raises:
         Refused: as `check_inputs`.
@@ -223,9 +224,22 @@ def inputs_of(entries: list[Any]) -> list[Input]:
         numbered = tuple(enumerate(paths))
         several = len(paths) > 1
         grouped = source.format in FORMATS and FORMATS[source.format].group is not None
-        parts = [numbered] if source.max_rows or grouped else [(one,) for one in numbered]
+        parts = [numbered] if source.max_rows or grouped else _tasks(numbered)
         inputs += [Input(source, part, several) for part in parts]
     return inputs
+
+
+def _tasks(files: tuple[tuple[int, Path | None], ...]) -> Iterator[tuple[tuple[int, Path | None], ...]]:
+    """Neighbours go together until they have `TASK_BYTES`."""
+    some, size = [], 0
+    for number, path in files:
+        some.append((number, path))
+        size += path.stat().st_size if path is not None else 0
+        if size >= TASK_BYTES:
+            yield tuple(some)
+            some, size = [], 0
+    if some:
+        yield tuple(some)
 
 
 def fingerprint(path: Path) -> str:

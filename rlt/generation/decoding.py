@@ -1,6 +1,6 @@
 """Completions by a plain loop over a Hugging Face model and its cache: where there is no vLLM, and to the digit.
 
-S samples of one prompt with N tokens, V vocabulary, k best tokens of a position.
+S samples, of P prompts with N tokens, V vocabulary, k best tokens of a position.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 
 from rlt.errors import Refused
 from rlt.logprobs.head import best_tokens
+from rlt.logprobs.packing import batch_sequences
 from rlt.wire.values import SamplingParams
 
 BYTES_OF_A_LETTER = 4  # at most, and a token has one byte at least
@@ -86,6 +87,59 @@ def decode(
         going = [going[row] for row in kept]
         logits_SV = model(input_ids=tokens_S[kept].unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
     return drawn
+
+
+@torch.no_grad()
+def decode_many(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    generators: Sequence[Sequence[torch.Generator]],
+    params: SamplingParams,
+    stops: Stops,
+    most: int,
+    token_budget: int,
+) -> list[list[Drawn]]:
+    """Completions of many prompts, as many of each as it has generators (the same number everywhere).
+
+    Prompts of like length share a batch, padded on the left; each is read once. A batch holds at most `token_budget`
+    tokens, its completions and padding included, or one prompt.
+    """
+    drawn: list[list[Drawn]] = [[] for _ in prompts]
+    sizes = [range(len(each) * (len(prompt) + most)) for prompt, each in zip(prompts, generators, strict=True)]
+    for batch in batch_sequences([list(size) for size in sizes], list(range(len(prompts))), token_budget):
+        some, own = [prompts[member] for member in batch], [generators[member] for member in batch]
+        for member, found in zip(batch, _decode_batch(model, some, own, params, stops, most), strict=True):
+            drawn[member] = found
+    return drawn
+
+
+def _decode_batch(model, prompts, generators, params: SamplingParams, stops: Stops, most: int) -> list[list[Drawn]]:
+    count, width = len(generators[0]), max(map(len, prompts))
+    ids_PN = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask_PN = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    places_PN = (mask_PN.cumsum(-1) - 1).clamp(min=0)
+    read = model(input_ids=ids_PN, attention_mask=mask_PN, position_ids=places_PN, use_cache=True, logits_to_keep=1)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(count)
+    logits_SV = read.logits[:, -1].repeat_interleave(count, dim=0)
+    mask_SN = mask_PN.repeat_interleave(count, dim=0)
+    own = [generator for some in generators for generator in some]
+    drawn, going = [Drawn() for _ in own], list(range(len(own)))
+    for number in range(most):
+        tokens_S = draw(logits_SV, [own[each] for each in going], params)
+        _note(drawn, going, tokens_S, logits_SV, stops, 0)
+        kept = [row for row, each in enumerate(going) if not drawn[each].stopped]
+        if not kept or number + 1 == most:
+            break
+        if len(kept) < len(going):
+            rows = torch.tensor(kept, device=model.device)
+            cache.batch_select_indices(rows)
+            mask_SN, tokens_S = mask_SN[rows], tokens_S[rows]
+        going = [going[row] for row in kept]
+        mask_SN = torch.nn.functional.pad(mask_SN, (0, 1), value=1)
+        asked = {"attention_mask": mask_SN, "position_ids": mask_SN.sum(-1, keepdim=True) - 1}
+        logits_SV = model(input_ids=tokens_S[:, None], past_key_values=cache, use_cache=True, **asked).logits[:, -1]
+    return [drawn[first : first + count] for first in range(0, len(drawn), count)]
 
 
 def _note(drawn: list[Drawn], going: list[int], tokens_S, logits_SV, stops: Stops, best: int) -> None:

@@ -21,11 +21,12 @@ from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
 from rlt.runs.durable import as_json_lines, write_whole, written_whole
-from rlt.runs.folder import ALL_TRACES, CARD, TRACES, TRACES_AS_LINES, mark_complete
+from rlt.runs.folder import ALL_TRACES, CARD, PARTS, TRACES, TRACES_AS_LINES, mark_complete
 from rlt.runs.learned import check_held_out, write_held_out
 from rlt.runs.parts import Parts
 from rlt.schema import CollectSettings
 from rlt.traces.card import write_card
+from rlt.traces.ranking import check_columns
 from rlt.traces.selection import Selection, check_format, rank, select
 
 DEVIATIONS = 3.3  # one part in 2,000 of a teacher that just has the format often enough falls short by more
@@ -53,11 +54,12 @@ def run(plan: Plan, stop) -> None:
         write_held_out(folder, held_out)
     if parts.missing(sampler.accelerator):
         scorer, pace = build_scorer(settings, sampler, style, student_tokenizer), Pace()
+        terms = added_terms(settings, scorer, style)
 
         def make(part: range) -> list[dict]:
             if first := parts.first():  # a teacher without the format is noticed there, not after all of them
                 check_format(sum(row["matched"] for row in first), len(first), settings.min_format_rate, DEVIATIONS)
-            return answer(settings, sampler, scorer, style, asked.rows, part, pace)
+            return answer(settings, sampler, scorer, terms, style, asked.rows, part, pace)
 
         parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
@@ -112,7 +114,7 @@ class Pace:
 def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, student_tokenizer):
     from rlt.models.loading import load_student
     from rlt.models.paths import resolve_model_path
-    from rlt.survival.readings import lasting_log_probs
+    from rlt.survival.readings import lasting_log_probs, lasting_ranked_log_probs
     from rlt.traces.scoring import TraceScorer
 
     assert settings.student_model is not None  # the plan refuses it
@@ -132,11 +134,25 @@ def build_scorer(settings: CollectSettings, sampler, style: ReasoningFormat, stu
         settings.temperature,
         lasting_log_probs(settings.logprob_token_budget),
         student_tokenizer,
+        lasting_ranked_log_probs(settings.logprob_token_budget) if settings.report_rsr else None,
     )
 
 
+def added_terms(settings: CollectSettings, scorer, style: ReasoningFormat):
+    """What `reward_cfg` adds to the traces' rewards; its answers are the scorer's student's."""
+    from rlt.generation.answering import write_answers
+    from rlt.rewards.terms import AddedTerms
+
+    def write(prompts, seeds):
+        assert settings.generated is not None
+        how = scorer.reward.student_tokenizer, style, settings.generated
+        return write_answers(scorer.student, *how, prompts, seeds, settings.logprob_token_budget)
+
+    return AddedTerms(settings, style, scorer.reward.student_tokenizer, write, settings.ddp_timeout)
+
+
 def answer(
-    settings: CollectSettings, sampler, scorer, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
+    settings: CollectSettings, sampler, scorer, terms, style: ReasoningFormat, rows: list[dict], part: range, pace: Pace
 ) -> list[dict]:
     """Every completion of a part's questions, scored."""
     from rlt.rewards.tokens import token_columns
@@ -151,6 +167,8 @@ def answer(
     sampled, log_probs = sampler(prompts, seeds)
     sampled_at = time.monotonic()
     texts, scored = scorer.score([rows[number] for number in asked], prompts, sampled, log_probs)
+    known = [rows[number] for number in asked]
+    scored = terms(known, texts, scorer.readings, scored, [request_seed(seed, "answers") for seed in seeds])
     kill_point("scoring")
     pace.tokens += sum(map(len, sampled))
     pace.sampling_s += sampled_at - begun
@@ -171,7 +189,8 @@ def finish(plan: Plan, scored: list[dict], folder: Path, asked: Rows) -> Selecti
     """Rank, filter and write everything."""
     import pandas
 
-    ranked = rank(scored)
+    check_columns(scored, plan.settings.select, f"{folder}/{PARTS}")
+    ranked = rank(scored, plan.settings.select, plan.settings.seed)
     (folder / ALL_TRACES).parent.mkdir(exist_ok=True)
     with written_whole(folder / ALL_TRACES) as aside:
         pandas.DataFrame(ranked).to_parquet(aside)

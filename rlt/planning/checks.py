@@ -17,8 +17,12 @@ from rlt.planning.trl_fields import base_names, fields_of, read_table
 from rlt.runs.hidden import secrets_in
 from rlt.schema import (
     PROFILES,
+    REWARD_PARTS,
+    DistillSettings,
     EvaluateSettings,
+    Generating,
     GRPOSettings,
+    RewardOptions,
     RunConfig,
     Sampling,
     StudentConfig,
@@ -27,15 +31,21 @@ from rlt.schema import (
     TeacherSettings,
     Training,
     Tuning,
-    VerifiedRewardConfig,
+    VerifierKeys,
     own_keys,
 )
 
-REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile")
+REDUCTIONS = ("mean", "sum", "min", "max", "median", "first_quartile", "last_quartile", "top_share", "log_sum_exp")
 VERIFIERS = ("auto", "math", "expression", "exact", "choice", "generator")
 NORMALIZERS = ("none", "exp", "exp_norm")
 # The functions of rewards/verified.py, in their order, and the keys of their weights.
 VERIFIED = {"answer_reward": "answer_weight", "format_reward": "format_weight", "length_penalty": "length_weight"}
+# What chooses each part of the reward.
+CHOSEN_BY = {
+    "verified": "a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier",
+    "generated": "of the student's answers: set reward_cfg=generated",
+    "gate": "of the gate: set reward_cfg=gated",
+}
 # Set by the plan from train_batch_size, generation_aggregation_steps and the files' own places.
 DERIVED = {
     "gradient_accumulation_steps": "train_batch_size",
@@ -64,10 +74,16 @@ GRPO_FIXED = (
     *("vllm_group_port", "max_tool_calling_iterations", "log_multimodal"),  # of what no run here does
 )
 COMPILED = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # of a call that only pretraining makes
+# And those of distillation, whose teacher and loss are of here (trainers/distillation.py).
+DISTILL_FIXED = (
+    *("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "pad_to_multiple_of"),
+    *("eval_delay", "eval_on_start", "log_completions", "max_tool_calling_iterations", "vllm_group_port"),
+)
 FIXED_BY_CONFIG = {
     "sft": (*SFT_FIXED, *COMPILED),
     "grpo": (*GRPO_FIXED, *COMPILED),
     "dpo": COMPILED,
+    "distill": (*DISTILL_FIXED, *COMPILED),
     "pretrain": SFT_FIXED,
 }
 
@@ -112,19 +128,28 @@ def check_keys(config: dict[str, Any]) -> None:
             raise Refused(f"{key}: runs here need it as it is; leave it out")
     _check_values(config, known)
     check_ranges(config)
-    wanted = fields_of(VerifiedRewardConfig).keys()
-    if (
-        "verified" in fields_of(PROFILES[trainer].settings)
-        and (verifies := config.keys() & wanted)
-        and verifies != wanted
-    ):
-        raise Refused(f"{min(verifies)} is a verifier's: set trainer_cfg=grpo_verifier, or teacher_grpo_verifier")
+    check_parts_of_reward(config)
     for key, choices in read_table()["choices"].items():
         if config.get(key) not in (None, *choices):
             close = difflib.get_close_matches(str(config[key]), choices, n=3) or choices
             raise Refused(f"{key}={config[key]} does not exist: use {', '.join(close)}")
     if config["restarts"] < 0:
         raise Refused(f"restarts={config['restarts']} must not be negative; 0: a crash ends the run")
+
+
+def check_parts_of_reward(config: dict[str, Any]) -> None:
+    """Keys that belong to a part of the reward come with all of its keys.
+
+    Raises:
+        Refused: the part is not chosen, or only some of its keys are there.
+    """
+    chosen = {part: cls for part, (cls, key) in REWARD_PARTS.items() if key in config}
+    complete = {key for cls in chosen.values() if not fields_of(cls).keys() - config.keys() for key in fields_of(cls)}
+    for part, (cls, _) in REWARD_PARTS.items():
+        if part in fields_of(PROFILES[config["trainer"]].settings):
+            own = fields_of(cls).keys() - fields_of(PROFILES[config["trainer"]].settings).keys()
+            if alone := config.keys() & own - complete:
+                raise Refused(f"{min(alone)} is {CHOSEN_BY[part]}")
 
 
 def check_types(config: dict[str, Any], classes: tuple[type, ...]) -> None:
@@ -225,10 +250,11 @@ def check_batch_arithmetic(settings: Training, devices: int) -> int:
     return total // (each * devices)
 
 
-def check_groups(settings: GRPOSettings, devices: int, generation_steps: int) -> None:
+def check_groups(settings: Generating, devices: int, generation_steps: int) -> None:
     size = settings.num_generations
     total, batch = settings.train_batch_size, settings.per_device_train_batch_size * devices * generation_steps
-    fits = [n for n in range(2, batch + 1) if batch % n == 0 and total % n == 0]
+    fewest = 1 if settings.profile.distils else 2  # rewards are compared within a group
+    fits = [n for n in range(fewest, batch + 1) if batch % n == 0 and total % n == 0]
     if size not in fits:
         raise Refused(
             f"num_generations={size} does not divide the batch of {batch} completions generated at once "
@@ -248,25 +274,28 @@ def _context_of(name: str | None) -> int | None:
     return found.get("text_config", found).get("max_position_embeddings")
 
 
-def context_length(settings: GRPOSettings | Sampling) -> int:
-    """The longest text of the model and of its student, from local folders' config.json where there are any."""
+def context_length(settings: Generating | Sampling) -> int:
+    """The longest text of the model and of its student or teacher, from local folders' config.json where there are
+    any."""
     own = _context_of(settings.model_name_or_path) or settings.model_max_length
-    student = settings.student_model if isinstance(settings, StudentConfig) else None
-    return min(own, _context_of(student) or own)
+    other = settings.student_model if isinstance(settings, StudentConfig) else None
+    other = settings.teacher_model if isinstance(settings, DistillSettings) else other
+    return min(own, _context_of(other) or own)
 
 
-def check_context(settings: GRPOSettings | Sampling) -> None:
+def check_context(settings: Generating | Sampling) -> None:
     prompt, completion, context = settings.max_prompt_length, settings.max_completion_length, context_length(settings)
     if completion is None or completion < 1:
         raise Refused(f"max_completion_length={completion} must be positive")
+    other = "teacher" if isinstance(settings, DistillSettings) else "student"
     if prompt + completion > context:
         raise Refused(
             f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the context of {context} "
-            f"tokens, the model's or its student's: max_completion_length may be up to {context - prompt}"
+            f"tokens, the model's or its {other}'s: max_completion_length may be up to {context - prompt}"
         )
 
 
-def check_lengths(settings: GRPOSettings) -> None:
+def check_lengths(settings: Generating) -> None:
     check_context(settings)
     prompt, completion = settings.max_prompt_length, settings.max_completion_length or 0
     if settings.logprob_token_budget is not None and settings.logprob_token_budget < prompt + completion:
@@ -276,9 +305,22 @@ def check_lengths(settings: GRPOSettings) -> None:
         )
 
 
-def check_combinations(settings: GRPOSettings) -> None:
+def check_generation(settings: Generating) -> None:
+    """What every run that samples needs."""
     if settings.temperature <= 0:
         raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
+    if not 0 <= settings.save_completions_probability <= 1:
+        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
+    cache = settings.trl.get("cache_implementation")
+    if settings.use_vllm and cache is not None:
+        raise Refused(f"cache_implementation={cache} is Hugging Face's: set use_vllm=false")
+    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
+        raise Refused(
+            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
+        )
+
+
+def check_combinations(settings: GRPOSettings) -> None:
     if settings.use_peft and settings.sync_ref_model:
         raise Refused("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
     if settings.sync_ref_model and not settings.beta:
@@ -286,15 +328,9 @@ def check_combinations(settings: GRPOSettings) -> None:
     teaches = isinstance(settings, TeacherSettings)
     if isinstance(settings, TeacherSettings) and not settings.beta and settings.student_model is None:
         raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
-    if not 0 <= settings.save_completions_probability <= 1:
-        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
     if teaches and settings.answer_line:
         raise Refused("answer_line=true: a teacher explains a solution that it is shown; unset it")
     check_engine(settings)
-    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
-        raise Refused(
-            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
-        )
     if settings.verified:
         check_verifier(settings.verified)
         if not any(getattr(settings.verified, key) for key in VERIFIED.values()):
@@ -317,7 +353,7 @@ def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None
         )
 
 
-def check_verifier(settings: VerifiedRewardConfig | StudentSettings | EvaluateSettings) -> None:
+def check_verifier(settings: VerifierKeys | StudentSettings | EvaluateSettings | DistillSettings) -> None:
     if settings.verifier not in VERIFIERS:
         raise Refused(f"verifier={settings.verifier}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
@@ -327,11 +363,11 @@ def check_verifier(settings: VerifiedRewardConfig | StudentSettings | EvaluateSe
 
 def check_sharding(settings: Training, devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
-    generates = isinstance(settings, GRPOSettings)
-    if devices > 1 and generates and settings.overlap_generation:
+    if devices > 1 and isinstance(settings, GRPOSettings) and settings.overlap_generation:
         raise Refused(f"overlap_generation=true with {devices} devices: it is for one process that trains")
     parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
-    if generates and settings.use_vllm and not settings.use_vllm_server and devices % parallel:
+    in_process = isinstance(settings, Generating) and settings.use_vllm and not settings.use_vllm_server
+    if in_process and devices % parallel:
         fits = [size for size in range(1, devices + 1) if devices % size == 0]
         raise Refused(
             f"vllm_tensor_parallel_size={parallel} does not divide the {devices} devices, whose neighbours share an "
@@ -342,6 +378,12 @@ def check_sharding(settings: Training, devices: int, sharding: str) -> None:
         raise Refused(f"optim={optimizer} with {sharding}, which shards plain AdamW: set optim=adamw_torch, or use ddp")
     if sharding not in ("zero3", "offload", "fsdp"):
         return
+    answers = settings if isinstance(settings, TeacherSettings) and settings.generated is not None else None
+    if answers is not None and answers.student_model in (None, answers.model_name_or_path):
+        raise Refused(
+            f"reward_cfg=generated with {sharding}: the student is the reference model, whose shards cannot answer; "
+            "name another student_model, or use ddp"
+        )
     for key in ("load_in_4bit", "load_in_8bit", "save_merged_model"):
         if getattr(settings, key):
             raise Refused(f"{key}=true with {sharding}: its shards are of plain weights; use ddp, zero1 or zero2")
@@ -357,7 +399,7 @@ def check_server_devices(settings: RunConfig, server_devices: int) -> None:
         raise Refused("a pipeline with servers: start its stages one by one")
     if isinstance(settings, Sampling):
         parallel = settings.vllm_tensor_parallel_size
-    elif isinstance(settings, GRPOSettings) and settings.use_vllm:
+    elif isinstance(settings, Generating) and settings.use_vllm:
         parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
     else:
         raise Refused(
@@ -406,3 +448,12 @@ def check_reward(settings: TeacherRewardConfig) -> None:
             raise Refused(f"{key}={getattr(settings, key)!r}: use null or one of {', '.join(NORMALIZERS)}")
     if settings.unbias_student_log_probs_temp <= 0:
         raise Refused(f"unbias_student_log_probs_temp={settings.unbias_student_log_probs_temp} must be above 0")
+
+
+def check_reward_options(settings: RewardOptions) -> None:
+    """How answers and results are checked that the reward asks for."""
+    for part in (settings.generated, settings.gate):
+        if part is not None:
+            check_verifier(part)
+    if settings.gate is not None and settings.gate.missing_result not in ("right", "wrong"):
+        raise Refused(f"missing_result={settings.gate.missing_result}: use right or wrong")

@@ -24,11 +24,14 @@ from rlt.runs.hidden import is_secret
 # Keys whose values may be paths.
 PATHS = frozenset(
     {
-        *("results_dir", "output_dir", "model_name_or_path", "student_model", "dataset_id_or_path"),
+        *("results_dir", "output_dir", "model_name_or_path", "student_model", "teacher_model"),
+        "dataset_id_or_path",
         *("eval_dataset_id_or_path", "resume_from", "compare_with", "trained_on", "reasoning_format"),
     }
 )
 GROUPS = ("data_cfg", "model_cfg", "trainer_cfg", "preparation", "run_cfg", "memory_cfg")
+REWARDS = "trainer_cfg/reward_cfg"  # the group that `reward_cfg` names
+REWARD_KEYS = {"answer_log_prob_coeff", "answer_weight"}  # one of them is in every file of that group
 
 logger = logging.getLogger("rlt")
 
@@ -73,6 +76,8 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
     flags = [argument for argument in arguments if argument.startswith("-")]
     named = [a if "=" in a else f"run_cfg={Path(a).name.removesuffix('.yaml')}" for a in arguments if a not in flags]
     rewritten = []
+    rewards = [a for a in named if a.startswith("reward_cfg=")]
+    named = [a for a in named if a not in rewards]
     for argument, name, value in read_overrides(named, key_names() | set(GROUPS)):
         if name in GROUPS:
             for choice in value.split(","):
@@ -82,7 +87,31 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
                 check_head(name, choice)
         plain = name in key_names() and not argument.startswith(("+", "~"))
         rewritten.append(f"++{argument}" if plain else argument)
-    return flags + rewritten
+    for argument in rewards:
+        check_rewards(argument.removeprefix("reward_cfg="), [a for a in rewritten if not sweeps(a)])
+    return flags + rewritten + [f"{REWARDS}@{argument}" for argument in rewards]
+
+
+def check_rewards(value: str, others: list[str]) -> None:
+    """One reward, or a list of them whose keys are laid over each other.
+
+    Args:
+        others: the other overrides of the command line.
+
+    Raises:
+        Refused: there is none of that name, or the run has no reward to choose.
+    """
+    check_reward_names(value)
+    config = _composed(others)
+    if not REWARD_KEYS & config.keys():
+        raise Refused(f"reward_cfg={value}: {config['trainer']} runs have no reward to choose")
+
+
+def check_reward_names(value: str) -> None:
+    """Refuse what `reward_cfg` names and is not there."""
+    for choice in value.strip("[]").split(","):
+        if choice.strip() not in options(REWARDS):
+            raise Refused(f"reward_cfg={value}: use one of {', '.join(options(REWARDS))}, or a list of them")
 
 
 def check_head(group: str, choice: str) -> None:
@@ -109,12 +138,16 @@ def compose_config(arguments: list[str]) -> tuple[dict, list[str]]:
         key, _, value = several.lstrip("+").partition("=")
         value = "<hidden>" if is_secret(several) else value
         raise Refused(f"{key}={value} names several values: a list is [{value}], and only launch_mono.sh -m sweeps")
+    full = _composed(overrides)
+    return {key: value for key, value in full.items() if key != "hydra"}, overrides
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()  # a pipeline's stages are composed inside its own run
     with initialize_config_dir(str(CFGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        full = as_dict(cfg)
-    return {key: value for key, value in full.items() if key != "hydra"}, overrides
+        return as_dict(cfg)
 
 
 def as_dict(cfg: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import re
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.planning.checks import check_context, check_reward, check_verifier, context_length
+from rlt.planning.checks import check_context, check_reward, check_reward_options, check_verifier, context_length
 from rlt.preparation.prerequisites import check_settings
 from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, PrepareSettings, RunConfig, Sampling
+from rlt.traces.ranking import check_select
 
 
 def check_job(settings: RunConfig) -> None:
@@ -56,6 +57,12 @@ def check_stages(stages: list[dict[str, Any]]) -> None:
 
 def check_collection(settings: CollectSettings) -> None:
     check_reward(settings)
+    check_reward_options(settings)
+    if settings.permute_rewards:
+        raise Refused("permute_rewards=true: it is for training; set select=random for traces drawn by chance")
+    check_select(settings.select)
+    if settings.select in ("likelihood", "rsr") and not settings.report_rsr:
+        raise Refused(f"select={settings.select} needs the student's log-probs and ranks: set report_rsr=true")
     if settings.student_model is None:
         raise Refused("student_model=null: name the student whose understanding ranks the traces")
     if settings.temperature <= 0:

@@ -22,6 +22,7 @@ NOT_PROSE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LETTERS = re.compile(r"[^\W\d_]+")
+MANY = 1000  # more languages than there are
 LEAST_PROSE = 40  # bytes of letters in UTF-8: 40 of Latin script, 20 of Cyrillic, 14 characters of Chinese
 
 
@@ -32,9 +33,12 @@ class Language(RowStage):
     keys = ("languages", "min_language_score")
 
     def check(self) -> None:
-        for language in self.settings.languages or ():
-            if not re.fullmatch("[a-z]{2,3}", language):
-                raise Refused(f"languages: {language!r} is no code of ISO 639, such as en or de; null keeps any")
+        if not self.settings.languages:
+            return
+        known = Detector().languages()
+        for language in self.settings.languages:
+            if language not in known:
+                raise Refused(f"languages: {language!r} is none of {', '.join(sorted(known))}; null keeps any")
 
     def start(self, task: Task) -> None:
         self.detector = Detector()
@@ -85,3 +89,7 @@ class Detector:
     def __call__(self, prose: str) -> tuple[str, float]:
         found = self.model.detect(prose)[0]
         return found["lang"], found["score"]
+
+    def languages(self) -> set[str]:
+        """All that it tells apart."""
+        return {found["lang"] for found in self.model.detect("any", k=MANY, threshold=-1.0)}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record
 from rlt.preparation.ledger import Counts
-from rlt.preparation.split import TRAIN, VALIDATION
+from rlt.preparation.split import TRAIN, sides
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
 from rlt.runs.folder import PACKED, TOKENS
 from rlt.tokens.bins import best_fit_decreasing
@@ -61,7 +61,7 @@ class Pack(Stage):
     def task(self, task: Task) -> Counts:
         packers: dict[str, Packer] = {}
         with ExitStack() as files:
-            for split in (TRAIN, VALIDATION):
+            for split in sides(self.settings):
                 tokens = array_file(task.place.output / TOKENS, split, task.number)
                 packed = array_file(task.place.output / PACKED, split, task.number)
                 notes = {**notes_of(tokens), "pack_length": str(self.settings.pack_length)}

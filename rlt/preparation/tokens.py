@@ -19,7 +19,7 @@ from rlt.formats.record import Dropped, Record
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.preparation.ledger import Counts
-from rlt.preparation.split import TRAIN, VALIDATION
+from rlt.preparation.split import TRAIN, sides
 from rlt.preparation.stage import Pass, RowStage, Task, in_batches, write_judged
 from rlt.preparation.tokenizers import SMALLEST, fingerprint_of, load, tokenizer_files, tokenizer_folder, train
 from rlt.preparation.write import as_rows
@@ -241,7 +241,7 @@ class Tokens(RowStage):
                 split: files.enter_context(
                     writing_arrays(array_file(task.place.output / TOKENS, split, task.number), TOKEN_COLUMNS, notes)
                 )
-                for split in (TRAIN, VALIDATION)
+                for split in sides(self.settings)
             }
             figures: Counter[str] = Counter()
 

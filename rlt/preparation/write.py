@@ -18,7 +18,7 @@ from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
 from rlt.preparation.shards import shard, writing
-from rlt.preparation.split import TRAIN, VALIDATION
+from rlt.preparation.split import TRAIN, sides
 from rlt.preparation.stage import Pass, Stage, Task
 from rlt.runs.durable import written_whole
 from rlt.runs.folder import PREPARED
@@ -116,7 +116,7 @@ class Write(Stage):
             keep = files.enter_context(writing(shard(task.place.shards, task.number)))
             drop = files.enter_context(writing(shard(task.place.dropped, task.number)))
             out = {}
-            for split in (TRAIN, VALIDATION):
+            for split in sides(self.settings):
                 aside = files.enter_context(written_whole(folder / f"{split}-{task.number:05d}.jsonl"))
                 out[split] = files.enter_context(aside.open("wb"))
             for record in task.rows():

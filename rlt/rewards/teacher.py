@@ -21,7 +21,7 @@ log-probs to reward (`reductions.py`). This module does not know which models ar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,11 +34,14 @@ from rlt.prompts.rendering import (
 )
 from rlt.prompts.spans import Aligned, TokenizedText, align_spans, tokenize_with_spans
 from rlt.prompts.styles import ReasoningFormat
-from rlt.rewards.reductions import NORMALIZERS, kl_estimate, weighted_reductions
+from rlt.rewards.reductions import NORMALIZERS, kl_estimate, reductions_of, weighted_reductions
+from rlt.rewards.suitability import likelihood, rank_surprisal_ratio
 from rlt.schema import TeacherRewardConfig
 
 # (sequences, counted indices, temperature) -> log-probs of the counted tokens, one tensor per sequence.
 LogProbFunction = Callable[[list[list[int]], list[list[int]], float], list[torch.Tensor]]
+# The same, and the ranks of the same tokens among the vocabulary, 1 for the likeliest.
+RankedFunction = Callable[[list[list[int]], list[list[int]], float], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ def solution_part(student_T: torch.Tensor, config: TeacherRewardConfig) -> tuple
     values_T = NORMALIZERS[config.normalize_log_prob_fn or "none"](student_T.float())
     if config.clip_log_prob is not None:
         values_T = values_T.clamp(min=-config.clip_log_prob)
-    total, parts = weighted_reductions(values_T, config.reduction_log_prob_fn, config.answer_log_prob_coeff)
+    total, parts = weighted_reductions(
+        values_T, config.reduction_log_prob_fn, config.answer_log_prob_coeff, reductions_of(config)
+    )
     return total, {f"answer_log_prob_{name}": value for name, value in parts.items()}
 
 
@@ -116,7 +121,7 @@ def naturalness(values_T: torch.Tensor, config: TeacherRewardConfig) -> tuple[fl
     values_T = NORMALIZERS[config.normalize_kl_fn or "none"](values_T)
     if config.clip_kl is not None:
         values_T = values_T.clamp(max=config.clip_kl)
-    total, parts = weighted_reductions(values_T, names, config.kl_penalty_reward_coeff)
+    total, parts = weighted_reductions(values_T, names, config.kl_penalty_reward_coeff, reductions_of(config))
     return -total, parts
 
 
@@ -142,12 +147,21 @@ def piece_log_probs(values_N: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return torch.segment_reduce(values_N, "sum", lengths=torch.tensor(sizes, device=values_N.device))
 
 
+def suitability(reading: Reading, student_N: torch.Tensor, ranks_N: torch.Tensor) -> dict[str, float]:
+    """Figures of the explanation's tokens, of the log-probs and ranks (N,) of explanation and solution."""
+    thought = slice(len(reading.explanation.right))
+    ratio = rank_surprisal_ratio(student_N[thought].float(), ranks_N[thought])
+    return {"rsr": ratio, "likelihood": likelihood(student_N[thought].float())}
+
+
 class TeacherReward:
     """Scores completions of a teacher; holds no model.
 
     Args:
         tokenizer: the teacher's.
         student_tokenizer: the student's, with its own chat template; None: the teacher's serves both.
+        student_ranked: is asked in the place of `student_log_probs`; parts then tell how well the explanation suits
+            the student (`suitability.py`).
     """
 
     def __init__(
@@ -159,6 +173,7 @@ class TeacherReward:
         teacher_log_probs: LogProbFunction,
         student_log_probs: LogProbFunction,
         student_tokenizer=None,
+        student_ranked: RankedFunction | None = None,
     ):
         self.tokenizer = tokenizer
         self.student_tokenizer = student_tokenizer or tokenizer
@@ -168,6 +183,7 @@ class TeacherReward:
         self.student_temperature = config.unbias_student_log_probs_temp
         self.teacher_log_probs = teacher_log_probs
         self.student_log_probs = student_log_probs
+        self.student_ranked = student_ranked
 
     def score(self, rows: list[dict], completions: list[str]) -> list[Scored]:
         """Rewards of completions.
@@ -189,10 +205,16 @@ class TeacherReward:
         teacher = self.teacher_log_probs(
             [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
         )
-        student = self.student_log_probs(
-            [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
-        )
-        return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        asked = [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
+        if self.student_ranked is None:
+            student = self.student_log_probs(*asked)
+            return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        student, ranks = self.student_ranked(*asked)
+        scored = [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        return [
+            replace(one, parts={**one.parts, **suitability(r, s, ranked)})
+            for one, r, s, ranked in zip(scored, readings, student, ranks, strict=True)
+        ]
 
     def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
         """The texts of both models, tokenised once, and which tokens count. Arguments and errors as in `score`."""

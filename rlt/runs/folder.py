@@ -78,7 +78,7 @@ UNTIL_COMPLETE = frozenset(
 NOT_OF_A_STAGE = frozenset({"trainer", "sources"})
 # What a run reads.
 INPUTS = (
-    *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
+    *("model_name_or_path", "student_model", "teacher_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
     *("resume_from", "compare_with"),
 )
 LOCK = ".lock"  # who holds the folder

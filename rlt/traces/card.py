@@ -9,6 +9,12 @@ from rlt.data.sources import Rows
 from rlt.runs.durable import write_whole
 from rlt.traces.selection import Selection
 
+RANKED_BY = {
+    "reward": "how well `{}` then understands the solution (arXiv 2506.08388)",
+    "likelihood": "their likelihood under `{}`",
+    "rsr": "their rank-surprisal ratio under `{}`, the lowest first (arXiv 2601.14249)",
+    "random": "chance",
+}
 SHOWN = ("reward", "solution_log_prob_reward", "kl_reward", "tokens", "student_tokens")
 
 
@@ -26,8 +32,8 @@ def card(config: dict[str, Any], asked: Rows, selection: Selection) -> str:
         f"# {config['run_name']}",
         "",
         f"Explanations of `{config['model_name_or_path']}` for questions of `{config['dataset_id_or_path']}`, "
-        f"{config['traces_per_question']} a question at temperature {config['temperature']}, ranked by how well "
-        f"`{config['student_model']}` then understands the solution (arXiv 2506.08388).",
+        f"{config['traces_per_question']} a question at temperature {config['temperature']}, ranked by "
+        f"{RANKED_BY[config['select']].format(config['student_model'])}.",
         "",
         "| | rows |",
         "|---|---|",

@@ -26,9 +26,9 @@ def preference_pairs(folder: Path, min_margin: float) -> list[dict]:
     if not (folder / ALL_TRACES).is_file():
         raise Refused(f"dataset_id_or_path={folder} holds no {ALL_TRACES}: name the output folder of a collection")
     pairs = []
-    table = pandas.read_parquet(folder / ALL_TRACES)
+    table = pandas.read_parquet(folder / ALL_TRACES).sort_values("reward", ascending=False, kind="stable")
     for _, rows in table[np.isfinite(table["reward"])].groupby("question_id", sort=True):
-        good, worst = rows[rows["matched"]], rows.iloc[-1]  # in order of their rank
+        good, worst = rows[rows["matched"]], rows.iloc[-1]
         if len(good) and good.iloc[0]["reward"] - worst["reward"] >= min_margin:
             best = good.iloc[0]
             asked = ("question", "solution", "teacher_system_prompt")  # the prompt that the traces were sampled with

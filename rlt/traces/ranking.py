@@ -2,8 +2,48 @@
 
 import math
 from collections import defaultdict
+from random import Random
 
 from rlt.errors import Refused
+
+SELECTORS = ("reward", "likelihood", "rsr", "random")
+
+
+def worth(row: dict, select: str, seed: int, place: int) -> float:
+    """What the best trace of a question has most of; NaN where the row has an empty cell.
+
+    Args:
+        row: has the column `select` unless that is "random": `rsr` is the better the lower (arXiv 2601.14249).
+        seed, place: of the run, and of the trace among those of its question; they decide what "random" draws.
+    """
+    if select == "random":
+        return Random(f"{seed}/{' '.join(row['question'].split())}/{place}").random()
+    value = math.nan if row[select] is None else row[select]
+    return -value if select == "rsr" else value
+
+
+def check_select(select: str) -> None:
+    if select not in SELECTORS:
+        raise Refused(f"select={select}: use one of {', '.join(SELECTORS)}")
+
+
+def check_columns(rows: list[dict], select: str, place: str) -> None:
+    """That rows have what they are selected by; a table has an empty cell where a value is not finite.
+
+    Args:
+        place: where the rows stand, for the message.
+
+    Raises:
+        Refused: a row lacks the column, or no row has a value.
+    """
+    if select == "random":
+        return
+    if any(select not in row for row in rows) or all(row[select] is None for row in rows):
+        raise Refused(f"select={select}: {place} has rows without {select!r}: {REMEDIES[select]}")
+
+
+SCORED_WITH = "score them with report_rsr=true, which reads the student's log-probs and ranks"
+REMEDIES = {"reward": "score them, with teacher_model and student_model", "likelihood": SCORED_WITH, "rsr": SCORED_WITH}
 
 
 def ranks(rewards: list[float]) -> list[int]:

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 
+from rlt.logprobs import LogProbs
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards import Reading, Scored, TeacherReward
 from rlt.schema import TeacherRewardConfig
+
+Ranked = Callable[[Any, list[list[int]], list[list[int]], float], LogProbs]
+
+
+def on_cpu(both: LogProbs) -> LogProbs:
+    return [values.cpu() for values in both[0]], [values.cpu() for values in both[1]]
 
 
 class TraceScorer:
@@ -23,6 +30,7 @@ class TraceScorer:
         temperature: at which the teacher samples.
         log_probs: of counted tokens, from a model, sequences, the counted and a temperature.
         student_tokenizer: of a student that has one of its own.
+        ranked: as `log_probs`, and ranks; where it is given, the student is read with it.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class TraceScorer:
         temperature: float,
         log_probs: Callable[[Any, list[list[int]], list[list[int]], float], list[torch.Tensor]],
         student_tokenizer=None,
+        ranked: Ranked | None = None,
     ):
         self.teacher, self.student, self.temperature, self.read = teacher, student, temperature, log_probs
         self.next_token_log_probs, self.tokenizer = next_token_log_probs, tokenizer
@@ -47,6 +56,7 @@ class TraceScorer:
             teacher_log_probs=lambda *_: self._of_teacher(),
             student_log_probs=lambda ids, counted, at: self._pass(self.student, ids, counted, at),
             student_tokenizer=student_tokenizer,
+            student_ranked=None if ranked is None else lambda ids, where, at: on_cpu(ranked(student, ids, where, at)),
         )
 
     def score(

@@ -13,7 +13,7 @@ from rlt.data.duplicates import similarity
 from rlt.data.splits import normalised
 from rlt.errors import Refused
 from rlt.schema import TraceConfig
-from rlt.traces.ranking import ranks
+from rlt.traces.ranking import ranks, worth
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,21 @@ class Selection:
     format_rate: float  # share of all scored rows
 
 
-def rank(rows: list[dict]) -> list[dict]:
-    """The same rows with their `rank` among those of their question, 1 for the highest reward; ties as they came.
+def rank(rows: list[dict], select: str = "reward", seed: int = 0) -> list[dict]:
+    """The same rows with their `rank` among those of their question, 1 for the best; ties as they came.
 
-    A question that a source repeats counts as one. Rows without a finite reward come last.
+    A question that a source repeats counts as one. Rows without a finite value come last.
+
+    Args:
+        select: one of `SELECTORS`; rows have its column.
+        seed: of what is drawn by chance.
     """
     by_question = defaultdict(list)
     for row in rows:
         by_question[normalised(row["question"])].append(row)
     ranked = []
     for members in by_question.values():
-        places = ranks([row["reward"] for row in members])
+        places = ranks([worth(row, select, seed, place) for place, row in enumerate(members)])
         ranked += sorted(({**row, "rank": place} for row, place in zip(members, places, strict=True)), key=_rank)
     return ranked
 
@@ -47,10 +51,14 @@ def _rank(row: dict) -> int:
 
 
 def select(rows: list[dict], config: TraceConfig) -> Selection:
-    """Filter ranked rows: finite reward, format, length, reward quantile, near-duplicates, best of each question.
+    """Filter ranked rows: finite reward, format, length, reward quantile, near-duplicates, best of each question, and
+    as many tokens as are asked for.
+
+    With `select_student_tokens` the questions come in their order until the next trace would be too much, so that all
+    selectors choose for the same questions.
 
     Args:
-        rows: ranked, those of a question in order of their rank.
+        rows: ranked by `config.select`, those of a question in order of their rank.
 
     Raises:
         Refused: the teacher hardly ever has the format, or nothing is left.
@@ -63,9 +71,10 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     kept: list[dict] = []
     of_question: dict[str, list[dict]] = defaultdict(list)
     seen: set[str] = set()
+    budget = Budget(config.select_student_tokens)
     for row in rows:
         siblings = of_question[normalised(row["question"])]
-        reason = _reason_against(row, siblings, seen, least, config)
+        reason = _reason_against(row, siblings, seen, least, config) or budget.against(row["student_tokens"])
         if reason is not None:
             dropped[reason] += 1
             continue
@@ -77,6 +86,27 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     return Selection(
         kept, len(rows), len({normalised(row["question"]) for row in rows}), dict(dropped), matched / len(rows)
     )
+
+
+class Budget:
+    """Tokens that a student's data may have.
+
+    Args:
+        tokens: None: any number.
+    """
+
+    def __init__(self, tokens: int | None):
+        self.tokens, self.left = tokens, tokens
+
+    def against(self, tokens: int) -> str | None:
+        """Takes so many, or tells why not; once a text was too much, so is each that follows."""
+        if self.left is None:
+            return None
+        if tokens > self.left:
+            self.left = 0
+            return f"beyond select_student_tokens={self.tokens}"
+        self.left -= tokens
+        return None
 
 
 def check_format(matched: int, count: int, least: float, deviations: float = 0.0) -> None:
@@ -102,8 +132,9 @@ def _identity(row: dict) -> str:
 
 
 def _reason_against(row: dict, siblings: list[dict], seen: set[str], least: float, config: TraceConfig) -> str | None:
-    if not np.isfinite(row["reward"]):
-        return "no finite reward"
+    for column in {"reward": 1, config.select: 1}:
+        if column in row and not np.isfinite(row[column]):
+            return f"no finite {column}"
     if not row["matched"]:
         return "format"
     if row["student_tokens"] > config.max_student_length:

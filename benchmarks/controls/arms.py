@@ -1,0 +1,81 @@
+"""The arms of the matrix: what their students learn from, and the teachers that write it."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import settings
+
+SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+def shuffled(trace: str, question: str) -> str:
+    """The sentences in an order that the question decides."""
+    sentences = SENTENCE.split(trace)
+    random.Random(question).shuffle(sentences)
+    return " ".join(sentences)
+
+
+def answer_first(trace: str, question: str) -> str:
+    """The last sentence before the others."""
+    *steps, last = SENTENCE.split(trace)
+    return " ".join([last, *steps])
+
+
+def answer_only(trace: str, question: str) -> str:
+    """The last sentence alone."""
+    return SENTENCE.split(trace)[-1]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A student of each seed.
+
+    Args:
+        words: what its student learns from.
+        kind: base (untrained), worked, traces, grpo (by itself) or opd (the teacher's distribution).
+        teacher: a name of `TEACHERS`, where there is one.
+        of: traces that are sampled of each question; the best by the reward is taken.
+        edit: of each trace, with its question.
+    """
+
+    words: str
+    kind: str = "traces"
+    teacher: str = ""
+    of: int = 1
+    edit: Callable[[str, str], str] | None = None
+
+
+# By the reward that trained them from the warm-up on; None: the warm-up itself.
+TEACHERS: dict[str, str | None] = {
+    "warm-up": None,
+    "rl": "teacher",
+    "random": "random",
+    "solution-only": "solution_only",
+    "kl-only": "kl_only",
+    "mismatched": "teacher",  # of another seed's student
+}
+ARMS = {
+    "base": Arm("the model as it was published", "base"),
+    "warm-up": Arm("the warm-up teacher's explanations", teacher="warm-up"),
+    "best-of-n": Arm(f"its best of {settings.BEST_OF} by the reward", teacher="warm-up", of=settings.BEST_OF),
+    "rl": Arm("explanations of the teacher trained with the reward", teacher="rl"),
+    "random": Arm("of one trained with permuted rewards", teacher="random"),
+    "worked": Arm("the generator's worked solutions", "worked"),
+    "solution-only": Arm("of a teacher trained with r_SS alone", teacher="solution-only"),
+    "kl-only": Arm("of a teacher trained with r_KL alone", teacher="kl-only"),
+    "mismatched": Arm("of a teacher trained with another seed's student", teacher="mismatched"),
+    "shuffled": Arm("of `rl`, sentences in a random order", teacher="rl", edit=shuffled),
+    "answer-first": Arm("of `rl`, the last sentence first", teacher="rl", edit=answer_first),
+    "answer-only": Arm("of `rl`, the last sentence alone", teacher="rl", edit=answer_only),
+    "student-grpo": Arm("its own answers, checked", "grpo", teacher="rl"),
+    "opd-warm-up": Arm("the warm-up teacher's distribution over its own samples", "opd", teacher="warm-up"),
+    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples", "opd", teacher="rl"),
+}
+PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
+
+
+def seeds_of(arm: str) -> range:
+    """The seeds that the plan gives an arm."""
+    return settings.SEEDS["primary" if arm in PRIMARY else "other"]

@@ -1,0 +1,142 @@
+"""Tables and a figure, made of the results that are there and of nothing else."""
+
+from collections import defaultdict
+from math import isfinite
+from pathlib import Path
+
+import records
+from arms import ARMS, PRIMARY
+from over_seeds import Difference, correlation, paired, t_interval
+from records import Result
+
+from rlt.estimates import Estimate
+from rlt.runs.durable import write_whole
+
+TABLES, FIGURE = "tables.md", "tables.png"
+MEASURES = {
+    "reward": "reward",
+    "rsr": "RSR",
+    "right steps of explanations": "right steps, explanations",
+    "right steps of answers": "right steps, answers",
+    "position of the answer": "position of the answer",
+    "tokens of explanations": "tokens, explanations",
+    "tokens of answers": "tokens, answers",
+    "entropy": "entropy",
+}
+FEWEST_SETS = 3  # of which a correlation is made
+
+BySeed = dict[int, float]
+
+
+def write(folder: Path) -> str:
+    """Leaves `tables.md` and `tables.png` beside the results; returns the tables."""
+    results, others = records.read_all(folder)
+    text = "\n".join([*_heading(results), "", *_arms(results), "", *_differences(results), "", *_correlations(results)])
+    if others:
+        names = ", ".join(f"{one.arm}-{one.seed} ({one.commit})" for one in others)
+        text += f"\n\nLeft out, as they are of another commit or other settings: {names}."
+    write_whole(folder / TABLES, text + "\n")
+    draw(folder / FIGURE, results)
+    return text + "\n"
+
+
+def figure_of(results: list[Result], name: str) -> dict[str, BySeed]:
+    """One of the figures, by arm and seed, in the order of the plan."""
+    found: dict[str, BySeed] = defaultdict(dict)
+    for one in results:
+        if name in one.figures:
+            found[one.arm][one.seed] = one.figures[name]
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def differences(results: list[Result], of: str = "rl") -> dict[str, Difference]:
+    """Accuracy of one arm's students minus that of every other's."""
+    found = figure_of(results, "accuracy")
+    return {arm: paired(values, found[of]) for arm, values in found.items() if of in found and arm != of}
+
+
+def _heading(results: list[Result]) -> list[str]:
+    seeds = sorted({one.seed for one in results})
+    return [f"{len(results)} results at commit {results[0].commit}, seeds {', '.join(map(str, seeds))}."]
+
+
+def _arms(results: list[Result]) -> list[str]:
+    found, others = figure_of(results, "accuracy"), {name: figure_of(results, name) for name in MEASURES}
+    lines = [f"| arm | what its student learns from | seeds | held-out accuracy | {' | '.join(MEASURES.values())} |"]
+    lines.append("|---" * (4 + len(MEASURES)) + "|")
+    for arm, values in found.items():
+        cells = [_mean(others[name].get(arm)) for name in MEASURES]
+        accuracy = _interval(t_interval(list(values.values())))
+        lines.append(f"| `{arm}` | {ARMS[arm].words} | {len(values)} | {accuracy} | {' | '.join(cells)} |")
+    return lines
+
+
+def _differences(results: list[Result]) -> list[str]:
+    heads = ("accuracy of `rl` minus", "seeds", "mean, 95 % t-interval", "effect size", "by seed")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    found = figure_of(results, "accuracy")
+    for arm, one in differences(results).items():
+        by_seed = [f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in sorted(found["rl"].keys() & found[arm])]
+        named = f"**`{arm}`**" if arm in PRIMARY else f"`{arm}`"
+        effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
+        cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, ", ".join(by_seed)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sets_of(results: list[Result], name: str) -> list[tuple[str, float, float]]:
+    """Of every set of explanations that a teacher wrote, unedited: its arm, the figure, the student's accuracy."""
+    as_written = [one for one in results if ARMS[one.arm].kind == "traces" and ARMS[one.arm].edit is None]
+    return [(one.arm, one.figures[name], one.figures["accuracy"]) for one in as_written if name in one.figures]
+
+
+def _correlations(results: list[Result]) -> list[str]:
+    lines = ["| over all sets of explanations | sets | correlation with the student's accuracy |", "|---|---|---|"]
+    for name in ("reward", "rsr", "right steps of explanations"):
+        found = [one for one in sets_of(results, name) if isfinite(one[1])]
+        if len(found) >= FEWEST_SETS:
+            r = correlation([x for _, x, _ in found], [y for _, _, y in found])
+            lines.append(f"| {MEASURES[name]} | {len(found)} | {r.signed} |")
+    return lines
+
+
+def _mean(values: BySeed | None) -> str:
+    finite = [value for value in (values or {}).values() if isfinite(value)]
+    return f"{sum(finite) / len(finite):.3g}" if finite else ""
+
+
+def _interval(estimate: Estimate, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if not isfinite(estimate.low):
+        return f"{estimate.mean:{sign}.3f}"
+    return estimate.signed if signed else str(estimate)
+
+
+def draw(path: Path, results: list[Result]) -> None:
+    """Accuracy by arm with every seed as a point; accuracy against reward over the sets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = figure_of(results, "accuracy")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for place, (arm, values) in enumerate(found.items()):
+        one = t_interval(list(values.values()))
+        left.bar(place, one.mean, color="#1f6f8b" if arm in PRIMARY else "#9fc3cf")
+        if isfinite(one.low):
+            left.errorbar(place, one.mean, yerr=one.high - one.mean, fmt="none", ecolor="#333", capsize=3)
+        left.scatter([place] * len(values), list(values.values()), color="#333", s=6, zorder=3)
+    left.set(title="Students by what they learned from", ylabel="held-out accuracy", ylim=(0, None))
+    left.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=8)
+    sets = sets_of(results, "reward")
+    for arm in dict.fromkeys(one[0] for one in sets):
+        mine = [one for one in sets if one[0] == arm]
+        right.scatter([x for _, x, _ in mine], [y for _, _, y in mine], label=arm, s=18)
+    right.set(title="Sets of explanations", xlabel="mean reward", ylabel="student's held-out accuracy")
+    if sets:
+        right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,198 @@
+"""The runs of one seed: novice, the reward's student, teachers, explanations, students, their answers.
+
+A run that is complete is not made again; what an arm's result stands on is deleted with it, and what several arms need
+is deleted when the seed is done.
+"""
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import measures
+import pandas
+import rows
+import settings
+from arms import ARMS, TEACHERS, Arm
+
+from rlt.estimates import bootstrap, finite_mean
+from rlt.jobs.child import run_child
+from rlt.jobs.pipeline import Stage, configuration_of
+from rlt.runs.folder import EVALUATION, METRICS, is_complete
+
+SHORT = ["max_prompt_length=384", "report_to=null"]
+EXPLAINING = ["temperature=1.0", f"max_completion_length={settings.EXPLANATION_TOKENS}"]
+LOGGED = ["logging_steps=1", "save_steps=1000", "eval_size=0", "eval_steps=null"]
+BATCH = 32  # completions of a step of GRPO and of distillation
+
+
+class Seed:
+    """One seed's runs below `out`."""
+
+    def __init__(self, out: Path, seed: int):
+        self.out, self.seed, self.folder = out, seed, out / str(seed)
+        rows.write_questions(out / "questions", seed)
+        self.questions = out / "questions" / str(seed)
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """What came of an arm; its runs are made as far as they are missing."""
+        arm = ARMS[name]
+        if arm.kind == "base":
+            return self.answered(settings.MODEL, self.folder / name)
+        folder = self.folder / name
+        made = {"grpo": self.by_itself, "opd": self.on_policy}.get(arm.kind, self.taught)(arm, folder)
+        found = {**made, **self.answered(folder / "student", folder)}
+        shutil.rmtree(folder)
+        return found
+
+    @cached_property
+    def novice(self) -> Path:
+        """Knows the format of answers, from another task."""
+        source = self.questions / "format.jsonl"
+        return self.learn(self.folder / "novice", source, settings.MODEL, f"max_steps={settings.NOVICE_STEPS}")
+
+    @cached_property
+    def reader(self) -> Path:
+        """The student of the reward: the novice after a few worked solutions."""
+        source = self.questions / "warmup.jsonl"
+        return self.learn(self.folder / "reader", source, self.novice, f"max_steps={settings.READER_STEPS}")
+
+    def teacher(self, name: str) -> Path:
+        """A teacher of `TEACHERS`; `mismatched` has the next seed's student of the reward."""
+        folder, reward = self.folder / "teachers" / name, TEACHERS[name]
+        if reward is None:
+            return self.stage("teacher_sft_tiny", folder, "warmup.jsonl", f"max_steps={settings.WARMUP_STEPS}")
+        reader = Seed(self.out, self.seed + 1).reader if name == "mismatched" else self.reader
+        trained = self.stage(
+            "teacher_rlt_tiny",
+            folder,
+            "teach.jsonl",
+            f"reward_cfg={reward}",
+            f"model_name_or_path={self.teacher('warm-up')}",
+            f"student_model={reader}",
+            *SHORT,
+            *EXPLAINING,
+            f"learning_rate={settings.TEACHER_RATE}",
+            *LOGGED,
+            f"max_steps={settings.RL_STEPS}",
+        )
+        return without_checkpoints(trained)
+
+    def explained(self, teacher: str, of: int) -> Path:
+        """A collection: so many explanations of each question, none filtered out before it is read."""
+        return self.stage(
+            "collect_tiny",
+            self.folder / "explained" / f"{teacher}-{of}",
+            "collect.jsonl",
+            *SHORT,
+            *EXPLAINING,
+            f"model_name_or_path={self.teacher(teacher)}",
+            f"student_model={self.reader}",
+            f"traces_per_question={of}",
+            "min_format_rate=0",
+            "questions_at_once=192",
+        )
+
+    def taught(self, arm: Arm, folder: Path) -> dict[str, Any]:
+        """A student of explanations, or of worked solutions, and what is measured of these."""
+        if arm.kind == "worked":
+            read, of_teacher = rows.read(self.questions / "collect.jsonl"), {}
+        else:
+            explained = rows.explanations(self.explained(arm.teacher, arm.of))
+            read, of_teacher = rows.as_rows(explained), self.of_explanations(arm, explained)
+        if arm.edit is not None:
+            read = [{**row, "reasoning_trace": arm.edit(row["reasoning_trace"], row["question"])} for row in read]
+        rows.write(folder / "rows.jsonl", rows.to_tokens(read, settings.TRAINED_TOKENS))
+        self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
+        texts, ways = [row["reasoning_trace"] for row in read], [measures.worked_of(row) for row in read]
+        return {
+            **of_teacher,
+            "right steps of explanations": measures.right_steps(texts, ways),
+            "position of the answer": measures.answer_position(texts, [row["solution"] for row in read]),
+        }
+
+    def of_explanations(self, arm: Arm, explained: list[dict]) -> dict[str, float]:
+        """Mean reward, RSR and length as they were sampled, and the entropy of a teacher that GRPO trained."""
+        found = {
+            "reward": finite_mean(row["reward"] for row in explained),
+            "rsr": finite_mean(row["rsr"] for row in explained),
+            "tokens of explanations": finite_mean(row["tokens"] for row in explained),
+            "format rate of explanations": finite_mean(float(row["matched"]) for row in explained),
+        }
+        logged = [one["entropy"] for one in self.logged(self.teacher(arm.teacher)) if "entropy" in one]
+        return found | ({"entropy": logged[-1]} if TEACHERS[arm.teacher] and logged else {})
+
+    def by_itself(self, arm: Arm, folder: Path) -> dict[str, Any]:
+        """The novice trained by GRPO, until it has sampled as many tokens as the teacher had."""
+        wanted = self.sampled(self.teacher(arm.teacher))
+        given = [f"model_name_or_path={self.novice}", "warmup_run=null", f"learning_rate={settings.TEACHER_RATE}"]
+        given += [f"train_batch_size={BATCH}", "per_device_train_batch_size=8", "lr_scheduler_type=constant"]
+        return {"sampled tokens": self.until("grpo_verifier_tiny", folder / "student", "teach.jsonl", given, wanted)}
+
+    def on_policy(self, arm: Arm, folder: Path) -> dict[str, Any]:
+        """The novice distilled on its own samples, until it has sampled as many tokens as other students train on."""
+        given = [f"model_name_or_path={self.novice}", f"teacher_model={self.teacher(arm.teacher)}", "warmup_run=null"]
+        given += [f"train_batch_size={BATCH}", "lr_scheduler_type=constant"]
+        wanted = settings.TRAINED_TOKENS
+        return {"sampled tokens": self.until("student_opd_tiny", folder / "student", "collect.jsonl", given, wanted)}
+
+    def until(self, run: str, folder: Path, source: str, given: list[str], tokens: float) -> float:
+        """A run that goes on, a step each time, until it has sampled so many tokens; how many it has."""
+        steps, done = 0, 0.0
+        while done < tokens:
+            steps += max(1, int((tokens - done) / max(done / steps, 1) * 0.9)) if steps else 2
+            self.stage(run, folder, source, *given, *LOGGED, *SHORT, *EXPLAINING, f"max_steps={steps}")
+            done = self.sampled(folder)
+        without_checkpoints(folder)
+        return done
+
+    def sampled(self, folder: Path) -> float:
+        """Tokens that a run's policy has sampled."""
+        return sum(one.get("completions/mean_length", 0.0) * BATCH for one in self.logged(folder))
+
+    def logged(self, folder: Path) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+    def learn(self, folder: Path, source: Path, model: Path | str, *overrides: str) -> Path:
+        whole = ["eval_size=0", "eval_steps=null", "load_best_model_at_end=false", "save_steps=1000"]
+        whole += [f"learning_rate={settings.STUDENT_RATE}", f"model_name_or_path={model}"]
+        return without_checkpoints(self.stage("student_distill_tiny", folder, source, *whole, *overrides))
+
+    def answered(self, model: Path | str, folder: Path) -> dict[str, Any]:
+        """Figures of two answers to each question that no run has seen."""
+        asked = ["samples_per_question=2", "pass_at=[1]", "questions_at_once=160"]
+        asked += [f"max_completion_length={settings.ANSWER_TOKENS}", f"model_name_or_path={model}", *SHORT]
+        source = self.out / "questions" / "evaluate.jsonl"
+        place = self.stage("evaluate_tiny", folder / "evaluation", source, *asked)
+        by_question = {row["question"]: row for row in rows.read(source)}
+        answers = pandas.read_parquet(place / "answers.parquet").to_dict("records")
+        accuracy = json.loads((place / EVALUATION).read_text())["accuracy"]
+        of_task = {
+            f"accuracy of {task}": finite_mean(a for q, a in accuracy.items() if by_question[q]["task"] == task)
+            for task in sorted({row["task"] for row in by_question.values()})
+        }
+        ways = [measures.worked_of(by_question[row["question"]]) for row in answers]
+        return {
+            "accuracy": bootstrap(list(accuracy.values())).mean,
+            **of_task,
+            "right steps of answers": measures.right_steps([row["text"] for row in answers], ways),
+            "tokens of answers": finite_mean(row["tokens"] for row in answers),
+            "format rate of answers": finite_mean(float(row["answer"] is not None) for row in answers),
+        }
+
+    def stage(self, run: str, folder: Path, source: Path | str, *overrides: str) -> Path:
+        """A run in a process of its own, unless it is complete; a folder of other settings is refused."""
+        source = self.questions / source if isinstance(source, str) else source
+        place = [f"output_dir={folder}", f"seed={self.seed}", f"dataset_id_or_path={source}", "dataset_size=null"]
+        its = Stage(str(folder), str(folder), [run, *place, *overrides])
+        if not is_complete(configuration_of(its, [], devices=1)):
+            run_child(["train.py", *its.arguments])
+        return folder
+
+
+def without_checkpoints(folder: Path) -> Path:
+    """Gigabytes, and all that needed them is complete."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return folder
