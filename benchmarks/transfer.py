@@ -27,7 +27,9 @@ def worker(variant: str, setting: Setting) -> dict:
 
     torch.set_num_threads(1)
     path = str(embedded_model_path(MODEL))
-    config, _ = compose_config(["run_cfg=teacher_rlt_tiny", f"model_name_or_path={MODEL}", "bf16=false"])
+    config, _ = compose_config(
+        ["run_cfg=teacher_rlt_tiny", f"model_name_or_path={MODEL}", "bf16=false", "weight_transfer=files"]
+    )
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"

@@ -175,28 +175,47 @@ class ResultGateConfig(VerifierKeys):
 
 
 @dataclass(frozen=True)
-class GRPOKeys:
-    """Keys of the GRPO profiles."""
+class GenerationKeys:
+    """Keys of every profile that samples while it trains."""
 
-    generation_aggregation_steps: int | None
     num_generations: int
     num_generations_eval: int
     max_completion_length: int | None
     temperature: float
-    beta: float
-    sync_ref_model: bool
     offload_untrained_models: bool
     logprob_token_budget: int | None
-    overlap_generation: bool
     save_completions_probability: float
     use_vllm: bool
     use_vllm_server: bool
+    weight_transfer: str
     vllm_gpu_memory_utilization: float
     vllm_enable_sleep_mode: bool
     vllm_server_timeout: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class GRPOKeys:
+    """Keys of the GRPO profiles."""
+
+    generation_aggregation_steps: int | None
+    sync_ref_model: bool
+    overlap_generation: bool
     reward_functions: list[str] | None
     answer_line: bool
     verified: VerifiedRewardConfig | None  # with `reward_cfg: verifier` alone
+
+
+@dataclass(frozen=True)
+class DistillKeys:
+    """Keys of on-policy distillation."""
+
+    teacher_model: str | None
+    teacher_prompt: str
+    learns_solution: bool
+    divergence_top_k: int | None
+    verifier: str
+    verifier_limit_s: float
 
 
 @dataclass(frozen=True)
@@ -441,7 +460,17 @@ class DPOSettings(Tuning, PairConfig):
 
 
 @dataclass(frozen=True)
-class GRPOSettings(Tuning, GRPOKeys):
+class Generating(Tuning, GenerationKeys):
+    """A run that trains on what the model samples."""
+
+
+@dataclass(frozen=True)
+class DistillSettings(Generating, DistillKeys):
+    """A student learns a teacher's next-token distributions on its own samples."""
+
+
+@dataclass(frozen=True)
+class GRPOSettings(Generating, GRPOKeys):
     """A student learns from rewards of its answers."""
 
 
@@ -500,6 +529,7 @@ class Profile:
         learns_from: what its rows are: questions with solutions, their traces, pairs of those, or packed text.
         learner: whose answer a trace becomes.
         teaches: its completions are explanations, rewarded by a student's understanding.
+        distils: a frozen teacher reads its completions; there are no rewards and no reference model.
         stages: it is a list of other runs.
         asks: its questions must not be among those that a model was trained on.
         prepares: it makes rows of sources, stage by stage, and does again what changed.
@@ -507,11 +537,12 @@ class Profile:
     """
 
     settings: type[RunConfig]
-    config: Literal["grpo", "sft", "dpo", "pretrain"] | None = None
+    config: Literal["grpo", "sft", "dpo", "pretrain", "distill"] | None = None
     generates: bool = False
     learns_from: Literal["questions", "traces", "pairs", "text"] | None = None
     learner: Literal["teacher", "student"] | None = None
     teaches: bool = False
+    distils: bool = False
     stages: bool = False
     asks: bool = False
     prepares: bool = False
@@ -536,6 +567,9 @@ PROFILES = {
     "teacher_grpo": Profile(
         TeacherSettings, config="grpo", generates=True, learns_from="questions", learner="teacher", teaches=True
     ),
+    "distill": Profile(
+        DistillSettings, config="distill", generates=True, learns_from="questions", learner="student", distils=True
+    ),
     "collect": Profile(CollectSettings, teaches=True, job="collect"),
     "evaluate": Profile(EvaluateSettings, asks=True, job="evaluate"),
     "pipeline": Profile(PipelineSettings, stages=True, job="pipeline"),
@@ -554,6 +588,9 @@ def renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with today's names for what it names by an older one."""
     functions = config.get("reward_functions")
     return {**config, "reward_functions": [MOVED.get(path, path) for path in functions]} if functions else config
+
+
+AUTO, FILES, NCCL, IPC = "auto", "files", "nccl", "ipc"  # values of weight_transfer
 
 
 def server_urls(named: str | list[str] | None) -> list[str]:

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import launch
+from conftest import TINY_RUN, launch
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,10 @@ POINTS = [
     ("collection", "scoring:2"),
     ("distillation", "backward:2"),
     ("distillation", "saving:2"),
+    ("on-policy distillation", "generation:2"),
+    ("on-policy distillation", "scoring:2"),
+    ("on-policy distillation", "backward:4"),  # two micro-batches a step
+    ("on-policy distillation", "saving:2"),
     ("preferences", "saving:2"),
     ("evaluation", "evaluating:2"),
 ]
@@ -59,12 +63,14 @@ def stages(rows, tiny_run, tiny_teacher, tiny_student) -> dict[str, list[str]]:
     questions, parts = f"dataset_id_or_path={rows / 'worked.jsonl'}", ["bf16=false", "questions_at_once=2"]
     teacher, student = f"model_name_or_path={tiny_teacher}", f"model_name_or_path={tiny_student}"
     asked = ["traces_per_question=2", "min_format_rate=0", "max_completion_length=48", "dataset_size=14"]
+    own_samples = [*TINY_RUN[1:], "use_vllm=false", student, f"teacher_model={tiny_teacher}", *STEPS, "eval_size=0"]
     loss_alone = ["eval_size=0", "eval_steps=null", "load_best_model_at_end=false"]
     return {
         "warm-up": ["teacher_sft_tiny", questions, teacher, *SMALL],
         "GRPO": [*tiny_run, *STEPS, "eval_size=0"],
         "collection": ["collect_tiny", *asked, *parts, f"reasoning_format={rows / 'short.yaml'}"],
         "distillation": ["student_distill_tiny", questions, student, *SMALL, *loss_alone],
+        "on-policy distillation": ["student_opd_tiny", *own_samples],
         "preferences": ["dpo_tiny", f"dataset_id_or_path={rows}", teacher, *SMALL, "min_margin=0.1"],
         "evaluation": ["evaluate_tiny", questions, student, *parts, "max_completion_length=8", "pass_at=[1]"],
     }

@@ -51,7 +51,7 @@ def server(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48")
+        config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48", "weight_transfer=files")
         (folder / "plan.json").write_text(json.dumps({"config": config}))
         servers = Servers([""], 1, folder, folder / "plan.json")
         patch.setenv("RLT_SERVER_KEY", servers.key)
@@ -168,7 +168,9 @@ def test_nothing_but_the_health_check_is_open_without_the_key(served, server):
     assert requests.get(f"{url}/health", timeout=10).status_code == 200
     for path in ("/weight_info", "/v1/models"):
         assert requests.get(url + path, timeout=10).status_code == 401
-    assert requests.post(f"{url}/start_weight_update", json={}, timeout=10).status_code == 401
+    for path in ("/start_weight_update", "/end"):
+        assert requests.post(url + path, json={}, timeout=10).status_code == 401
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
 
 
 def test_a_completion_of_other_weights_is_refused(served):

@@ -1,14 +1,17 @@
-"""How often a student in training answers held-out questions correctly, with the engine that evaluations use."""
+"""How often a student in training answers held-out questions correctly, with an engine of its own or its trainer's."""
 
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
+from rlt.estimates import finite_mean
 from rlt.generation.seeds import request_seed
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.verifiers import Verifier, final_answer
-from rlt.schema import StudentSettings
+from rlt.schema import DistillSettings, StudentSettings
+from trainers.held_out import share_of
 
 
 class HeldOutAnswers:
@@ -66,3 +69,35 @@ class HeldOutAnswers:
         given = [final_answer(text, self.style) for text in written]
         right = self.verifier.check_batch(given, asked)
         return [(one > 0, answer is not None) for one, answer in zip(right, given, strict=True)]
+
+
+class SampledAnswers:
+    """What `HeldOutEvaluation` measures of a student whose trainer samples: its answers, by the trainer's engine."""
+
+    def __init__(self, settings: DistillSettings, style: ReasoningFormat, ddp_timeout: float):
+        self.style = style
+        self.verifier = Verifier(settings.verifier, settings.verifier_limit_s, ddp_timeout)
+
+    @torch.no_grad()
+    def __call__(self, trainer, rows: list[dict]) -> dict:
+        """`step`; and of each question, in the rows' order, the means of its answers' accuracy, format and length."""
+        was_training = trainer.model.training
+        trainer.model.eval()
+        repeats = trainer.num_generations_eval
+        asked = [row for row in share_of(rows, trainer.accelerator) for _ in range(repeats)]
+        prompt_ids = prompt_token_ids(trainer.processing_class, [row["prompt"] for row in asked])
+        sampled = trainer._generate_single_turn(prompt_ids, None, {})
+        trainer._metrics["eval"].clear()
+        trainer.model.train(was_training)
+        written = trainer.processing_class.batch_decode(sampled, skip_special_tokens=True)
+        given = [final_answer(text, self.style) for text in written]
+        right = self.verifier.check_batch(given, asked)
+        columns = {
+            "accuracy": [float(one > 0) for one in right],
+            "format_rate": [float(answer is not None) for answer in given],
+            "length": [float(len(ids)) for ids in sampled],
+        }
+        gathered = {name: gather_object(values) for name, values in columns.items()}
+        starts = range(0, len(rows) * repeats, repeats)
+        means = {name: [finite_mean(all_[i : i + repeats]) for i in starts] for name, all_ in gathered.items()}
+        return {**means, "step": trainer.state.global_step}

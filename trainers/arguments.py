@@ -9,7 +9,7 @@ from rlt.models.devices import device_type, uses_bfloat16
 from rlt.planning.memory import token_budget
 from rlt.planning.plan import Plan
 from rlt.planning.trl_fields import read_table
-from rlt.schema import GRPOSettings, Training
+from rlt.schema import Generating, GRPOSettings, Training
 from trainers.tracking import tracker_arguments
 
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
@@ -36,10 +36,11 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     if not plan.profile.generates and settings.eval_size and settings.eval_steps:
         arguments["eval_strategy"] = "steps"
     if isinstance(settings, GRPOSettings):
+        arguments["steps_per_generation"] = plan.steps_per_generation
+    if isinstance(settings, Generating):
         assert settings.max_completion_length is not None  # the plan refuses it
         arguments.pop("load_best_model_at_end", None)  # see keep_best
         arguments |= {
-            "steps_per_generation": plan.steps_per_generation,
             "vllm_mode": "server" if settings.use_vllm_server else "colocate",
             "vllm_max_model_length": settings.max_prompt_length + settings.max_completion_length,
             "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode and device_type() == "cuda",
@@ -57,3 +58,11 @@ def trl_config(cls: type[ArgumentsT], plan: Plan, **more: Any) -> ArgumentsT:
         return cls(**trainer_arguments(plan), **more)
     except ValueError as error:
         raise Refused(str(error)) from error
+
+
+def keep_best(arguments: Any, settings: Training, metric: str = "reward") -> None:
+    """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
+    if settings.trl.get("load_best_model_at_end"):
+        arguments.load_best_model_at_end = True
+        arguments.metric_for_best_model = arguments.metric_for_best_model or metric
+        arguments.greater_is_better = arguments.greater_is_better is not False

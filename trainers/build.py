@@ -18,15 +18,13 @@ from rlt.models.loading import load_student
 from rlt.models.paths import resolve_model_path
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import render_question
-from rlt.prompts.rows import load_split_rows, question_rows, student_system, teaching_rows
+from rlt.prompts.rows import question_rows, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
 from rlt.prompts.tokenizers import load_student_tokenizer
 from rlt.rewards.verified import verified_rewards
 from rlt.rewards.verifiers import check_rows
 from rlt.runs.learned import (
-    check_held_out,
     check_training_rows,
-    learned_questions,
 )
 from rlt.schema import (
     DPOSettings,
@@ -34,12 +32,12 @@ from rlt.schema import (
     SFTSettings,
     StudentSettings,
     TeacherSettings,
-    Tuning,
 )
 from rlt.survival.host_memory import ReturnFreedMemory
 from rlt.traces.pairs import preference_pairs
 from trainers.answers import HeldOutAnswers
-from trainers.arguments import trl_config
+from trainers.arguments import keep_best, trl_config
+from trainers.build_distillation import build_distillation
 from trainers.build_packed import build_packed_sft, build_pretraining
 from trainers.configs import GRPOConfig, SFTConfig
 from trainers.dpo import DPOTrainer
@@ -49,6 +47,7 @@ from trainers.examples import (
     question_prompt,
     say_renamed,
     sft_examples,
+    split_rows,
     whole_pairs,
     with_all_columns,
 )
@@ -56,7 +55,7 @@ from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar, leave_rows
 from trainers.packed import packed_files_for
-from trainers.policies import build_policy, tokenizer_and_style
+from trainers.policies import build_policy, check_embedding, tokenizer_and_style
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.tracking import track
@@ -104,19 +103,6 @@ def build_sft(plan: Plan):
     )
     leave_rows(trainer, train_rows, eval_rows)
     return trainer, None
-
-
-def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, of which the model has learned none before where that can be had.
-
-    Raises:
-        Refused: an earlier life of the run held out, or trained on, others.
-    """
-    learned = learned_questions(settings.model_name_or_path)
-    train_rows, eval_rows, _ = load_split_rows(settings, style, learned)
-    check_held_out(Path(settings.output_dir), eval_rows)
-    check_training_rows(Path(settings.output_dir), train_rows)
-    return train_rows, eval_rows
 
 
 def held_out_answers(settings: SFTSettings, rows: list[dict], tokenizer, style: ReasoningFormat):
@@ -173,7 +159,8 @@ def build_grpo(plan: Plan):
     teacher = teacher_arguments(settings, student_tokenizer, style) if teaches else None
     # ZeRO-3 shards what is loaded once these exist: the policy and the reference model, which TRL loads itself.
     arguments = trl_config(GRPOConfig, plan)
-    check_enough_questions(asked, arguments)
+    assert arguments.generation_batch_size and arguments.num_generations  # the plan sets them
+    check_enough_questions(asked, arguments.generation_batch_size, arguments.num_generations)
     keep_best(arguments, settings)
     functions = reward_functions(settings, style, train_rows, arguments)
     let_fsdp_run_on_cpu()
@@ -228,26 +215,6 @@ def reward_functions(
     return functions
 
 
-def keep_best(arguments: GRPOConfig, settings: GRPOSettings) -> None:
-    """Set after the fact, because `TrainingArguments` asks for evaluations of TRL's own kind."""
-    if settings.trl.get("load_best_model_at_end"):
-        arguments.load_best_model_at_end = True
-        arguments.metric_for_best_model = arguments.metric_for_best_model or "reward"
-        arguments.greater_is_better = arguments.greater_is_better is not False
-
-
-def check_embedding(policy: PreTrainedModel, targets: Any) -> None:
-    """An adapter on the input alone of a tied embedding unties it, and engines know one embedding then.
-
-    Raises:
-        Refused: the targets name such a layer.
-    """
-    embedding = policy.get_input_embeddings()
-    (name,) = (name.rpartition(".")[2] for name, module in policy.named_modules() if module is embedding)
-    if policy.config.get_text_config().tie_word_embeddings and not isinstance(targets, str) and name in targets:
-        raise Refused(f"lora_target_modules={list(targets)}: {name} is tied to the output head; leave it out")
-
-
 def student_path(settings: TeacherSettings) -> str | None:
     """Where the student is; None when the reference model is it."""
     if settings.student_model is None:
@@ -292,4 +259,5 @@ BUILDERS = {
     "pretrain": build_pretraining,
     "dpo": build_dpo,
     "grpo": build_grpo,
+    "distill": build_distillation,
 }  # by `Profile.config`

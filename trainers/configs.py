@@ -35,6 +35,29 @@ class GRPOConfig(trl.GRPOConfig):
     vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
         default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
     )
+    weight_transfer: str = field(default="files", metadata={"help": "How weights reach the servers: files, nccl, ipc."})
     offload_untrained_models: bool = field(
         default=False, metadata={"help": "Frozen models wait in the CPU's memory between their phases."}
+    )
+
+
+@dataclass
+class DistillationConfig(trl.DistillationConfig):
+    """TRL's configuration and the fields that this trainer adds."""
+
+    logprob_token_budget: int | None = field(
+        default=8192, metadata={"help": "Most tokens of one packed forward pass; None: the longest sequence's."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Completions of one prompt in a step."})
+    num_generations_eval: int = field(default=1, metadata={"help": "Answers to each held-out question."})
+    divergence_top_k: int | None = field(
+        default=None,
+        metadata={"help": "The student's likeliest tokens, and one bucket for all others; None: the vocabulary."},
+    )
+    vllm_server_base_url: str | list | None = field(  # pyrefly: ignore[bad-override]  # several servers
+        default=None, metadata={"help": "Addresses of the servers that generate, with use_vllm_server."}
+    )
+    weight_transfer: str = field(default="files", metadata={"help": "How weights reach the servers: files, nccl, ipc."})
+    offload_untrained_models: bool = field(
+        default=False, metadata={"help": "The teacher waits in the CPU's memory between its phases."}
     )

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -10,12 +11,25 @@ from rlt.data.sources import RENAMED, TAKEN, say_dropped
 from rlt.errors import Refused
 from rlt.prompts.examples import student_example, teacher_example
 from rlt.prompts.rendering import render_question
-from rlt.prompts.rows import plain_prompt, student_system, teaching_rows
+from rlt.prompts.rows import load_split_rows, plain_prompt, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
-from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings
-from trainers.configs import GRPOConfig
+from rlt.runs.learned import check_held_out, check_training_rows, learned_questions
+from rlt.schema import DataConfig, DPOSettings, GRPOSettings, SFTSettings, Tuning
 
 logger = logging.getLogger("rlt")
+
+
+def split_rows(settings: Tuning, style: ReasoningFormat) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows, of which the model has learned none before where that can be had.
+
+    Raises:
+        Refused: an earlier life of the run held out, or trained on, others.
+    """
+    learned = learned_questions(settings.model_name_or_path)
+    train_rows, eval_rows, _ = load_split_rows(settings, style, learned)
+    check_held_out(Path(settings.output_dir), eval_rows)
+    check_training_rows(Path(settings.output_dir), train_rows)
+    return train_rows, eval_rows
 
 
 def whole_pairs(settings: DPOSettings, rows: list[dict], tokenizer) -> list[dict[str, str]]:
@@ -62,14 +76,16 @@ def sft_examples(settings: SFTSettings, rows: list[dict], tokenizer, style: Reas
     return fitting
 
 
-def check_enough_questions(rows: list[dict], arguments: GRPOConfig) -> None:
+def check_enough_questions(rows: list[dict], batch_size: int, num_generations: int) -> None:
     """That there are questions for one batch; of fewer the sampler gives none, and no step would be made.
+
+    Args:
+        batch_size: completions that are generated together.
 
     Raises:
         Refused: how many there are, and how many a batch has.
     """
-    assert arguments.generation_batch_size and arguments.num_generations  # the plan sets them
-    needed = arguments.generation_batch_size // arguments.num_generations
+    needed = batch_size // num_generations
     if len(rows) < needed:
         raise Refused(
             f"{len(rows)} usable rows to train on, and a batch has {needed} questions: lower train_batch_size or "

@@ -12,9 +12,10 @@ def build_table() -> dict[str, dict[str, list[str]]]:
     from transformers.training_args import OptimizerNames
     from trl import DPOConfig
 
-    from trainers.configs import GRPOConfig, SFTConfig
+    from trainers.configs import DistillationConfig, GRPOConfig, SFTConfig
 
     kinds = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "pretrain": trl.SFTConfig}
+    kinds |= {"distill": DistillationConfig}
     choices = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
     return {
         **{name: fields_of(kind) for name, kind in kinds.items()},

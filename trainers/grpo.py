@@ -15,31 +15,25 @@ from typing import Any, Literal, NamedTuple
 import torch
 import trl
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Sampler
-from trl.trainer.utils import split_tensor_dict
 
 from backends.collective import is_sharded
 from backends.roll_call import slowest
 from backends.state import full_weights, load_full_weights
 from rlt.errors import Refused
-from rlt.generation.seeds import request_seed
 from rlt.logprobs.packing import pad_rows
 from rlt.models.residence import resident, send_for
-from rlt.prompts.rendering import prompt_token_ids
-from rlt.schema import server_urls
 from rlt.survival.kill_points import kill_point
 from trainers.configs import GRPOConfig
+from trainers.generation import SeededGeneration
 from trainers.mismatch import MismatchAlarm, importance_figures
 from trainers.outputs import asked_columns, update_seconds
 from trainers.overlap import OverlappedGeneration
 from trainers.recovery import RecoversMemory
-from trainers.sampler import EpochRepeatSampler
 from trainers.stopping import GivesUpSteps
 
 logger = logging.getLogger("rlt")
 
 PROMPT_TAIL = 4  # prompt tokens whose log-probs the policy's pass keeps: an explanation begins inside the prompt
-MIN_SEQUENCES = 128  # that the engine may run at once: evaluations are larger than small training batches
 # Losses that TRL divides by the rows of a micro-batch, and by its tokens; others, by those of all micro-batches.
 MEAN_OF_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
 MEAN_OF_TOKENS = "bnpo"
@@ -60,7 +54,7 @@ class Rider(NamedTuple):
     temperature: float
 
 
-class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversMemory):
+class GRPOTrainer(OverlappedGeneration, SeededGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversMemory):
     """Group-relative policy optimisation with one of three ways to generate: vLLM in process, on servers, or
     Hugging Face.
 
@@ -72,6 +66,7 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversM
     args: Any  # GRPOConfig
     model: Any  # TRL's unions of wrappers
     ref_model: Any
+    _buffered_inputs: Any
     model_wrapped: Any
     vllm_generation: Any  # one of our engines
     num_generations: Any
@@ -92,113 +87,20 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversM
         if self._reference_waits and self.ref_model is not None:
             self.ref_model.to("cpu")
         if with_engine:
-            config.use_vllm = self.use_vllm = True
-            self._last_loaded_step = -1
-            self.vllm_generation = self._build_engine(config, engine_dtype)
-
-    def _build_engine(self, config: GRPOConfig, engine_dtype: str):
-        # Importing vLLM takes seconds that other runs need not spend.
-        from rlt.generation.sampler import build_engine
-
-        urls = server_urls(config.vllm_server_base_url)
-        return build_engine(
-            urls if config.vllm_mode == "server" else [],
-            config.vllm_server_timeout,
-            config.overlap_generation,
-            model=self.model,
-            accelerator=self.accelerator,
-            processing_class=self.processing_class,
-            engine_dtype=engine_dtype,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-            max_model_length=config.vllm_max_model_length,
-            max_num_seqs=max(MIN_SEQUENCES, config.generation_batch_size // self.accelerator.num_processes),
-            enable_sleep_mode=config.vllm_enable_sleep_mode,
-            model_impl=config.vllm_model_impl,
-            trust_remote_code=config.trust_remote_code,
-            repetition_penalty=self.repetition_penalty,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            max_completion_length=self.max_completion_length,
-            generation_kwargs=config.generation_kwargs,
-        )
+            assert config.generation_batch_size is not None  # set by TRL where it is not given
+            self._take_engine(config, engine_dtype, config.generation_batch_size, config.overlap_generation)
 
     # Prompts and generation
-
-    def _get_train_sampler(self, dataset=None) -> Sampler:  # pyrefly: ignore[bad-override-param-name]  # as TRL
-        # Overridden so that a run resumed in its second epoch sees that epoch's order.
-        self._train_sampler = self._new_sampler(dataset)
-        return self._train_sampler
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # Extended: accelerate and transformers look for the sampler at fixed depths, and on several processes the
-        # loader of a resumed epoch is one deeper.
-        self._train_sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
-
-    def _new_sampler(self, dataset=None) -> EpochRepeatSampler:
-        return EpochRepeatSampler.like(super()._get_train_sampler(dataset), self.args.seed)
-
-    def _tokenize_prompts(self, prompts: list):
-        # Overridden because a rendered prompt has its special tokens, and is cut as the whole text will be.
-        if not isinstance(prompts[0], str):
-            return super()._tokenize_prompts(prompts)
-        return prompt_token_ids(self.processing_class, prompts), None, {}
 
     def _generate_single_turn(  # pyrefly: ignore[bad-override]  # what it does not read it passes on
         self, prompt_ids, images, multimodal_fields, num_generations, **kwargs
     ):
         # Overridden so that sampling depends on the run's seed and step alone, not on a global generator.
-        kill_point("generation")
-        start = time.perf_counter()
-        if not self.use_vllm:
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(request_seed(self.args.seed, *self._phase(), self.accelerator.process_index))
-                written = super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations, **kwargs
-                )
-        elif self.args.overlap_generation and self.model.training:
-            written = self._generate_ahead(prompt_ids)
-        else:
-            self._sync_engine()
-            written = self.vllm_generation.generate_seeded(prompt_ids, self._request_seeds(len(prompt_ids)))
-        self._log_generation(time.perf_counter() - start, [len(ids) for ids in written[0]])
-        if self.model.training:
-            self.leave_if_asked()
-        return written
-
-    def _phase(self) -> tuple[str, int]:
-        if self.model.training:
-            return "train", self._questions_before(self._step)
-        return "eval", self.state.global_step
-
-    def _questions_before(self, micro_step: int) -> int:
-        """How many were answered before a micro-step, by all ranks."""
-        each = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return micro_step * each // self.num_generations
-
-    def _request_seeds(self, count: int, phase: tuple[str, int] | None = None) -> list[int]:
-        """By a completion's question and place among all ranks', so that it is the same on any number of them."""
-        phase = phase or self._phase()
-        size = self.num_generations if phase[0] == "train" else self.num_generations_eval
-        first = self.accelerator.process_index * count
-        places = [divmod(place, size) for place in range(first, first + count)]
-        return [request_seed(self.args.seed, *phase, question) + member for question, member in places]
-
-    def _sync_engine(self) -> None:
-        if self.state.global_step != self._last_loaded_step:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-
-    def _log_generation(self, seconds: float, lengths: list[int]) -> None:
-        """Seconds to the last token, weights' sync included; share of idle slots if all completions ran at once."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["generation/seconds"].append(seconds)
-        metrics["generation/tokens_per_second"].append(sum(lengths) / seconds)
-        metrics["generation/idle_share"].append(1 - sum(lengths) / (len(lengths) * max(max(lengths), 1)))
+        stock = super()._generate_single_turn
+        ahead = self._generate_ahead if self.args.overlap_generation else None
+        return self._write(
+            prompt_ids, lambda: stock(prompt_ids, images, multimodal_fields, num_generations, **kwargs), ahead
+        )
 
     # Log-probs
 
@@ -268,15 +170,11 @@ class GRPOTrainer(OverlappedGeneration, GivesUpSteps, trl.GRPOTrainer, RecoversM
     # A step: generate, score, and the share of it that one micro-batch trains on
 
     def _prepare_inputs(self, generation_batch):  # pyrefly: ignore[bad-override-param-name]  # TRL's name for it
-        # Overridden because TRL shuffles completions over the micro-batches, and a group's prompt is shared only by
-        # siblings of one micro-batch.
+        # Overridden so that siblings stay in one micro-batch.
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(batch, steps)
-        return self._buffered_inputs[self._step % steps]
+        return self._micro_batch(generation_batch, steps, steps * self.num_iterations)
 
     def _generate_and_score_completions(self, inputs):
         # Extended by which completions were scored: what has no finite reward is never trained on.

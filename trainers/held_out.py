@@ -1,6 +1,7 @@
 """Held-out questions, answered with seeds of their own at each evaluation and compared with the start by question."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import TrainerCallback
 
 from rlt.errors import Refused
 from rlt.estimates import finite_mean, paired_bootstrap
-from rlt.reports.result import held_out_result
+from rlt.reports.result import held_out_result, measure_of
 from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
 from rlt.runs.folder import EVALUATIONS
 from rlt.survival.kill_points import kill_point
@@ -27,7 +28,7 @@ def evaluate_held_out(trainer, rows: list[dict]) -> dict:
     was_training = model.training
     model.eval()
     repeats = trainer.num_generations_eval
-    inputs = [row for row in _share(rows, trainer.accelerator) for _ in range(repeats)]
+    inputs = [row for row in share_of(rows, trainer.accelerator) for _ in range(repeats)]
     prompts = [row["prompt"] for row in inputs]
     _, completion_ids, _, completions, *_ = trainer._generate(prompts)
     rewards = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)  # of all ranks
@@ -56,7 +57,7 @@ def _weighted(rewards, weights) -> torch.Tensor:
     return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
 
 
-def _share(rows: list[dict], accelerator) -> list[dict]:
+def share_of(rows: list[dict], accelerator) -> list[dict]:
     """This rank's questions, as many as every other's; the last ones are asked again where they do not go round."""
     count = -(-len(rows) // accelerator.num_processes)
     start = accelerator.process_index * count
@@ -64,10 +65,14 @@ def _share(rows: list[dict], accelerator) -> list[dict]:
 
 
 class HeldOutEvaluation(TrainerCallback):
-    """Evaluates at the start, every `eval_steps`, and at the end; keeps every answer in `evaluations.jsonl`."""
+    """Evaluates at the start, every `eval_steps`, and at the end; keeps every answer in `evaluations.jsonl`.
 
-    def __init__(self, rows: list[dict], output_dir: str):
-        self.rows = rows
+    Args:
+        measure: of a trainer and rows, as `evaluate_held_out`.
+    """
+
+    def __init__(self, rows: list[dict], output_dir: str, measure: Callable[..., dict] = evaluate_held_out):
+        self.rows, self.measure = rows, measure
         self.path = Path(output_dir) / EVALUATIONS
         self.trainer: Any = None  # set once the trainer exists
         self.records = read_json_lines(self.path)
@@ -87,7 +92,7 @@ class HeldOutEvaluation(TrainerCallback):
         if not self.rows or any(r["step"] == step for r in self.records):
             return
         kill_point("evaluation")
-        self.records.append(evaluate_held_out(self.trainer, self.rows))
+        self.records.append(self.measure(self.trainer, self.rows))
         self._write()
         means = {f"eval/{k}": finite_mean(v) for k, v in self.records[-1].items() if k != "step"}
         trainer, logs = self.trainer, {**means, **self._difference()}
@@ -111,8 +116,9 @@ class HeldOutEvaluation(TrainerCallback):
         """The paired difference of the last evaluation from the first, with its 95 % interval; empty at the start."""
         if len(self.records) < 2:
             return {}
-        gain = paired_bootstrap(self.records[0]["reward"], self.records[-1]["reward"])
-        key = "eval/reward_difference"
+        name = measure_of(self.records[0])
+        gain = paired_bootstrap(self.records[0][name], self.records[-1][name])
+        key = f"eval/{name}_difference"
         return {key: gain.mean, f"{key}_low": gain.low, f"{key}_high": gain.high}
 
     def _write(self) -> None:

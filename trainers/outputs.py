@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -73,6 +74,7 @@ class ProgressBar(TrainerCallback):
         if self.bar is None or not logs or "loss" not in logs:
             return
         shown = {"loss": logs["loss"]} if "reward" not in logs else {"reward": logs["reward"], "kl": logs.get("kl")}
+        shown |= {"entropy": logs["entropy"]} if "divergence" in logs else {}
         now, tokens = time.monotonic(), logs.get("num_tokens")
         if tokens is not None and self.tokens is not None and now > self.since:
             shown["tok/s"] = (tokens - self.tokens) / (now - self.since)
@@ -129,13 +131,13 @@ class CompletionsFile(TrainerCallback):
         hold(self.trainer._logs, max(of_step, args.generation_batch_size))
 
     def on_step_end(self, args, state, control, **kwargs):
-        chosen = random.Random(request_seed(args.seed, "completions", state.global_step)).random() < self.probability
+        if not self._is_chosen(args, state):
+            return
         logs = self.trainer._logs
-        if not (chosen and state.is_world_process_zero and logs["prompt"]):
+        if not (state.is_world_process_zero and logs["prompt"]):
             return
         import pandas
 
-        self.folder.mkdir(exist_ok=True)
         rewards = {"reward": weighted_sum(list(logs["rewards"].values()), self.trainer.reward_weights.tolist())}
         if len(logs["rewards"]) > 1:
             rewards |= {f"reward/{name}": values for name, values in logs["rewards"].items()}
@@ -144,10 +146,35 @@ class CompletionsFile(TrainerCallback):
         table["advantage"] = list(logs["advantages"])
         generated = (args.gradient_accumulation_steps, args.steps_per_generation, args.world_size)
         table = table.iloc[places_of_step(state.global_step, *generated, len(table))].reset_index(drop=True)
-        table.insert(0, "step", state.global_step)
-        with written_whole(self.folder / f"step-{state.global_step:05d}.parquet") as aside:
+        self._leave(table, args, state.global_step)
+
+    def _is_chosen(self, args, state) -> bool:
+        """Whether this step's are written; the same on all ranks."""
+        drawn = random.Random(request_seed(args.seed, "completions", state.global_step)).random()
+        return drawn < self.probability
+
+    def _leave(self, table, args, step: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        table.insert(0, "step", step)
+        with written_whole(self.folder / f"step-{step:05d}.parquet") as aside:
             table.to_parquet(aside)
-        log_completions(args.report_to, table, state.global_step)
+        log_completions(args.report_to, table, step)
+
+
+class DistilledCompletions(CompletionsFile):
+    """The same of a trainer without rewards: `completions_of_step` has divergence and entropy of each completion."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The trainer holds a step's completions itself."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._is_chosen(args, state):
+            return
+        rows = gather_object(self.trainer.completions_of_step())
+        if state.is_world_process_zero:
+            import pandas
+
+            self._leave(pandas.DataFrame(rows), args, state.global_step)
 
 
 def weighted_sum(rewards: list[Sequence[float]], weights: list[float]) -> list[float]:

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from rlt.errors import Refused
 from rlt.models.devices import uses_bfloat16
 from rlt.models.loading import check_vocabulary, load_policy, load_tokenizer
 from rlt.models.paths import resolve_model_path
@@ -46,3 +47,15 @@ def build_policy(model: Training, tokenizer, name: str) -> tuple[PreTrainedModel
         task_type="CAUSAL_LM",
     )
     return policy, adapter
+
+
+def check_embedding(policy: PreTrainedModel, targets: Any) -> None:
+    """An adapter on the input alone of a tied embedding unties it, and engines know one embedding then.
+
+    Raises:
+        Refused: the targets name such a layer.
+    """
+    embedding = policy.get_input_embeddings()
+    (name,) = (name.rpartition(".")[2] for name, module in policy.named_modules() if module is embedding)
+    if policy.config.get_text_config().tie_word_embeddings and not isinstance(targets, str) and name in targets:
+        raise Refused(f"lora_target_modules={list(targets)}: {name} is tied to the output head; leave it out")

@@ -215,7 +215,8 @@ class RecoversMemory(transformers.Trainer):
         Args:
             model: as it was wrapped.
             inner: what is wrapped.
-            how: temperature, entropy, and `sharded`: whether the model's passes are collective.
+            how: `sharded`: whether the model's passes are collective; `reads`: another function of rlt/logprobs than
+                `token_log_probs`; what that function takes (`against` has a value for each sequence).
         """
         if self._is_one_with_its_step():
             budget = self.args.logprob_token_budget
@@ -235,8 +236,10 @@ class RecoversMemory(transformers.Trainer):
             return compute()
         return inside_forward(model, inner, True, compute)
 
-    def _compute(self, inner, sequences, counted, tokens: int | None, watch: Watch | None, *, sharded: bool, **how):
-        return token_log_probs(
+    def _compute(
+        self, inner, sequences, counted, tokens: int | None, watch: Watch | None, *, sharded: bool, reads=None, **how
+    ):
+        return (reads or token_log_probs)(
             inner,
             sequences,
             counted,
@@ -270,8 +273,10 @@ class RecoversMemory(transformers.Trainer):
         def read(number: int) -> LogProbs:
             ids = [sequences[member] for member in groups[number]] or [[0]]
             where = [counted[member] for member in groups[number]] or [[]]
+            own = {"against": [how["against"][member] for member in groups[number]]} if "against" in how else {}
+            options = {"sharded": sharded, **how, **own}
             with self._dropout(number):
-                return self._read_at_once(model, inner, ids, where, self._update_budget, watch, sharded=sharded, **how)
+                return self._read_at_once(model, inner, ids, where, self._update_budget, watch, **options)
 
         device = self.accelerator.device
         nothing = torch.zeros(0, device=device)

@@ -22,8 +22,9 @@ STEP = "train/global_step"  # as transformers logs it
 # Of these a run's summary says more than its last value: where they started and the best that there was.
 HELD_OUT = {"eval/reward": "first,last,max", "eval/answer_reward": "first,last,max", "eval_accuracy": "first,last,max"}
 HELD_OUT |= {"eval_loss": "first,last,min", "eval/length": "first,last"}
-# The paired difference of held-out rewards from the start, and its 95 % interval: a summary has the last.
-HELD_OUT |= {f"eval/reward_difference{end}": "last" for end in ("", "_low", "_high")}
+HELD_OUT |= {"eval/accuracy": "first,last,max"}
+# The paired difference from the start, and its 95 % interval: a summary has the last.
+HELD_OUT |= {f"eval/{name}_difference{end}": "last" for name in ("reward", "accuracy") for end in ("", "_low", "_high")}
 
 
 TRACKER_CALLBACKS = (WandbCallback, TrackioCallback, TensorBoardCallback, MLflowCallback)

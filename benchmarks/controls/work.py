@@ -132,7 +132,7 @@ class Seed:
 
     def on_policy(self, arm: Arm, folder: Path) -> dict[str, Any]:
         """The novice distilled on its own samples, until it has sampled as many tokens as other students train on."""
-        given = [f"model_name_or_path={self.novice}", f"teacher_model={self.teacher(arm.teacher)}"]
+        given = [f"model_name_or_path={self.novice}", f"teacher_model={self.teacher(arm.teacher)}", "warmup_run=null"]
         given += [f"train_batch_size={BATCH}", "lr_scheduler_type=constant"]
         wanted = settings.TRAINED_TOKENS
         return {"sampled tokens": self.until("student_opd_tiny", folder / "student", "collect.jsonl", given, wanted)}

@@ -30,9 +30,10 @@ from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
+from rlt.planning.transfer import KEY, devices_of_both
 from rlt.runs.folder import LOGS
 from rlt.runs.hidden import hide_secrets
-from rlt.schema import PROFILES, profile_of
+from rlt.schema import IPC, PROFILES, profile_of
 
 RANK = ("-m", "rlt.commands.rank")
 
@@ -152,16 +153,18 @@ def check_machine(config: dict, devices: int, machines: Machines, server_devices
     """Refuse what this machine has not, and what only one machine can do.
 
     Raises:
-        Refused: too many devices; servers of its own, or a pipeline, on several machines.
+        Refused: too many devices; servers of its own, memory handed over, or a pipeline, on several machines.
     """
     if not config["dry_run"]:
-        check_devices(devices + server_devices, count_gpus(), config["requires"])
+        check_devices(devices_of_both(config, count_gpus(), devices, server_devices), count_gpus(), config["requires"])
     nodes = machines.most
     if nodes > 1 and server_devices:
         raise Refused(
             f"NNODES={nodes} with servers of its own: start those with ./launch_with_server.sh {server_devices} 0, "
             "and every machine with ./launch.sh and vllm_server_base_url=[http://HOST:PORT,...]"
         )
+    if nodes > 1 and config.get(KEY) == IPC:
+        raise Refused(f"{KEY}={IPC} with NNODES={nodes}: memory is handed over within one machine; set {KEY}=nccl")
     if nodes > 1 and config.get("stages"):
         raise Refused(f"{config['run_name']} with NNODES={nodes}: start its stages one by one")
 

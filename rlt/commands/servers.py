@@ -22,6 +22,7 @@ from rlt.planning.configuration import compose_config
 from rlt.planning.machine import check_devices
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
+from rlt.schema import IPC
 
 SHORTEST_KEY = 16  # characters: of hexadecimal ones, 64 bits
 
@@ -31,7 +32,8 @@ logger = logging.getLogger("rlt")
 def serve(devices: int, arguments: list[str]) -> int:
     """Servers alone, for a run on other machines, until a signal comes; the exit code."""
     config, given = compose_config(arguments)
-    resolved = resolve({**config, "overwrite_output_dir": True}, given, server_devices=devices)  # the trainer's folder
+    config = {**config, "overwrite_output_dir": True}  # the trainer's folder
+    resolved = resolve(config, given, server_devices=devices, trains_here=False)
     plan, config = resolved.plan, resolved.plan.config
     if config["dry_run"]:
         show(plan)
@@ -52,10 +54,12 @@ def serve(devices: int, arguments: list[str]) -> int:
 def servers_of(
     plan: Plan, server_devices: int, devices: int, plan_file: Path, logs: Path, watchdog: Watchdog
 ) -> Servers:
-    """On the devices behind those that train."""
+    """On the devices behind those that train, or on these where weights are handed over in their memory."""
+    shares = plan.config.get("weight_transfer") == IPC
     parallel = plan.config.get("vllm_tensor_parallel_size", 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)])[devices:] if plan.gpus else []
+    ids = (visible.split(",") if visible else [str(i) for i in range(plan.gpus)]) if plan.gpus else []
+    ids = ids[0 if shares else devices :]
     groups = [",".join(ids[i : i + parallel]) for i in range(0, server_devices, parallel)]
     threads = max(1, len(os.sched_getaffinity(0)) // (server_devices + devices))
     where = address_of_servers(dict(os.environ))

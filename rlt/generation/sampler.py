@@ -11,7 +11,7 @@ from rlt.models.loading import check_vocabulary, load_frozen, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.prompts.styles import load_format
 from rlt.prompts.tokenizers import check_tokenizer
-from rlt.schema import Sampling, server_urls
+from rlt.schema import FILES, Sampling, server_urls
 from rlt.survival.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -21,17 +21,26 @@ MAX_SEQUENCES = 256  # that the engine runs at once
 
 
 def build_engine(
-    urls: list[str] | None = None, start_limit_s: float = 0.0, own_process: bool = False, **options: Any
+    urls: list[str] | None = None,
+    start_limit_s: float = 0.0,
+    own_process: bool = False,
+    weight_transfer: str = FILES,
+    **options: Any,
 ) -> VLLMEngine:
-    """The one place that chooses between the three engines; they have the same surface.
+    """The one place that chooses between the four engines; they have the same surface.
 
     Args:
         urls: of the servers that generate; none: an engine on this rank's device.
         start_limit_s: seconds for a server to be ready.
+        weight_transfer: how weights reach the servers: `files`, or one of vLLM's own transfers.
         own_process: the engine writes ahead in a process of its own (`EngineProcess`).
         options: as in `VLLMEngine`.
     """
     options = {"mode": "colocate", "generation_kwargs": {}, **options}  # as TRL calls an engine beside its trainer
+    if urls and weight_transfer != FILES:
+        from rlt.generation.served.direct_engine import DirectEngine
+
+        return DirectEngine(**options, urls=urls, start_limit_s=start_limit_s, weight_transfer=weight_transfer)
     if urls:
         from rlt.generation.served.engine import ServerEngine
 

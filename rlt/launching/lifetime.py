@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -51,6 +53,34 @@ def end_with(launcher: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def ends_within(limit_s: float, what: str) -> Iterator[Callable[[float], None]]:
+    """A block that may stand still inside a library, where no exception reaches it: past its limit the process ends,
+    with code 1, and its launcher does with it as with any that failed.
+
+    Yields:
+        What sets another limit, from now on in seconds; for other threads, too.
+    """
+    timers: list[threading.Timer] = []
+
+    def end(seconds: float) -> None:
+        sys.stderr.write(f"{what} took longer than {seconds:.1f} s: this process ends\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    def limit(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, end, [seconds]))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    limit(limit_s)
+    try:
+        yield limit
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def has_ended(pid: int) -> bool:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
+from rlt.logprobs.divergence import Divergence, TeacherHead, head_divergences
 from rlt.logprobs.head import head_best_tokens, head_log_probs
 from rlt.logprobs.packing import batch_sequences, fill_rows, lay_out, pad_batch
 from rlt.models.recurrent import let_recurrent_layers_read_rows
@@ -119,11 +120,113 @@ def token_log_probs(
         "index out of text"
     )
     causal = _causal_model(model)
-    device = next(causal.get_input_embeddings().parameters()).device
-    log_probs: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
-    entropies = list(log_probs)
     tokens = sequences if targets is None else _targets_by_index(counted, targets)
     temperatures = [temperature] * len(sequences) if isinstance(temperature, float | int) else temperature
+
+    def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
+        return _counted_log_probs(causal, wanted, tokens, temperatures, entropy, hidden_BTH)
+
+    return _over_passes(causal, sequences, counted, read, token_budget, autocast, agree_on_forwards, guard)
+
+
+def token_hidden_states(
+    model,
+    sequences: list[list[int]],
+    counted: list[list[int]],
+    *,
+    token_budget: int | None,
+    autocast: AbstractContextManager | None = None,
+    agree_on_forwards: Callable[[int], int] | None = None,
+    guard: Guard | None = None,
+) -> LogProbs:
+    """What a model's head would read for the counted tokens; arguments as of `token_log_probs`.
+
+    Returns:
+        One tensor (len(counted[i]) * H,) per sequence, flat as log-probs are; and empty ones in the entropies' place.
+    """
+
+    def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
+        places = [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted]
+        hidden_NH = _chosen(hidden_BTH.flatten(0, 1), places)
+        return [hidden_NH, hidden_NH.new_zeros(len(hidden_NH))]
+
+    causal = _causal_model(model)
+    states, _ = _over_passes(causal, sequences, counted, read, token_budget, autocast, agree_on_forwards, guard)
+    return [values.flatten() for values in states], [values.new_zeros(0) for values in states]
+
+
+def token_divergences(
+    model,
+    sequences: list[list[int]],
+    counted: list[list[int]],
+    *,
+    against: Sequence[torch.Tensor],
+    teacher: TeacherHead | None,
+    divergence: Divergence,
+    token_budget: int | None,
+    autocast: AbstractContextManager | None = None,
+    agree_on_forwards: Callable[[int], int] | None = None,
+    guard: Guard | None = None,
+) -> LogProbs:
+    """Divergences of a student's next-token distributions from a teacher's, before each counted token.
+
+    Args:
+        against: the teacher's hidden states (n, G) for the first n of the counted tokens, behind whatever it has read.
+            At all later ones the teacher is certain of the sequence's own token, from which the divergence of the
+            student (the forward KL, whichever is asked for) is minus its log-prob of that token.
+        teacher: whose head reads those; None: the model's own.
+        other arguments: as of `token_log_probs`.
+
+    Returns:
+        Two lists with one tensor (len(counted[i]),) per sequence: divergences, with gradients, and entropies of the
+        student (0 where the teacher is certain), without.
+    """
+    causal = _causal_model(model)
+    numbers = [{i: number for number, i in enumerate(where)} for where in counted]
+
+    def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
+        of_member = [(member, numbers[member][i], sequences[member][i]) for *_, member, i in wanted]
+        hidden_NH = _chosen(hidden_BTH.flatten(0, 1), [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted])
+        asked = [place for place, (member, number, _) in enumerate(of_member) if number < len(against[member])]
+        known = [place for place, (member, number, _) in enumerate(of_member) if number >= len(against[member])]
+        values, entropies = hidden_NH.new_zeros(
+            2, len(wanted), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)
+        )
+        if asked:
+            states_NG = torch.stack([against[of_member[place][0]][of_member[place][1]] for place in asked])
+            found = head_divergences(
+                causal, _chosen(hidden_NH, asked), teacher, states_NG.to(hidden_NH.device), divergence
+            )
+            at = torch.tensor(asked, device=values.device)
+            values, entropies = (
+                whole.index_copy(0, at, some.to(whole.dtype))
+                for whole, some in zip((values, entropies), found, strict=True)
+            )
+        if known:
+            targets_N = torch.tensor([of_member[place][2] for place in known], device=hidden_NH.device)
+            log_probs_N, _ = head_log_probs(
+                causal, _chosen(hidden_NH, known), targets_N, divergence.temperature, "none"
+            )
+            values = values.index_copy(0, torch.tensor(known, device=values.device), -log_probs_N.to(values.dtype))
+        return [values, entropies]
+
+    return _over_passes(causal, sequences, counted, read, token_budget, autocast, agree_on_forwards, guard)
+
+
+def _over_passes(
+    causal,
+    sequences: list[list[int]],
+    counted: list[list[int]],
+    read: Callable[[list, torch.Tensor], list[torch.Tensor]],
+    token_budget: int | None,
+    autocast: AbstractContextManager | None,
+    agree_on_forwards: Callable[[int], int] | None,
+    guard: Guard | None,
+) -> LogProbs:
+    """Two lists with what `read` makes of the wanted (row, position, member, index) and a pass's hidden states."""
+    device = next(causal.get_input_embeddings().parameters()).device
+    firsts: list[torch.Tensor] = [torch.zeros(0, device=device) for _ in sequences]
+    seconds = list(firsts)
     token_budget = token_budget or max(map(len, sequences), default=1)
     forwards = list(_forwards(causal, sequences, counted, token_budget, device))
     if guard is not None:
@@ -135,20 +238,19 @@ def token_log_probs(
         for number, (inputs, members, wanted) in enumerate(forwards):
             if guard is not None:
                 guard.begin(number)
-            read = partial(_counted_log_probs, causal, wanted, tokens, temperatures, entropy)
-            flat = _one_pass(causal, inputs, read, keep_up)
+            flat = _one_pass(causal, inputs, partial(read, wanted), keep_up)
             if flat is None:
                 count += len(forwards) - number - 1  # each of which is made for nothing
-                log_probs, entropies = ([values.new_zeros(0) for values in log_probs] for _ in range(2))
+                firsts, seconds = ([values.new_zeros(0) for values in firsts] for _ in range(2))
                 break
             sizes = [len(counted[member]) for member in members]
-            for store, values in zip((log_probs, entropies), flat, strict=True):
+            for store, values in zip((firsts, seconds), flat, strict=True):
                 for member, part in zip(members, values.split(sizes), strict=True):
                     store[member] = part.clone()  # FSDP2 warns of views that leave a forward pass
         for _ in range(count - len(forwards)):
             nothing = _pass_for_nothing(causal, device)
-            log_probs = [values + nothing for values in log_probs]
-    return log_probs, entropies
+            firsts = [values + nothing for values in firsts]
+    return firsts, seconds
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: fl
     With `entropy` "rank" the second is each target's rank (of N alone) instead, 1 for the likeliest; without gradients.
     """
     head = model.get_output_embeddings()
-    factor, cap = _logit_transform(model.config)
+    factor, cap = logit_transform(model.config)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
-    if type(head) is torch.nn.Linear and _is_whole(head):
+    if type(head) is torch.nn.Linear and is_whole(head):
         plain = hidden_NH, head.weight, head.bias, targets_N
         if hidden_NH.device.type == "cuda" and targets_N.dim() == 1 and entropy != "rank":
             asked = () if entropy == "none" else ("entropy",)
@@ -36,21 +36,21 @@ def head_log_probs(model: PreTrainedModel, hidden_NH, targets_N, temperature: fl
         if cap is None and entropy != "with_grad":
             return _LinearHead.apply(*plain, factor / temperature, rows, entropy)
     args = (factor, cap, temperature, entropy)
-    chunks = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
-    if len(chunks) == 1 or not torch.is_grad_enabled():
-        parts = [_any_head(head, hidden, targets, *args) for hidden, targets in chunks]
+    pieces = list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))
+    if len(pieces) == 1 or not torch.is_grad_enabled():
+        parts = [_any_head(head, hidden, targets, *args) for hidden, targets in pieces]
     else:
-        parts = [checkpoint(_any_head, head, hidden, targets, *args, use_reentrant=False) for hidden, targets in chunks]
+        parts = [checkpoint(_any_head, head, hidden, targets, *args, use_reentrant=False) for hidden, targets in pieces]
     log_probs, entropies = zip(*parts, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)
 
 
-def _is_whole(head: torch.nn.Linear) -> bool:
+def is_whole(head: torch.nn.Linear) -> bool:
     """Whether the head's weight is here as a whole; ZeRO-3 and FSDP2 hold shards of it between forward passes."""
     return type(head.weight) is torch.nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
 
 
-def _logit_transform(config) -> tuple[float, float | None]:
+def logit_transform(config) -> tuple[float, float | None]:
     """The factor on the logits and the soft cap that some architectures apply after their head.
 
     The names are those of Cohere, Muse Glimmer, Falcon-H1; Granite divides where HyperCLOVA X multiplies.
@@ -69,7 +69,7 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
 
     A soft cap comes after the architecture's factor and before the temperature, as in the models.
     """
-    logits_NV = _logits(head, hidden_NH, factor, cap)
+    logits_NV = head_logits(head, hidden_NH, factor, cap)
     if temperature != 1.0:
         logits_NV = logits_NV * (1.0 / temperature)
     normaliser_N = logits_NV.logsumexp(dim=-1)
@@ -84,9 +84,9 @@ def _any_head(head, hidden_NH, targets_N, factor: float, cap: float | None, temp
         return log_probs_N, normaliser_N - (probs_NV * logits_NV).sum(-1)
 
 
-def _logits(head, hidden_NH, factor: float, cap: float | None) -> torch.Tensor:
+def head_logits(head, hidden_NH, factor: float, cap: float | None) -> torch.Tensor:
     # A call of the module would let ZeRO-3 give back the weight that `_with_whole_head` has gathered.
-    plain = type(head) is torch.nn.Linear and _is_whole(head)
+    plain = type(head) is torch.nn.Linear and is_whole(head)
     logits_NV = torch.nn.functional.linear(hidden_NH, head.weight, head.bias) if plain else head(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if factor != 1.0:
@@ -110,9 +110,9 @@ def best_tokens(logits_TV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 @torch.no_grad()
 def head_best_tokens(model: PreTrainedModel, hidden_NH, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of positions whose logits are never held all at once."""
-    head, transform = model.get_output_embeddings(), _logit_transform(model.config)
+    head, transform = model.get_output_embeddings(), logit_transform(model.config)
     rows = max(1, HEAD_CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
-    parts = [best_tokens(_logits(head, hidden, *transform), k) for hidden in hidden_NH.split(rows)]
+    parts = [best_tokens(head_logits(head, hidden, *transform), k) for hidden in hidden_NH.split(rows)]
     ids, values = zip(*parts, strict=True)
     return torch.cat(ids), torch.cat(values)
 
@@ -135,9 +135,9 @@ class _LinearHead(torch.autograd.Function):
             exact = torch.promote_types(dtype, torch.float32)
             log_probs_NK = hidden_NH.new_zeros(_columns(targets_N).shape, dtype=exact)
             entropies_N = hidden_NH.new_zeros(len(targets_N), dtype=exact)
-            for start, logits_CV in _chunks(low_NH, low_VH, low_V, rows):
-                for block in _blocks(logits_CV, start):
-                    values_BV = _log_softmax(logits_CV[block.start - start : block.stop - start], scale)
+            for start, logits_CV in chunks(low_NH, low_VH, low_V, rows):
+                for block in blocks(logits_CV, start):
+                    values_BV = log_softmax(logits_CV[block.start - start : block.stop - start], scale)
                     log_probs_NK[block] = values_BV.gather(-1, _columns(targets_N[block]))
                     if entropy == "rank":
                         entropies_N[block] = ranks_of(values_BV, targets_N[block])
@@ -158,11 +158,11 @@ class _LinearHead(torch.autograd.Function):
         grad_NH = torch.zeros_like(hidden_NH) if needs_hidden else None
         grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
         grad_V = torch.zeros_like(bias_V) if needs_bias else None
-        for start, logits_CV in _chunks(low_NH, low_VH, low_V, ctx.rows):
-            for block in _blocks(logits_CV, start):
+        for start, logits_CV in chunks(low_NH, low_VH, low_V, ctx.rows):
+            for block in blocks(logits_CV, start):
                 here = slice(block.start - start, block.stop - start)
                 # d log p(target) / d logits = scale (one-hot - softmax)
-                values_BV = _log_softmax(logits_CV[here], ctx.scale).exp_()
+                values_BV = log_softmax(logits_CV[here], ctx.scale).exp_()
                 factors_BK = _columns(grad_N[block] * ctx.scale)
                 values_BV.mul_(-factors_BK.sum(-1, keepdim=True))
                 values_BV.scatter_add_(-1, _columns(targets_N[block]), factors_BK.to(values_BV.dtype))
@@ -177,13 +177,13 @@ class _LinearHead(torch.autograd.Function):
         return grad_NH, grad_VH, grad_V, None, None, None, None
 
 
-def _chunks(hidden_NH, weight_VH, bias_V, rows: int):
+def chunks(hidden_NH, weight_VH, bias_V, rows: int):
     """Where each chunk begins, and its logits, which the caller may overwrite."""
     for start in range(0, len(hidden_NH), rows):
         yield start, torch.nn.functional.linear(hidden_NH[start : start + rows], weight_VH, bias_V)
 
 
-def _blocks(logits_CV, start: int):
+def blocks(logits_CV, start: int):
     """Slices of the N positions, in pieces of a chunk that are worked on at once."""
     size = len(logits_CV)
     step = max(1, CPU_BLOCK_ELEMENTS // logits_CV.shape[-1]) if logits_CV.device.type == "cpu" else size
@@ -191,6 +191,6 @@ def _blocks(logits_CV, start: int):
         yield slice(start + first, start + min(first + step, size))
 
 
-def _log_softmax(logits_BV, scale: float) -> torch.Tensor:
+def log_softmax(logits_BV, scale: float) -> torch.Tensor:
     values_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     return torch.log_softmax(values_BV * scale if scale != 1.0 else values_BV, dim=-1)

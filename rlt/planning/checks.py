@@ -18,7 +18,9 @@ from rlt.runs.hidden import secrets_in
 from rlt.schema import (
     PROFILES,
     REWARD_PARTS,
+    DistillSettings,
     EvaluateSettings,
+    Generating,
     GRPOSettings,
     RewardOptions,
     RunConfig,
@@ -72,10 +74,16 @@ GRPO_FIXED = (
     *("vllm_group_port", "max_tool_calling_iterations", "log_multimodal"),  # of what no run here does
 )
 COMPILED = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # of a call that only pretraining makes
+# And those of distillation, whose teacher and loss are of here (trainers/distillation.py).
+DISTILL_FIXED = (
+    *("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "pad_to_multiple_of"),
+    *("eval_delay", "eval_on_start", "log_completions", "max_tool_calling_iterations", "vllm_group_port"),
+)
 FIXED_BY_CONFIG = {
     "sft": (*SFT_FIXED, *COMPILED),
     "grpo": (*GRPO_FIXED, *COMPILED),
     "dpo": COMPILED,
+    "distill": (*DISTILL_FIXED, *COMPILED),
     "pretrain": SFT_FIXED,
 }
 
@@ -242,10 +250,11 @@ def check_batch_arithmetic(settings: Training, devices: int) -> int:
     return total // (each * devices)
 
 
-def check_groups(settings: GRPOSettings, devices: int, generation_steps: int) -> None:
+def check_groups(settings: Generating, devices: int, generation_steps: int) -> None:
     size = settings.num_generations
     total, batch = settings.train_batch_size, settings.per_device_train_batch_size * devices * generation_steps
-    fits = [n for n in range(2, batch + 1) if batch % n == 0 and total % n == 0]
+    fewest = 1 if settings.profile.distils else 2  # rewards are compared within a group
+    fits = [n for n in range(fewest, batch + 1) if batch % n == 0 and total % n == 0]
     if size not in fits:
         raise Refused(
             f"num_generations={size} does not divide the batch of {batch} completions generated at once "
@@ -265,25 +274,28 @@ def _context_of(name: str | None) -> int | None:
     return found.get("text_config", found).get("max_position_embeddings")
 
 
-def context_length(settings: GRPOSettings | Sampling) -> int:
-    """The longest text of the model and of its student, from local folders' config.json where there are any."""
+def context_length(settings: Generating | Sampling) -> int:
+    """The longest text of the model and of its student or teacher, from local folders' config.json where there are
+    any."""
     own = _context_of(settings.model_name_or_path) or settings.model_max_length
-    student = settings.student_model if isinstance(settings, StudentConfig) else None
-    return min(own, _context_of(student) or own)
+    other = settings.student_model if isinstance(settings, StudentConfig) else None
+    other = settings.teacher_model if isinstance(settings, DistillSettings) else other
+    return min(own, _context_of(other) or own)
 
 
-def check_context(settings: GRPOSettings | Sampling) -> None:
+def check_context(settings: Generating | Sampling) -> None:
     prompt, completion, context = settings.max_prompt_length, settings.max_completion_length, context_length(settings)
     if completion is None or completion < 1:
         raise Refused(f"max_completion_length={completion} must be positive")
+    other = "teacher" if isinstance(settings, DistillSettings) else "student"
     if prompt + completion > context:
         raise Refused(
             f"max_prompt_length={prompt} + max_completion_length={completion} is longer than the context of {context} "
-            f"tokens, the model's or its student's: max_completion_length may be up to {context - prompt}"
+            f"tokens, the model's or its {other}'s: max_completion_length may be up to {context - prompt}"
         )
 
 
-def check_lengths(settings: GRPOSettings) -> None:
+def check_lengths(settings: Generating) -> None:
     check_context(settings)
     prompt, completion = settings.max_prompt_length, settings.max_completion_length or 0
     if settings.logprob_token_budget is not None and settings.logprob_token_budget < prompt + completion:
@@ -293,9 +305,22 @@ def check_lengths(settings: GRPOSettings) -> None:
         )
 
 
-def check_combinations(settings: GRPOSettings) -> None:
+def check_generation(settings: Generating) -> None:
+    """What every run that samples needs."""
     if settings.temperature <= 0:
         raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
+    if not 0 <= settings.save_completions_probability <= 1:
+        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
+    cache = settings.trl.get("cache_implementation")
+    if settings.use_vllm and cache is not None:
+        raise Refused(f"cache_implementation={cache} is Hugging Face's: set use_vllm=false")
+    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
+        raise Refused(
+            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
+        )
+
+
+def check_combinations(settings: GRPOSettings) -> None:
     if settings.use_peft and settings.sync_ref_model:
         raise Refused("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")
     if settings.sync_ref_model and not settings.beta:
@@ -303,15 +328,9 @@ def check_combinations(settings: GRPOSettings) -> None:
     teaches = isinstance(settings, TeacherSettings)
     if isinstance(settings, TeacherSettings) and not settings.beta and settings.student_model is None:
         raise Refused("student_model=null takes the reference model, which beta=0 does not load: name a student")
-    if not 0 <= settings.save_completions_probability <= 1:
-        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
     if teaches and settings.answer_line:
         raise Refused("answer_line=true: a teacher explains a solution that it is shown; unset it")
     check_engine(settings)
-    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
-        raise Refused(
-            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
-        )
     if settings.verified:
         check_verifier(settings.verified)
         if not any(getattr(settings.verified, key) for key in VERIFIED.values()):
@@ -334,7 +353,7 @@ def check_reward_weights(settings: GRPOSettings, weights: Sequence[Any]) -> None
         )
 
 
-def check_verifier(settings: VerifierKeys | StudentSettings | EvaluateSettings) -> None:
+def check_verifier(settings: VerifierKeys | StudentSettings | EvaluateSettings | DistillSettings) -> None:
     if settings.verifier not in VERIFIERS:
         raise Refused(f"verifier={settings.verifier}: use one of {', '.join(VERIFIERS)}")
     for key in ("verifier_limit_s", "length_free"):
@@ -344,11 +363,11 @@ def check_verifier(settings: VerifierKeys | StudentSettings | EvaluateSettings) 
 
 def check_sharding(settings: Training, devices: int, sharding: str) -> None:
     """What several processes, or a model in shards, cannot do."""
-    generates = isinstance(settings, GRPOSettings)
-    if devices > 1 and generates and settings.overlap_generation:
+    if devices > 1 and isinstance(settings, GRPOSettings) and settings.overlap_generation:
         raise Refused(f"overlap_generation=true with {devices} devices: it is for one process that trains")
     parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
-    if generates and settings.use_vllm and not settings.use_vllm_server and devices % parallel:
+    in_process = isinstance(settings, Generating) and settings.use_vllm and not settings.use_vllm_server
+    if in_process and devices % parallel:
         fits = [size for size in range(1, devices + 1) if devices % size == 0]
         raise Refused(
             f"vllm_tensor_parallel_size={parallel} does not divide the {devices} devices, whose neighbours share an "
@@ -380,7 +399,7 @@ def check_server_devices(settings: RunConfig, server_devices: int) -> None:
         raise Refused("a pipeline with servers: start its stages one by one")
     if isinstance(settings, Sampling):
         parallel = settings.vllm_tensor_parallel_size
-    elif isinstance(settings, GRPOSettings) and settings.use_vllm:
+    elif isinstance(settings, Generating) and settings.use_vllm:
         parallel = settings.trl.get("vllm_tensor_parallel_size", 1)
     else:
         raise Refused(

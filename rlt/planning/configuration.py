@@ -24,7 +24,8 @@ from rlt.runs.hidden import is_secret
 # Keys whose values may be paths.
 PATHS = frozenset(
     {
-        *("results_dir", "output_dir", "model_name_or_path", "student_model", "dataset_id_or_path"),
+        *("results_dir", "output_dir", "model_name_or_path", "student_model", "teacher_model"),
+        "dataset_id_or_path",
         *("eval_dataset_id_or_path", "resume_from", "compare_with", "trained_on", "reasoning_format"),
     }
 )

@@ -19,8 +19,6 @@ def check_engine(settings: GRPOSettings) -> None:
     trl = settings.trl
     if not settings.use_vllm:
         return
-    if trl.get("cache_implementation") is not None:
-        raise Refused(f"cache_implementation={trl['cache_implementation']} is Hugging Face's: set use_vllm=false")
     if not trl.get("vllm_importance_sampling_correction", True):
         return
     given = {key: trl[key] for key in WHOLE if key in trl} | dict(trl.get("generation_kwargs") or {})

@@ -12,7 +12,7 @@ from typing import Any
 from rlt.models.embedded import cache_folder, is_embedded
 from rlt.models.files import model_settings, tensor_shapes
 from rlt.models.paths import MERGED, adapter_base, is_adapter
-from rlt.schema import profile_of
+from rlt.schema import IPC, profile_of
 
 GIB = 2**30
 # Per parameter:
@@ -61,10 +61,14 @@ def model_folder(config: dict[str, Any]) -> Path | None:
 
 def student_shape(config: dict[str, Any], policy: Shape) -> Shape | None:
     """The frozen student's, from its folder, else the policy's; None where no student is held: there is none, or the
-    reference is it (`build_student` in trainers/build.py)."""
-    name = config.get("student_model")
+    reference is it (`build_student` in trainers/build.py). Of a distillation it is the teacher's."""
+    distils = profile_of(config).distils
+    name = config["teacher_model"] if distils else config.get("student_model")
+    if distils and name is None:  # the starting weights, which stand under an adapter
+        return None if config["use_peft"] else policy
     moves = config.get("sync_ref_model") or config["load_in_4bit"] or config["load_in_8bit"]
-    if name is None or (config.get("beta") and not moves and name == config["model_name_or_path"]):
+    is_reference = not distils and config.get("beta") and not moves and name == config["model_name_or_path"]
+    if name is None or is_reference:
         return None
     student = {"model_name_or_path": name, "model_size": policy.parameters / 1e9}
     return shape_of(student) if model_folder(student) else policy
@@ -127,13 +131,13 @@ def estimate_memory(
     half = config["bf16"] is not False
     student = found.parameters * (BFLOAT16_BYTES if half else FLOAT32_BYTES) if found else 0.0
     engine = 0.0
-    if config["use_vllm"] and not config["use_vllm_server"]:
+    if config["use_vllm"] and (not config["use_vllm_server"] or config["weight_transfer"] == IPC):
         engine = config["vllm_gpu_memory_utilization"] * gpu_gib * GIB if gpu_gib else shape.parameters * BFLOAT16_BYTES
     asleep = config["vllm_enable_sleep_mode"]
     resident += 0.0 if asleep else engine
     frozen, waits = reference + student, config["offload_untrained_models"]
     # A reference that moves, or that DeepSpeed or FSDP holds, stays where the policy is (trainers/grpo.py).
-    reference_waits = waits and sharding == "ddp" and not config["sync_ref_model"]
+    reference_waits = waits and sharding == "ddp" and not config.get("sync_ref_model")
     stays = (0.0 if reference_waits else reference) + (0.0 if waits else student)
     reading = token_budget(config) * max(shape.hidden, found.hidden if found else 0) * READING_BYTES + HEAD_BYTES
     phases = {
@@ -156,7 +160,7 @@ def token_budget(config: dict[str, Any]) -> int:
 
 def _reference_bytes(config: dict[str, Any], shape: Shape, devices: int, sharding: str) -> float:
     """Of an adapter's policy the base is the reference; shards of `offload` are in the host's memory."""
-    if config["use_peft"] or not config.get("beta") or sharding == "offload":
+    if config["use_peft"] or not config.get("beta") or sharding == "offload" or profile_of(config).distils:
         return 0.0
     each = BFLOAT16_BYTES if _deepspeed_in_bfloat16(config, sharding) else FLOAT32_BYTES
     return shape.parameters * each / (devices if sharding in WEIGHTS_SHARDED else 1)

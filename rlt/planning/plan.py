@@ -15,6 +15,7 @@ from rlt.planning.checks import (
     check_batch_arithmetic,
     check_combinations,
     check_common,
+    check_generation,
     check_groups,
     check_keys,
     check_lengths,
@@ -24,6 +25,7 @@ from rlt.planning.checks import (
     check_sharding,
 )
 from rlt.planning.curriculum import check_curriculum
+from rlt.planning.distill_checks import check_distillation
 from rlt.planning.grace import warn_of_short_grace
 from rlt.planning.job_checks import check_job
 from rlt.planning.machine import (
@@ -44,6 +46,8 @@ from rlt.runs.folder import check_comparison, check_output
 from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
 from rlt.schema import (
+    DistillSettings,
+    Generating,
     GRPOSettings,
     PrepareSettings,
     PretrainSettings,
@@ -112,6 +116,8 @@ class Plan:
                 f"completions generated at once {batch} (every {self.steps_per_generation} micro-batches)",
                 f"tokens per step, at most      {tokens:,}",
             ]
+            if c["use_vllm_server"]:
+                lines.append(f"weights to the servers        {c['weight_transfer']}")
         lines += ["memory per device, estimated (GiB, at the longest batch):"]
         lines += [f"  {phase:<27} {gib:.1f}" for phase, gib in self.memory_gib.items()]
         return "\n".join(lines)
@@ -157,10 +163,14 @@ def _plan_of_training(config: dict[str, Any], devices: int, gpus: int, sharding:
     settings, kind = typed_settings(config), sharding or "ddp"
     accumulation = check_batch_arithmetic(settings, devices)
     generation = config.get("generation_aggregation_steps") or accumulation
-    if isinstance(settings, GRPOSettings):
+    if isinstance(settings, Generating):
         check_groups(settings, devices, generation)
         check_lengths(settings)
+        check_generation(settings)
+    if isinstance(settings, GRPOSettings):
         check_combinations(settings)
+    if isinstance(settings, DistillSettings):
+        check_distillation(settings)
     check_sharding(settings, devices, kind)
     if isinstance(settings, TeacherSettings):
         check_reward(settings)

@@ -8,8 +8,10 @@ from typing import Any
 from rlt.errors import Refused
 from rlt.planning.checks import check_keys, check_server_devices
 from rlt.planning.configuration import compose_config, named_keys, quoted
+from rlt.planning.machine import count_gpus
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.profiles import with_memory_profile
+from rlt.planning.transfer import with_weight_transfer
 from rlt.planning.trl_fields import typed_settings
 from rlt.runs.folder import MARKER, check_output, is_complete
 from rlt.runs.trackers import as_override
@@ -35,6 +37,7 @@ def resolve(
     sharding: str | None = None,
     server_devices: int = 0,
     list_missing: bool | None = None,
+    trains_here: bool = True,
 ) -> Resolved:
     """The plan of a composed configuration, which is not changed.
 
@@ -45,6 +48,7 @@ def resolve(
         sharding: over them; None: one process, without the launcher.
         server_devices: that the launcher gives to servers of its own.
         list_missing: as in `make_plan`.
+        trains_here: beside the servers; else they are for ranks elsewhere.
 
     Raises:
         Refused: one line on the first thing that cannot work.
@@ -55,6 +59,7 @@ def resolve(
     if server_devices:
         check_server_devices(typed_settings(config), server_devices)
         config = {**config, "use_vllm_server": True, "vllm_server_base_url": STARTING}
+    config = with_weight_transfer(config, count_gpus(), devices if trains_here else 0, server_devices)
     return Resolved(make_plan(config, devices, warmup is not None, sharding, list_missing), warmup)
 
 

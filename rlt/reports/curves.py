@@ -21,6 +21,7 @@ PANELS = (  # of a run's logs; after them one for each of several reward functio
     ("reward_parts/kl_reward", "KL part"),
     ("reward_parts/format_rate", "format rate"),
     ("kl", "KL to the reference"),
+    ("divergence", "divergence from the teacher (nats)"),
     ("completions/mean_length", "tokens per completion"),
     ("entropy", "entropy"),
     ("clip_ratio/region_mean", "clipped share"),
@@ -33,6 +34,7 @@ PANELS = (  # of a run's logs; after them one for each of several reward functio
     ("eval_loss", "loss on held-out rows"),
     ("eval/reward", "reward on held-out questions"),
     ("eval/answer_reward", "accuracy on held-out questions"),
+    ("eval/accuracy", "accuracy on held-out questions, distillation"),
     ("eval_accuracy", "accuracy on held-out questions, students"),
     ("eval_format_rate", "format rate on held-out questions, students"),
 )

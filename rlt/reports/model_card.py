@@ -14,6 +14,7 @@ from rlt.estimates import bootstrap, paired_bootstrap
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.planning.configuration import as_value, compose_config, options
+from rlt.reports.result import measure_of
 from rlt.runs.dashboard import run_question
 from rlt.runs.durable import read_json_lines, write_whole
 from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, run_in
@@ -132,15 +133,16 @@ def figures(folder: Path, kept_step: int | None) -> str:
 
 def paired_figures(records: list[dict], kept_step: int | None) -> str:
     first, last = records[0], next((record for record in records if record["step"] == kept_step), records[-1])
+    main = measure_of(first)
     lines = [
-        f"{len(first['reward'])} held-out questions, before step 1 and after step {last['step']}; means with 95 % "
+        f"{len(first[main])} held-out questions, before step 1 and after step {last['step']}; means with 95 % "
         "bootstrap intervals over questions, the difference paired by question.",
         "",
         "| | start | end | difference |",
         "|---|---|---|---|",
     ]
-    names = [name for name in first if name not in ("step", "reward") and name in last]
-    for name in ("reward", *names):
+    names = [name for name in first if name not in ("step", main) and name in last]
+    for name in (main, *names):
         gain = paired_bootstrap(first[name], last[name])
         lines.append(f"| {name} | {bootstrap(first[name])} | {bootstrap(last[name])} | {gain.signed} |")
     if kept_step is not None:

@@ -38,7 +38,8 @@ def result_of(folder: Path) -> Result | None:
     if (folder / TRACES).is_file() and (folder / ALL_TRACES).is_file():
         return traces_result(folder)
     if records := read_json_lines(folder / EVALUATIONS):
-        best = (config.get("metric_for_best_model") or "reward", config.get("greater_is_better") is not False)
+        quantity = config.get("metric_for_best_model") or measure_of(records[0])
+        best = (quantity, config.get("greater_is_better") is not False)
         answers = config.get("num_generations_eval") or config["num_generations"]  # as TRL has it
         return held_out_result(records, answers, best if config.get("load_best_model_at_end") else None)
     return None
@@ -66,10 +67,11 @@ def held_out_result(records: list[dict], answers: int, best: tuple[str, bool] | 
     if len(records) < 2:
         return None
     first, last = records[0], kept(records, best)
-    gain = paired_bootstrap(first["reward"], last["reward"])
+    name = measure_of(first)
+    gain = paired_bootstrap(first[name], last[name])
     text = (
-        f"reward on {len(last['reward'])} held-out questions x {answers}: "
-        f"{finite_mean(first['reward']):.3f} -> {finite_mean(last['reward']):.3f}, "
+        f"{name} on {len(last[name])} held-out questions x {answers}: "
+        f"{finite_mean(first[name]):.3f} -> {finite_mean(last[name]):.3f}, "
         f"paired difference {gain.signed} (95 % bootstrap)"
     )
     if "solution_log_prob_reward" in last:
@@ -83,6 +85,15 @@ def held_out_result(records: list[dict], answers: int, best: tuple[str, bool] | 
         text += f"; step {last['step']}, chosen on these questions from {len(records) - 1} evaluations"
     text += f"; length {finite_mean(first['length']):.0f} -> {finite_mean(last['length']):.0f} tokens"
     return Result(text, gain, zero_matters=True)
+
+
+def measure_of(record: dict) -> str:
+    """What an evaluation of held-out questions measures first: rewards, or a student's accuracy where there are none.
+
+    Args:
+        record: of `evaluations.jsonl`.
+    """
+    return "reward" if "reward" in record else "accuracy"
 
 
 def kept(records: list[dict], best: tuple[str, bool] | None) -> dict:

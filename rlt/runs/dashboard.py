@@ -67,10 +67,11 @@ def _measured(config: dict[str, Any]) -> str:
     if profile.learns_from == "text":
         return "loss on held-out rows of each source, beside the entropy of unigrams; tokens per second"
     if not held_out or not profile.holds_out:
-        return "the loss on its training rows" if not profile.generates else "reward in training"
+        return "reward in training" if profile.generates and not profile.distils else "the loss on its training rows"
     if profile.generates:
         answers = config["num_generations_eval"] or config["num_generations"]
-        return f"reward on {held_out} held-out questions x {answers}, paired with the start, with a 95 % interval"
+        what = "accuracy" if profile.distils else "reward"
+        return f"{what} on {held_out} held-out questions x {answers}, paired with the start, with a 95 % interval"
     return f"loss on {held_out} held-out rows"
 
 

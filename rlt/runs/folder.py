@@ -63,6 +63,7 @@ CONTINUABLE = frozenset(
         *("save_steps", "save_minutes", "stop_grace_s", "save_total_limit", "save_merged_model"),
         *("per_device_train_batch_size", "logprob_token_budget", "gradient_checkpointing", "offload_untrained_models"),
         *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "use_vllm_server", "vllm_server_base_url"),
+        "weight_transfer",
     }
 )
 # And with other values of these while it is not complete: they say what is made of its samples, or of a pipeline which
@@ -77,7 +78,7 @@ UNTIL_COMPLETE = frozenset(
 NOT_OF_A_STAGE = frozenset({"trainer", "sources"})
 # What a run reads.
 INPUTS = (
-    *("model_name_or_path", "student_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
+    *("model_name_or_path", "student_model", "teacher_model", "dataset_id_or_path", "eval_dataset_id_or_path"),
     *("resume_from", "compare_with"),
 )
 LOCK = ".lock"  # who holds the folder

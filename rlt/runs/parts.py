@@ -20,7 +20,7 @@ from rlt.runs.folder import PARTS
 
 SOURCES = "sources.json"
 SUM = "sha256 of the rows above"  # the last line of a part
-MODELS = ("model_name_or_path", "student_model")
+MODELS = ("model_name_or_path", "student_model", "teacher_model")
 WEIGHTS = ("*.safetensors", "adapter_model.*")
 END_BYTES = 2**20
 # Not the rendered prompts, which follow from these, the format and the model's template.

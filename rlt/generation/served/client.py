@@ -4,10 +4,12 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
 
+from rlt.errors import Refused
 from rlt.launching.connection import UNIX, open_client
 from rlt.places import KEY_VARIABLE
 
@@ -17,7 +19,9 @@ MODEL = "policy"  # the name under which servers know it
 ANSWER_LIMIT_S = 3600  # one group's completions
 CONTROL_LIMIT_S = 60  # what takes no more than a step of the engine
 UPDATE_LIMIT_S = 300  # some gigabytes of weights
+END_LIMIT_S = 10
 PAUSE_S = 1.0
+END, TRANSFER = "/end", "/weight_transfer"  # paths of ours (guard.py)
 
 
 class ServerError(RuntimeError):
@@ -85,21 +89,48 @@ class Server:
                     raise ServerError(f"{self.url} is not ready after {limit_s:.0f} s: {error}") from error
             time.sleep(PAUSE_S)
 
-    def version(self) -> str:
-        return self.ask("GET", "/weight_info", limit_s=CONTROL_LIMIT_S)["weight_version"]
+    def version(self, limit_s: float = CONTROL_LIMIT_S) -> str:
+        return self.ask("GET", "/weight_info", limit_s=limit_s)["weight_version"]
+
+    def check_transfer(self, wanted: str) -> None:
+        """Weights can be sent only by what the server was started to take them by.
+
+        Raises:
+            Refused: it was started with another.
+            ServerError: no answer in time, or one that says no.
+        """
+        found = self.ask("GET", TRANSFER, limit_s=CONTROL_LIMIT_S)["transfer"]
+        if found != wanted:
+            raise Refused(
+                f"{self.url} takes weights by {found}, and this run sends them by {wanted}: start the server and the "
+                "run with the same weight_transfer (a run that does not train sends files)"
+            )
+
+    def end(self) -> None:
+        """End a server that cannot be trusted with another update; its launcher starts another in its place."""
+        with suppress(ServerError):  # the end is no answer, and one that has ended gives none
+            self.ask("POST", END, limit_s=END_LIMIT_S)
 
     def take_weights(self, updates: Iterable[dict], version: str) -> None:
         """New weights, and nothing left of the old ones: neither requests (their clients ask again) nor prefixes.
 
-        A request that met weights on their way would end the engine.
-
         Raises:
             ServerError: the server has not taken them, and writes nothing until it does.
         """
+        self.begin_update()
+        for update in updates:
+            self.take_update(update)
+        self.finish_update(version)
+
+    def begin_update(self) -> None:
+        """A request that met weights on their way would end the engine."""
         self.control("/pause?mode=abort")
         self.control("/start_weight_update")
-        for update in updates:
-            self.control("/update_weights", {"update_info": update}, UPDATE_LIMIT_S)
+
+    def take_update(self, update: dict) -> None:
+        self.control("/update_weights", {"update_info": update}, UPDATE_LIMIT_S)
+
+    def finish_update(self, version: str) -> None:
         self.control("/finish_weight_update", {"weight_version": version}, UPDATE_LIMIT_S)
         if not self.control("/reset_prefix_cache").get("success"):
             raise ServerError(f"{self.url} still holds prefixes of older weights")

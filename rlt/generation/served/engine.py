@@ -7,8 +7,9 @@ without the trainer. Versions are numbered: a completion counts only when its se
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from rlt.generation.served.weight_service import WeightService
 from rlt.generation.shared_memory import weights_folder
 from rlt.generation.vllm_engine import VLLMEngine, groups_of
 from rlt.places import WEIGHTS_VARIABLE
+from rlt.schema import FILES
 
 REQUESTS_AT_ONCE = 64
 T = TypeVar("T")
@@ -45,12 +47,16 @@ class ServerEngine(VLLMEngine):
 
     def _init_vllm(self):
         # Overridden: the engines are elsewhere.
-        for server in self.servers:
-            server.wait_until_ready(self.start_limit_s)
+        self._wait_for_servers(FILES)
         self.service = self._start_service() if self.accelerator.is_main_process else None
         named = [self.service.url, self.service.folder.name] if self.service else ["", ""]
         url, self.run = broadcast_object_list(named)
         self.weights = Server(url)
+
+    def _wait_for_servers(self, transfer: str) -> None:
+        for server in self.servers:
+            server.wait_until_ready(self.start_limit_s)
+            server.check_transfer(transfer)
 
     def _start_service(self) -> WeightService:
         several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
@@ -113,11 +119,7 @@ class ServerEngine(VLLMEngine):
 
     def _ask(self, request: Callable[[Server], T], cost: int) -> T:
         """Asked once more, with the weights sent again, when the server fails."""
-        with self.lock:
-            first = self.accelerator.process_index % len(self.servers)  # ranks begin with different ones
-            server = min(self.servers[first:] + self.servers[:first], key=lambda each: each.owes)
-            server.owes += cost
-        try:
+        with self._server_for(cost) as server:
             try:
                 return self._ask_server(server, request)
             except ServerError:
@@ -125,6 +127,16 @@ class ServerEngine(VLLMEngine):
                 limit_s = self.start_limit_s + UPDATE_LIMIT_S
                 self.weights.ask("POST", f"/{self.servers.index(server)}", limit_s=limit_s)
                 return self._ask_server(server, request)
+
+    @contextmanager
+    def _server_for(self, cost: int) -> Iterator[Server]:
+        """The server that owes the fewest tokens, which owes `cost` more meanwhile."""
+        with self.lock:
+            first = self.accelerator.process_index % len(self.servers)  # ranks begin with different ones
+            server = min(self.servers[first:] + self.servers[:first], key=lambda each: each.owes)
+            server.owes += cost
+        try:
+            yield server
         finally:
             with self.lock:
                 server.owes -= cost

@@ -14,13 +14,25 @@ from uuid import uuid4
 
 from rlt.generation.cpu import settings as cpu_settings
 from rlt.launching.connection import LONGEST_SOCKET, UNIX
+from rlt.launching.environment import LOOPBACK_INTERFACE
 from rlt.launching.lifetime import end_with
 from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.paths import resolve_model_path
+from rlt.places import TRANSFER_VARIABLE
+from rlt.schema import FILES, IPC
+
+ALONE = 0.9  # of a device's memory, where a server has it to itself
+BACKENDS = {FILES: "chunks"}  # of vLLM, where it has another name
+
+
+def transfer_of(config: dict[str, Any]) -> str:
+    """How the run sends weights; one that does not train has no such key, and sends files."""
+    return config.get("weight_transfer", FILES)
 
 
 def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: str) -> list[str]:
     """The arguments of vLLM's server, but for where it listens."""
+    way = transfer_of(config)
     arguments = {
         "model": model,
         "served-model-name": "policy",
@@ -29,7 +41,7 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
         "tensor-parallel-size": config.get("vllm_tensor_parallel_size", 1),
         "generation-config": "vllm",
         "logprobs-mode": "processed_logprobs",
-        "weight-transfer-config": '{"backend": "chunks"}',
+        "weight-transfer-config": json.dumps({"backend": BACKENDS.get(way, way)}),
         "load-format": "dummy",  # the trainer's weights arrive before the first request
         "middleware": "rlt.generation.served.guard.KeyGuard",
         "uvicorn-log-level": "warning",
@@ -43,7 +55,7 @@ def server_arguments(config: dict[str, Any], model: str, on_cpu: bool, dtype: st
             else:
                 arguments[option] = json.dumps(value)
     else:
-        arguments["gpu-memory-utilization"] = 0.9  # it has its devices to itself
+        arguments["gpu-memory-utilization"] = config["vllm_gpu_memory_utilization"] if way == IPC else ALONE
     return [*(word for key, value in arguments.items() for word in (f"--{key}", str(value))), *flags]
 
 
@@ -63,6 +75,16 @@ def listens_at(url: str) -> list[str]:
     return ["--port", str(place.port), "--host", str(place.hostname)]
 
 
+def transfer_environment(way: str, url: str) -> dict[str, str]:
+    """What a server has to know of how it takes weights, and where NCCL listens."""
+    environment = {TRANSFER_VARIABLE: way}
+    if way == IPC:  # handles of memory come pickled, from who has the key
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if url.startswith(UNIX) or str(urlsplit(url).hostname).startswith("127."):
+        environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_INTERFACE  # as the ranks'
+    return environment
+
+
 def main() -> None:
     end_with(int(sys.argv[3]))
     config = json.loads(Path(sys.argv[1]).read_text())["config"]
@@ -71,6 +93,7 @@ def main() -> None:
     arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the paths that take weights
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # whatever an engine inside the process that started it has set
+    os.environ |= transfer_environment(transfer_of(config), sys.argv[2])
     os.environ.pop("VLLM_API_KEY", None)  # a user's, for servers of other runs: vLLM would refuse what has our key
     if on_cpu:
         for name, value in cpu_settings.ENVIRONMENT.items():
