@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import MODEL, Setting, alternate, figure, main, now, peak_memory_gib, rows_of, write_report
 
 STEPS = 2  # of which the first is not counted
-MOVED = 1e-3  # standard deviation of the noise on the student's weights
+MOVED = 5e-3  # standard deviation of the noise on the student's weights
 
 
 def worker(variant: str, setting: Setting) -> dict:

@@ -185,30 +185,25 @@ def token_divergences(
     numbers = [{i: number for number, i in enumerate(where)} for where in counted]
 
     def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
-        of_member = [(member, numbers[member][i], sequences[member][i]) for *_, member, i in wanted]
         hidden_NH = _chosen(hidden_BTH.flatten(0, 1), [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted])
-        asked = [place for place, (member, number, _) in enumerate(of_member) if number < len(against[member])]
-        known = [place for place, (member, number, _) in enumerate(of_member) if number >= len(against[member])]
-        values, entropies = hidden_NH.new_zeros(
-            2, len(wanted), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)
-        )
+        places = [(member, numbers[member][i]) for *_, member, i in wanted]
+        asked = [n for n, (member, number) in enumerate(places) if number < len(against[member])]
+        known = sorted(set(range(len(wanted))) - set(asked))
+        of_teacher = [against[member][number] for member, number in (places[n] for n in asked)]
+        tokens = [sequences[wanted[n][2]][wanted[n][3]] for n in known]
+        parts = [hidden_NH.new_zeros(2, 0, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))]
         if asked:
-            states_NG = torch.stack([against[of_member[place][0]][of_member[place][1]] for place in asked])
-            found = head_divergences(
-                causal, _chosen(hidden_NH, asked), teacher, states_NG.to(hidden_NH.device), divergence
-            )
-            at = torch.tensor(asked, device=values.device)
-            values, entropies = (
-                whole.index_copy(0, at, some.to(whole.dtype))
-                for whole, some in zip((values, entropies), found, strict=True)
-            )
+            states_NG = torch.stack(of_teacher).to(hidden_NH.device)
+            found = head_divergences(causal, _chosen(hidden_NH, asked), teacher, states_NG, divergence)
+            parts.append(torch.stack(found))
         if known:
-            targets_N = torch.tensor([of_member[place][2] for place in known], device=hidden_NH.device)
-            log_probs_N, _ = head_log_probs(
+            targets_N = torch.tensor(tokens, device=hidden_NH.device)
+            log_probs_N, none_N = head_log_probs(
                 causal, _chosen(hidden_NH, known), targets_N, divergence.temperature, "none"
             )
-            values = values.index_copy(0, torch.tensor(known, device=values.device), -log_probs_N.to(values.dtype))
-        return [values, entropies]
+            parts.append(torch.stack([-log_probs_N, none_N]))
+        order = sorted(range(len(wanted)), key=[*asked, *known].__getitem__)
+        return [_chosen(values, order) for values in torch.cat(parts, dim=1)]
 
     return _over_passes(causal, sequences, counted, read, token_budget, autocast, agree_on_forwards, guard)
 

@@ -305,21 +305,6 @@ def check_lengths(settings: Generating) -> None:
         )
 
 
-def check_generation(settings: Generating) -> None:
-    """What every run that samples needs."""
-    if settings.temperature <= 0:
-        raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
-    if not 0 <= settings.save_completions_probability <= 1:
-        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
-    cache = settings.trl.get("cache_implementation")
-    if settings.use_vllm and cache is not None:
-        raise Refused(f"cache_implementation={cache} is Hugging Face's: set use_vllm=false")
-    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
-        raise Refused(
-            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
-        )
-
-
 def check_combinations(settings: GRPOSettings) -> None:
     if settings.use_peft and settings.sync_ref_model:
         raise Refused("sync_ref_model=true with use_peft=true: an adapter has no reference model to move; unset one")

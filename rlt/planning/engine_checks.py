@@ -1,11 +1,26 @@
 """What an engine that samples for GRPO asks of a run: its log-probs are compared with the policy's, token by token."""
 
 from rlt.errors import Refused
-from rlt.schema import GRPOSettings
+from rlt.schema import Generating, GRPOSettings
 
 MODE = "vllm_importance_sampling_mode"
 # What a sampled distribution is left whole by.
 WHOLE = {"top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "repetition_penalty": (1, None)}
+
+
+def check_generation(settings: Generating) -> None:
+    """What every run that samples needs."""
+    if settings.temperature <= 0:
+        raise Refused(f"temperature={settings.temperature}: sampling needs a temperature above 0, such as 0.7")
+    if not 0 <= settings.save_completions_probability <= 1:
+        raise Refused(f"save_completions_probability={settings.save_completions_probability} must be in [0, 1]")
+    cache = settings.trl.get("cache_implementation")
+    if settings.use_vllm and cache is not None:
+        raise Refused(f"cache_implementation={cache} is Hugging Face's: set use_vllm=false")
+    if settings.use_vllm_server and not settings.trl.get("vllm_server_base_url"):
+        raise Refused(
+            "use_vllm_server=true needs vllm_server_base_url; launch_with_server.sh starts servers and sets it"
+        )
 
 
 def check_engine(settings: GRPOSettings) -> None:

@@ -15,7 +15,6 @@ from rlt.planning.checks import (
     check_batch_arithmetic,
     check_combinations,
     check_common,
-    check_generation,
     check_groups,
     check_keys,
     check_lengths,
@@ -26,6 +25,7 @@ from rlt.planning.checks import (
 )
 from rlt.planning.curriculum import check_curriculum
 from rlt.planning.distill_checks import check_distillation
+from rlt.planning.engine_checks import check_generation
 from rlt.planning.grace import warn_of_short_grace
 from rlt.planning.job_checks import check_job
 from rlt.planning.machine import (
