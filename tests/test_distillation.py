@@ -176,17 +176,20 @@ def test_behind_its_thought_a_student_learns_the_solution(run, tokenizer, tmp_pa
     trainer.model.train()
     batch = trainer._prepare_inputs(rows)
     loss = trainer.compute_loss(trainer.model, batch)
-    surprise = []
-    for row in rows[:4]:
+    surprise, known = [], 0
+    for number, row in enumerate(rows):
         answer = f"<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}<|end_of_solution|><|im_end|>"
         begun = [*prompt_token_ids(tokenizer, [row["prompt"]])[0], *thought]
-        ids = [*begun, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
-        first = len(begun) + 6  # of the tag `<|end_of_`
-        logits = trainer.model(torch.tensor([ids])).logits[0, first - 1 : -1] / 0.7
-        surprise.append(-logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None]).sum())
+        assert tokenizer.decode(begun[-len(thought) - 11 : -len(thought)]) == "<|begin_of_thought|>\n\n"
+        ids = [*begun, *(tokenizer(answer, add_special_tokens=False)["input_ids"] if number < 4 else [])]
+        wanted = [*range(len(begun) - len(thought) - 11, len(begun) - len(thought)), *range(len(begun) + 6, len(ids))]
+        logits = trainer.model(torch.tensor([ids])).logits[0, [i - 1 for i in wanted]] / 0.7
+        targets = torch.tensor([ids[i] for i in wanted])
+        surprise.append(-logits.log_softmax(-1).gather(-1, targets[:, None]).sum())
+        known += len(wanted)
     said = {name: trainer._metrics["train"][name][-1] for name in ("divergence", "solution_surprise")}
     asked = 4 * (len(thought) + 6) + 4 * len(thought)
-    known = batch["num_items_in_batch"].item() - asked
+    assert batch["num_items_in_batch"].item() == asked + known
     assert said["solution_surprise"] == pytest.approx(sum(surprise).item() / known, rel=1e-5)
     assert loss.item() == pytest.approx((said["divergence"] * asked + sum(surprise).item()) / (asked + known), rel=1e-5)
 
