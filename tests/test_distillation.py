@@ -176,17 +176,20 @@ def test_behind_its_thought_a_student_learns_the_solution(run, tokenizer, tmp_pa
     trainer.model.train()
     batch = trainer._prepare_inputs(rows)
     loss = trainer.compute_loss(trainer.model, batch)
-    surprise = []
-    for row in rows[:4]:
+    surprise, known = [], 0
+    for number, row in enumerate(rows):
         answer = f"<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}<|end_of_solution|><|im_end|>"
         begun = [*prompt_token_ids(tokenizer, [row["prompt"]])[0], *thought]
-        ids = [*begun, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
-        first = len(begun) + 6  # of the tag `<|end_of_`
-        logits = trainer.model(torch.tensor([ids])).logits[0, first - 1 : -1] / 0.7
-        surprise.append(-logits.log_softmax(-1).gather(-1, torch.tensor(ids[first:])[:, None]).sum())
+        assert tokenizer.decode(begun[-len(thought) - 11 : -len(thought)]) == "<|begin_of_thought|>\n\n"
+        ids = [*begun, *(tokenizer(answer, add_special_tokens=False)["input_ids"] if number < 4 else [])]
+        wanted = [*range(len(begun) - len(thought) - 11, len(begun) - len(thought)), *range(len(begun) + 6, len(ids))]
+        logits = trainer.model(torch.tensor([ids])).logits[0, [i - 1 for i in wanted]] / 0.7
+        targets = torch.tensor([ids[i] for i in wanted])
+        surprise.append(-logits.log_softmax(-1).gather(-1, targets[:, None]).sum())
+        known += len(wanted)
     said = {name: trainer._metrics["train"][name][-1] for name in ("divergence", "solution_surprise")}
     asked = 4 * (len(thought) + 6) + 4 * len(thought)
-    known = batch["num_items_in_batch"].item() - asked
+    assert batch["num_items_in_batch"].item() == asked + known
     assert said["solution_surprise"] == pytest.approx(sum(surprise).item() / known, rel=1e-5)
     assert loss.item() == pytest.approx((said["divergence"] * asked + sum(surprise).item()) / (asked + known), rel=1e-5)
 
@@ -202,12 +205,15 @@ def test_every_parameter_moves_the_teacher_does_not_and_the_run_says_what_it_did
     assert all(torch.equal(teacher[name], p) for name, p in trainer.teacher.named_parameters())
     logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first = next(record for record in logs if "loss" in record)
-    assert first["loss"] == pytest.approx(first["divergence"], rel=1e-5) and first["entropy"] > 0
+    assert first["entropy"] > 0
     assert sum("eval/accuracy" in record for record in logs) == 2
     table = pandas.read_parquet(tmp_path / "completions/step-00001.parquet")
     assert len(table) == 8 and {"question", "solution", "divergence", "entropy", "counted_tokens"} <= set(table)
     mean = (table["divergence"] * table["counted_tokens"]).sum() / table["counted_tokens"].sum()
     assert mean == pytest.approx(first["divergence"], rel=1e-5)
+    asked, known = table["counted_tokens"].sum(), 8 * 11  # the start tag of each thought, all of which are cut off
+    whole = (first["divergence"] * asked + first["solution_surprise"] * known) / (asked + known)
+    assert first["loss"] == pytest.approx(whole, rel=1e-5)
     assert evaluation.sentence().startswith("accuracy on 2 held-out questions x 2: ")
 
 

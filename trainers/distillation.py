@@ -77,6 +77,9 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         self._teacher_head: TeacherHead | None = None
         self._divergence = Divergence(self.beta, self.temperature, config.divergence_top_k)
         self._sharded = is_sharded(self.accelerator)
+        begun = f"{style.thought_tags[0]}\n\n" if learns_solution else ""
+        # With its solution a student learns the start tag, which its turn was begun with: the prompt's last tokens.
+        self._begun = len(prompt_token_ids(self.processing_class, [begun])[0]) if begun else 0
         self._rows: dict[str, list] = {}  # of the batch at hand, for `completions_of_step`
         self._of_rows: dict[int, list[tuple[float, float]]] = {}  # by micro-batch: mean divergence and entropy
         if with_engine:
@@ -122,7 +125,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         )
         batch["sizes"] = torch.tensor(sizes, device=device)
         batch["asked"] = torch.tensor([len(one.teacher_ids) for one in read], device=device)
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["sizes"].sum()).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather((batch["sizes"] + self._begun).sum()).sum()
         metrics["scoring/seconds"].append(time.perf_counter() - start - generation)
         self._rows = {
             "prompt": [row["prompt"] for row in inputs],
@@ -143,7 +146,8 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
     def _teacher_states(self, prompts: list[str], completions: list[list[int]]) -> list[torch.Tensor]:
         """The teacher's hidden states (tokens, G) before each token of a completion."""
         begun = prompt_token_ids(self.processing_class, prompts)
-        sequences, counted = behind(begun, completions)
+        sequences, where = behind(begun, completions)
+        counted = list(map(list, where))
         if self.teacher is None:
             policy: Any = self.accelerator.unwrap_model(self.model)
             with use_adapter(policy, adapter_name=None):
@@ -171,7 +175,8 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
             model,
             self.accelerator.unwrap_model(model),
             sequences,
-            counted,
+            [list(range(where.start - self._begun, where.stop)) for where in counted],
+            certain=self._begun,
             reads=token_divergences,
             against=[states[:count] for states, count in zip(inputs["teacher_states"], asked, strict=True)],
             teacher=self._teacher_head,
@@ -188,14 +193,13 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         """Means of all ranks, in nats: divergence and the student's entropy over the tokens that the teacher was asked
         for, minus log-probs over those that it is certain of."""
         zero = torch.zeros(1, device=self.accelerator.device)
-        asked_for, entropy, known = (
-            [values.detach()[part].float() for values, part in zip(kind, parts, strict=True)]
-            for kind, parts in (
-                (divergences, [slice(0, count) for count in asked]),
-                (entropies, [slice(0, count) for count in asked]),
-                (divergences, [slice(count, None) for count in asked]),
-            )
-        )
+        first = self._begun
+        cut = [
+            values.detach().float().split([first, n, len(values) - first - n])
+            for values, n in zip(divergences, asked, strict=True)
+        ]
+        asked_for, known = [part[1] for part in cut], [torch.cat([part[0], part[2]]) for part in cut]
+        entropy = [values[first : first + n].float() for values, n in zip(entropies, asked, strict=True)]
         sums = torch.stack([torch.cat([zero, *kind]).sum() for kind in (asked_for, entropy, known)])
         counts = sums.new_tensor([sum(map(len, asked_for)), sum(map(len, known))])
         if self._watch is not None and self.accelerator.num_processes > 1:
@@ -233,10 +237,10 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
 
 
-def behind(prompts: list[list[int]], completions: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+def behind(prompts: list[list[int]], completions: list[list[int]]) -> tuple[list[list[int]], list[range]]:
     """Each prompt with its completion, and the indices of the completion's tokens."""
     sequences = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-    return sequences, [list(range(len(prompt), len(ids))) for prompt, ids in zip(prompts, sequences, strict=True)]
+    return sequences, [range(len(prompt), len(ids)) for prompt, ids in zip(prompts, sequences, strict=True)]
 
 
 def _unpadded(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> list[list[int]]:

@@ -163,6 +163,7 @@ def token_divergences(
     against: Sequence[torch.Tensor],
     teacher: TeacherHead | None,
     divergence: Divergence,
+    certain: int = 0,
     token_budget: int | None,
     autocast: AbstractContextManager | None = None,
     agree_on_forwards: Callable[[int], int] | None = None,
@@ -171,9 +172,9 @@ def token_divergences(
     """Divergences of a student's next-token distributions from a teacher's, before each counted token.
 
     Args:
-        against: the teacher's hidden states (n, G) for the first n of the counted tokens, behind whatever it has read.
-            At all later ones the teacher is certain of the sequence's own token, from which the divergence of the
-            student (the forward KL, whichever is asked for) is minus its log-prob of that token.
+        against: the teacher's hidden states (n, G) for n of the counted tokens, behind whatever it has read. At the
+            first `certain` ones, and at all behind those n, the teacher is certain of the sequence's own token: the
+            divergence of the student (the forward KL, whichever is asked for) is minus its log-prob of that token.
         teacher: whose head reads those; None: the model's own.
         other arguments: as of `token_log_probs`.
 
@@ -186,8 +187,8 @@ def token_divergences(
 
     def read(wanted: list, hidden_BTH) -> list[torch.Tensor]:
         hidden_NH = _chosen(hidden_BTH.flatten(0, 1), [row * hidden_BTH.shape[1] + at for row, at, *_ in wanted])
-        places = [(member, numbers[member][i]) for *_, member, i in wanted]
-        asked = [n for n, (member, number) in enumerate(places) if number < len(against[member])]
+        places = [(member, numbers[member][i] - certain) for *_, member, i in wanted]
+        asked = [n for n, (member, number) in enumerate(places) if 0 <= number < len(against[member])]
         known = sorted(set(range(len(wanted))) - set(asked))
         of_teacher = [against[member][number] for member, number in (places[n] for n in asked)]
         tokens = [sequences[wanted[n][2]][wanted[n][3]] for n in known]

@@ -8,9 +8,9 @@ own way:
   thinks: the student's turn is begun with its thought's start tag, the teacher's with its explanation's, and both read
   on with the same tokens. The two end tags begin alike (`<|end_of_`, `</`) and then part: up to there the teacher is
   read, so that it also says where to stop thinking. What comes behind is known without asking: the rest of the
-  student's end tag, and the solution that the teacher was shown, which the student has to find likely behind its own
-  thought (the solution part of the reward of arXiv 2506.08388). Without that part nothing holds a student to its
-  format, and weights that move towards a teacher's texts lose it within a few steps.
+  student's end tag (as is its start tag), and the solution that the teacher was shown, which the student has to find
+  likely behind its own thought (the solution part of the reward of arXiv 2506.08388). Without these parts nothing holds
+  a student to its format, and weights that move towards a teacher's texts lose it within a few steps.
 - `solution`: the student's own prompt, whose question is followed by the solution (SDFT, arXiv 2601.19897; OPSD,
   arXiv 2601.18734). For a teacher that answers as students do: the student's starting weights, or a larger model.
 - `question`: the student's own prompt (GKD, arXiv 2306.13649). The whole completion counts, as with `solution`.
