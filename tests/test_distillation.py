@@ -15,7 +15,7 @@ from rlt.errors import Refused
 from rlt.logprobs import Divergence
 from rlt.models.files import tensor_shapes
 from rlt.planning.plan import make_plan
-from rlt.prompts.distillation import distillation_prompts, read_completion
+from rlt.prompts.distillation import comes_to, distillation_prompts, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import FORMATS
 
@@ -62,16 +62,18 @@ def test_the_solution_is_shown_to_the_teacher_alone(tokenizer):
 @pytest.mark.parametrize(("style", "shared"), [("r1", ["</"]), ("stratos", ["<", "|", "end", "_", "of", "_"])])
 def test_the_teacher_is_read_up_to_where_the_end_tags_part(style, shared, tokenizer):
     tags = FORMATS[style]
-    text = f"Two é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}5"
+    text = f"So 4 é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}5"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     read = read_completion(tokenizer, tags, ids, "teaching", "4")
-    assert tokenizer.decode(read.teacher_ids) == "Two é.\n\n" + "".join(shared)
+    assert tokenizer.decode(read.teacher_ids) == "So 4 é.\n\n" + "".join(shared)
     assert [tokenizer.decode(token) for token in read.teacher_ids[-len(shared) :]] == shared
     assert read.student_ids[: len(read.teacher_ids)] == read.teacher_ids
     answer = f"{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}4{tags.solution_tags[1]}<|im_end|>"
-    assert tokenizer.decode(read.student_ids) == f"Two é.\n\n{answer}"  # not the 5 that it wrote
+    assert tokenizer.decode(read.student_ids) == f"So 4 é.\n\n{answer}"  # not the 5 that it wrote
     alone = read_completion(tokenizer, tags, ids, "teaching", None)
     assert alone.student_ids == alone.teacher_ids == read.teacher_ids
+    other = read_completion(tokenizer, tags, ids, "teaching", "6")  # which the thought does not come to
+    assert tokenizer.decode(other.student_ids) == f"So 4 é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}"
     whole = read_completion(tokenizer, tags, ids, "solution", "4")
     assert whole.student_ids == whole.teacher_ids == ids
 
@@ -86,11 +88,11 @@ def test_a_student_that_misses_its_end_tag_is_shown_it(tokenizer):
 
 def test_of_a_thought_that_is_cut_off_nothing_follows_and_one_that_ended_its_turn_is_gone_on_from(tokenizer):
     tags = FORMATS["r1"]
-    cut = tokenizer("Two and two", add_special_tokens=False)["input_ids"]
+    cut = tokenizer("So 4", add_special_tokens=False)["input_ids"]
     assert read_completion(tokenizer, tags, cut, "teaching", "4").student_ids == cut
     read = read_completion(tokenizer, tags, [*cut, tokenizer.eos_token_id], "teaching", "4")
-    assert tokenizer.decode(read.student_ids) == "Two and two</think>\n\n<answer>4</answer><|im_end|>"
-    assert tokenizer.decode(read.teacher_ids) == "Two and two</"
+    assert tokenizer.decode(read.student_ids) == "So 4</think>\n\n<answer>4</answer><|im_end|>"
+    assert tokenizer.decode(read.teacher_ids) == "So 4</"
 
 
 # The loss
@@ -166,19 +168,38 @@ def test_behind_the_students_prompt_the_trainers_whole_loss_is_stock_trls(run, t
     assert 0 < trainer.compute_loss(trainer.model, batch) < loss
 
 
-def test_behind_its_thought_a_student_learns_the_solution(run, tokenizer, tmp_path, in_root):
+@pytest.mark.parametrize(
+    ("thought", "solution", "it_does"),
+    [
+        ("1 + 2 = 3. The result is 3.", "3", True),
+        ("1 + 2 = 3. The result is 13.", "3", False),
+        ("The result is 3, so 3 + 1 is asked. The result is 4.", "3", False),
+        ("It is 3/4.", "3", False),
+        ("Hence\n\nx = \\frac{1}{2}", "\\frac{1}{2}", True),
+        ("", "3", False),
+    ],
+)
+def test_whether_a_thought_comes_to_the_solution(thought, solution, it_does):
+    assert comes_to(thought, solution) == it_does
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_behind_a_thought_that_comes_to_it_a_student_learns_the_solution(reached, run, tokenizer, tmp_path, in_root):
     trainer, _ = build([*run, "eval_size=0", "per_device_train_batch_size=8", "temperature=0.7"], tmp_path)
-    thought = tokenizer("So it is.", add_special_tokens=False)["input_ids"]
+    rows = next(iter(trainer.get_train_dataloader()))
+    (solution,) = {row["solution"] for row in rows[:4]}
+    says = f"So it is {solution}." if reached else f"So it is {solution}0."
+    thought = tokenizer(says, add_special_tokens=False)["input_ids"]
     ended = [*thought, tokenizer.eos_token_id]
     trainer._generate_single_turn = lambda prompts, *_: [ended if i < 4 else thought for i in range(len(prompts))]
     trainer._log_generation(1.0, [1])
-    rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     batch = trainer._prepare_inputs(rows)
     loss = trainer.compute_loss(trainer.model, batch)
     surprise, known = [], 0
     for number, row in enumerate(rows):
-        answer = f"<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}<|end_of_solution|><|im_end|>"
+        answer = "<|end_of_thought|>\n\n<|begin_of_solution|>"
+        answer += f"{solution}<|end_of_solution|><|im_end|>" if reached else ""
         begun = [*prompt_token_ids(tokenizer, [row["prompt"]])[0], *thought]
         assert tokenizer.decode(begun[-len(thought) - 11 : -len(thought)]) == "<|begin_of_thought|>\n\n"
         ids = [*begun, *(tokenizer(answer, add_special_tokens=False)["input_ids"] if number < 4 else [])]

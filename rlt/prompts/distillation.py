@@ -8,20 +8,24 @@ own way:
   thinks: the student's turn is begun with its thought's start tag, the teacher's with its explanation's, and both read
   on with the same tokens. The two end tags begin alike (`<|end_of_`, `</`) and then part: up to there the teacher is
   read, so that it also says where to stop thinking. What comes behind is known without asking: the rest of the
-  student's end tag (as is its start tag), and the solution that the teacher was shown, which the student has to find
-  likely behind its own thought (the solution part of the reward of arXiv 2506.08388). Without these parts nothing holds
-  a student to its format, and weights that move towards a teacher's texts lose it within a few steps.
+  student's end tag (as is its start tag), the solution's start tag, and, where the thought comes to it, the solution
+  that the teacher was shown, which the student has to find likely behind its own thought (the solution part of the
+  reward of arXiv 2506.08388). Without these parts nothing holds a student to its format, and weights that move towards
+  a teacher's texts lose it within a few steps. Behind a thought that comes to another result the solution would teach
+  the student not to say what it has found.
 - `solution`: the student's own prompt, whose question is followed by the solution (SDFT, arXiv 2601.19897; OPSD,
   arXiv 2601.18734). For a teacher that answers as students do: the student's starting weights, or a larger model.
 - `question`: the student's own prompt (GKD, arXiv 2306.13649). The whole completion counts, as with `solution`.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 from rlt.prompts.rendering import render_question, render_teacher_prompt
 from rlt.prompts.styles import ReasoningFormat
 
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 TEACHER_PROMPTS = ("teaching", "solution", "question")
 SHOWN = (
     "{question}\n\nThis is the solution, for you alone:\n\n{solution}\n\nNow answer the question in your own words, "
@@ -79,7 +83,7 @@ def read_completion(
     Args:
         ids: as it was sampled, with the token that ends it.
         teacher_prompt: one of `TEACHER_PROMPTS`.
-        solution: of the question; None: what follows a thought is left out.
+        solution: of the question, read behind a thought that comes to it; None: what follows a thought is left out.
     """
     if teacher_prompt != "teaching":
         return Completion(ids, ids)
@@ -87,12 +91,20 @@ def read_completion(
     if not ended:  # cut off amid its thought
         return Completion(thought, thought)
     start, end = style.solution_tags
-    answer = f"{style.thought_tags[1]}{style.delimiter}{start}{solution}{end}{tokenizer.eos_token}"
+    answer = f"{style.thought_tags[1]}{style.delimiter}{start}"
+    if solution is not None and comes_to(tokenizer.decode(thought), solution):
+        answer += f"{solution}{end}{tokenizer.eos_token}"
     behind = tokenizer(answer, add_special_tokens=False)["input_ids"]
     tag = tokenizer(style.explanation_tags[1], add_special_tokens=False)["input_ids"]
     alike = len(os.path.commonprefix([tag, behind]))
     kept = len(behind) if solution is not None else alike
     return Completion(thought + behind[:kept], thought + tag[:alike])
+
+
+def comes_to(thought: str, solution: str) -> bool:
+    """Whether a thought's last sentence states the solution."""
+    last = SENTENCE.split(thought.strip())[-1]
+    return re.search(rf"(?<![\w/]){re.escape(solution.strip())}(?![\w/])", last) is not None
 
 
 def thought_of(tokenizer, style: ReasoningFormat, ids: list[int]) -> tuple[list[int], bool]:
