@@ -19,7 +19,7 @@ from rlt.commands.begin import show
 from rlt.commands.torchrun import forget_place
 from rlt.commands.train import check_sweep
 from rlt.jobs.pipeline import stages_of
-from rlt.planning import checks
+from rlt.planning import reward_checks
 from rlt.planning.checks import known_keys
 from rlt.planning.configuration import GROUPS, as_value, options, quoted, rewrite_arguments
 from rlt.planning.plan import make_plan
@@ -265,13 +265,13 @@ def test_every_key_with_a_range_is_a_number_that_some_run_has():
 
 
 def test_the_names_that_the_plan_admits_are_those_that_the_rewards_have():
-    assert set(checks.REDUCTIONS) == reductions.reductions_of(PAPER).keys()
-    assert set(checks.NORMALIZERS) == reductions.NORMALIZERS.keys()
-    assert set(checks.VERIFIERS) == {"auto", *verifiers.CHECKS}
-    every = dict.fromkeys(checks.VERIFIED.values(), 0.5)
+    assert set(reward_checks.REDUCTIONS) == reductions.reductions_of(PAPER).keys()
+    assert set(reward_checks.NORMALIZERS) == reductions.NORMALIZERS.keys()
+    assert set(reward_checks.VERIFIERS) == {"auto", *verifiers.CHECKS}
+    every = dict.fromkeys(reward_checks.VERIFIED.values(), 0.5)
     config = VerifiedRewardConfig(**every, length_free=1, verifier="math", verifier_limit_s=1.0)
     functions, weights = verified_rewards(config, load_format("stratos"))
-    assert [function.__name__ for function in functions] == list(checks.VERIFIED) and weights == [0.5] * 3
+    assert [function.__name__ for function in functions] == list(reward_checks.VERIFIED) and weights == [0.5] * 3
 
 
 def test_servers_alone_may_share_the_devices_of_an_engine(tmp_path):

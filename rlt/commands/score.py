@@ -30,10 +30,11 @@ from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
 from rlt.generation.seeds import request_seed
 from rlt.places import CFGS
-from rlt.planning.checks import check_reward, check_reward_options, check_types
+from rlt.planning.checks import check_types
 from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, read_overrides
 from rlt.planning.machine import check_models_exist
 from rlt.planning.ranges import check_ranges
+from rlt.planning.reward_checks import check_reward, check_reward_options
 from rlt.prompts.styles import load_format
 from rlt.runs.durable import write_whole, written_whole
 from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rlt.errors import Refused
 from rlt.models.files import model_settings
-from rlt.planning.checks import check_verifier
 from rlt.planning.memory import model_folder
+from rlt.planning.reward_checks import check_verifier
 from rlt.prompts.distillation import TEACHER_PROMPTS
 from rlt.schema import DistillSettings
 

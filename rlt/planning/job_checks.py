@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from rlt.errors import Refused
-from rlt.planning.checks import check_context, check_reward, check_reward_options, check_verifier, context_length
+from rlt.planning.checks import check_context, context_length
+from rlt.planning.reward_checks import check_reward, check_reward_options, check_verifier
 from rlt.preparation.prerequisites import check_settings
 from rlt.schema import CollectSettings, EvaluateSettings, PipelineSettings, PrepareSettings, RunConfig, Sampling
 from rlt.traces.ranking import check_select

@@ -18,8 +18,6 @@ from rlt.planning.checks import (
     check_groups,
     check_keys,
     check_lengths,
-    check_reward,
-    check_reward_options,
     check_rows,
     check_sharding,
 )
@@ -39,6 +37,7 @@ from rlt.planning.machine import (
 )
 from rlt.planning.memory import estimate_memory
 from rlt.planning.pretrain_checks import check_pretraining
+from rlt.planning.reward_checks import check_reward, check_reward_options
 from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.prerequisites import check_machine, describe
 from rlt.prompts.styles import load_format
