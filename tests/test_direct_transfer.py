@@ -95,6 +95,7 @@ def inside(tiny_teacher):
     return engine_of(VLLMEngine, tiny_teacher)
 
 
+@pytest.mark.slow
 def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(direct, inside, monkeypatch):
     monkeypatch.setattr(inside, "model", direct.model)
     for _ in range(2):

@@ -97,6 +97,7 @@ def test_lines_count_up_to_the_first_that_is_not_whole(tmp_path):
     assert read_json_lines(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_a_torn_last_line_of_the_metrics_stops_neither_a_run_nor_its_report(tiny_run, tmp_path):
     run = [*tiny_run, "save_steps=1", "eval_size=0", f"output_dir={tmp_path}"]
     assert launch("train.py", *run, "max_steps=1").returncode == 0

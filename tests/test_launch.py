@@ -169,6 +169,7 @@ def test_restarts_are_for_the_launcher():
     assert "restarts=1 is for ./launch.sh" in done.stderr
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_it_saves_and_the_same_command_continues(tiny_run, tmp_path):
     run = [*tiny_run, "max_steps=10", "save_steps=100", "eval_size=0", f"output_dir={tmp_path}"]
     first = start("2", *run)

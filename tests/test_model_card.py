@@ -154,6 +154,7 @@ def test_a_finished_run_is_on_the_hub_with_its_card_and_nothing_that_is_private(
     assert "`reasoning_gym/gsm_symbolic`, 12 rows, seed 0" in text
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_made_up_for_by_the_same_command(tiny_run, tmp_path):
     folder = tmp_path / "run"
     with serving() as hub:

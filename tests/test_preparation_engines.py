@@ -38,6 +38,7 @@ def check(arguments: list[str], engine: str, output, alone: str, **environment: 
     assert ids_hash(results_of(output)[-1]) == alone
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_rows_that_one_keeps(arguments, alone, tmp_path):
     check(arguments, "two processes", tmp_path / "out", alone)
 

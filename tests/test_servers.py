@@ -124,6 +124,7 @@ def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served,
     assert server.processes[0].pid != killed.pid
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_replaced(served, server, monkeypatch):
     """Its engine is held, while vLLM's HTTP side answers on."""
     monkeypatch.setattr("rlt.launching.servers.HUNG_S", 3)
@@ -223,6 +224,7 @@ def shared_memory() -> Iterator[str]:
         yield folder
 
 
+@pytest.mark.slow
 def test_a_run_with_a_server_is_the_run_with_its_engine_in_process(tiny_run, tmp_path, shared_memory):
     run = [*tiny_run, "use_vllm=true", "max_steps=3", "eval_size=2", "report_to=null", "save_steps=100"]
     found = {}
