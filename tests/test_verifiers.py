@@ -240,7 +240,8 @@ def test_a_check_that_throws_is_counted():
 
 
 def test_rewards_of_answer_format_and_length():
-    config = VerifiedRewardConfig(1.0, 0.1, 0.5, length_free=10, verifier="exact", verifier_limit_s=1.0)
+    weights = {"answer_weight": 1.0, "format_weight": 0.1, "length_weight": 0.5}
+    config = VerifiedRewardConfig(**weights, length_free=10, verifier="exact", verifier_limit_s=1.0)
     functions, weights = verified_rewards(config, STYLE)
     assert weights == [1.0, 0.1, 0.5]
     logged = {}

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from rlt.serving.errors import Busy
@@ -11,6 +12,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 PLAIN = (b"", b"identity")
 SMALL = 64 * 1024  # bytes of a body that is always read, as those of polls and heartbeats are
+LINGER_S = 1.0  # for more of a body that is refused
 PAUSE_S = 60.0  # of a client in the middle of its body
 
 
@@ -40,11 +42,11 @@ class BodyLimit:
         headers = dict(scope.get("headers", ()))
         announced = int(length) if (length := headers.get(b"content-length", b"0")).isdigit() else 0
         if headers.get(b"content-encoding", b"") not in PLAIN:
-            await _refuse(send, 415, b'{"detail": "packed bodies are not read: leave Content-Encoding out"}')
+            await _refuse(receive, send, 415, b'{"detail": "packed bodies are not read: leave Content-Encoding out"}')
         elif announced > self.most:
-            await _refuse(send, 413, b'{"detail": "the body has more than %d bytes"}' % self.most)
+            await _refuse(receive, send, 413, b'{"detail": "the body has more than %d bytes"}' % self.most)
         elif self._full(announced):
-            await _refuse(send, 429, b'{"detail": "many large bodies are on their way: come again"}')
+            await _refuse(receive, send, 429, b'{"detail": "many large bodies are on their way: come again"}')
         else:
             body = _Body(self, receive, announced)
             try:
@@ -84,7 +86,17 @@ class _Body:
         return message
 
 
-async def _refuse(send: Send, status: int, body: bytes) -> None:
+async def _read_what_is_small(receive: Receive) -> None:
+    """A connection that is closed on unread bytes is reset, and its client never sees the answer."""
+    read, more = 0, True
+    with suppress(TimeoutError):
+        while more and read <= SMALL:
+            message = await asyncio.wait_for(receive(), LINGER_S)
+            read, more = read + len(message.get("body", b"")), bool(message.get("more_body", False))
+
+
+async def _refuse(receive: Receive, send: Send, status: int, body: bytes) -> None:
+    await _read_what_is_small(receive)
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"retry-after", b"1")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
