@@ -22,6 +22,7 @@ from typing import Any
 
 from rlt.data.generator import generated_rows
 from rlt.data.worked import WRITERS
+from rlt.formats.corpora import function_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without write, which keeps rows of one form: this corpus has two.
@@ -29,7 +30,6 @@ STAGES = "read,clean,language,quality,pii,toxicity,exact,near,decontamination,sp
 VERSIONS = ("kjv", "akjv", "asv", "web")
 VERSES = 25  # of a document
 PROBLEMS = 500  # of a task and seed
-SHORTEST_DOCUMENTATION = 40  # characters
 LIMIT_S = 3600
 
 Row = dict[str, Any]
@@ -70,11 +70,8 @@ def functions() -> Iterator[Row]:
             continue
         lines = source.splitlines(keepends=True)
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and len(ast.get_docstring(node) or "") >= SHORTEST_DOCUMENTATION:
-                begin, end = node.body[0].end_lineno, node.end_lineno
-                if begin and end and end > begin:
-                    prompt, completion = lines[node.lineno - 1 : begin], lines[begin:end]
-                    yield {"prompt": "".join(prompt), "completion": "".join(completion)}
+            if isinstance(node, ast.FunctionDef):
+                yield from function_rows(node, lines, "")
 
 
 def write(path: Path, rows: Iterator[Row], size: float) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import DPOConfig
@@ -13,8 +12,7 @@ from trl import DPOConfig
 from backends.collective import let_fsdp_run_on_cpu
 from backends.compilation import compile_one_at_a_time
 from rlt.errors import Refused
-from rlt.models.devices import device_type, on, uses_bfloat16
-from rlt.models.loading import load_student
+from rlt.models.devices import device_type, uses_bfloat16
 from rlt.models.paths import resolve_model_path
 from rlt.planning.plan import Plan
 from rlt.prompts.rendering import render_question
@@ -55,7 +53,7 @@ from trainers.grpo import GRPOTrainer
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import CompletionsFile, MetricsFile, Plot, ProgressBar, leave_rows
 from trainers.packed import packed_files_for
-from trainers.policies import build_policy, check_embedding, tokenizer_and_style
+from trainers.policies import build_frozen, build_policy, check_embedding, tokenizer_and_style
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.tracking import track
@@ -231,14 +229,7 @@ def build_student(settings: TeacherSettings, tokenizer) -> PreTrainedModel | Non
     path = student_path(settings)
     if path is None:
         return None
-    student = load_student(
-        path,
-        tokenizer,
-        dtype=torch.bfloat16 if uses_bfloat16(settings.bf16) else torch.float32,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return student if settings.offload_untrained_models else on(device_type(), student)
+    return build_frozen(path, tokenizer, settings)
 
 
 def load_function(path: str):

@@ -2,14 +2,13 @@
 
 from collections import Counter
 
-import torch
 from transformers import PreTrainedModel
 
 from backends.collective import let_fsdp_run_on_cpu
 from rlt.data.sources import say_dropped
 from rlt.errors import Refused
-from rlt.models.devices import device_type, on, uses_bfloat16
-from rlt.models.loading import load_student, load_tokenizer
+from rlt.models.devices import device_type, uses_bfloat16
+from rlt.models.loading import load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.planning.distill_checks import another_vocabulary
 from rlt.planning.plan import Plan
@@ -27,7 +26,7 @@ from trainers.distillation import DistillationTrainer
 from trainers.examples import as_dataset, check_enough_questions, split_rows, with_all_columns
 from trainers.held_out import HeldOutEvaluation
 from trainers.outputs import DistilledCompletions, leave_rows
-from trainers.policies import build_policy, check_embedding, tokenizer_and_style
+from trainers.policies import build_frozen, build_policy, check_embedding, tokenizer_and_style
 
 
 def build_distillation(plan: Plan):
@@ -113,14 +112,7 @@ def build_teacher(settings: DistillSettings, tokenizer) -> PreTrainedModel | Non
     theirs = load_tokenizer(path, settings.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise Refused(another_vocabulary(settings, len(theirs), len(tokenizer)))
-    teacher = load_student(
-        path,
-        tokenizer,
-        dtype=torch.bfloat16 if uses_bfloat16(settings.bf16) else torch.float32,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return teacher if settings.offload_untrained_models else on(device_type(), teacher)
+    return build_frozen(path, tokenizer, settings)
 
 
 def check_top_k(settings: DistillSettings, policy: PreTrainedModel) -> None:

@@ -7,13 +7,13 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from rlt.errors import Refused
-from rlt.models.devices import uses_bfloat16
-from rlt.models.loading import check_vocabulary, load_policy, load_tokenizer
+from rlt.models.devices import device_type, on, uses_bfloat16
+from rlt.models.loading import check_vocabulary, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.models.recurrent import past_adapters
 from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.prompts.tokenizers import check_tokenizer
-from rlt.schema import Training, Tuning
+from rlt.schema import Generating, Training, Tuning
 
 
 def tokenizer_and_style(settings: Tuning) -> tuple[Any, ReasoningFormat]:
@@ -22,6 +22,19 @@ def tokenizer_and_style(settings: Tuning) -> tuple[Any, ReasoningFormat]:
     tokenizer = load_tokenizer(resolve_model_path(settings.model_name_or_path), settings.trust_remote_code)
     check_tokenizer(style, tokenizer)
     return tokenizer, style
+
+
+def build_frozen(path: str, tokenizer, settings: Generating) -> PreTrainedModel:
+    """A student or teacher that is only read, in the dtype of forward passes: on the device, or waiting for its phases
+    where `offload_untrained_models` says so."""
+    model = load_student(
+        path,
+        tokenizer,
+        dtype=torch.bfloat16 if uses_bfloat16(settings.bf16) else torch.float32,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return model if settings.offload_untrained_models else on(device_type(), model)
 
 
 def build_policy(model: Training, tokenizer, name: str) -> tuple[PreTrainedModel, LoraConfig | None]:

@@ -1,5 +1,6 @@
 """What is measured of texts beside whether their answers are right."""
 
+import json
 import re
 from collections.abc import Iterable
 from statistics import mean
@@ -32,7 +33,5 @@ def answer_position(texts: Iterable[str], solutions: Iterable[str]) -> float:
 
 def worked_of(row: dict) -> str:
     """The worked solution of a generator's row."""
-    import json
-
     metadata = row["metadata"]
     return worked_solution(row["task"], json.loads(metadata) if isinstance(metadata, str) else metadata)

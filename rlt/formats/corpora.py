@@ -69,10 +69,11 @@ def _python_functions() -> Iterator[Row]:
         lines = text.splitlines(keepends=True)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                yield from _function(node, lines, name)
+                yield from function_rows(node, lines, name)
 
 
-def _function(node: ast.FunctionDef, lines: list[str], path: str) -> Iterator[Row]:
+def function_rows(node: ast.FunctionDef, lines: list[str], path: str) -> Iterator[Row]:
+    """The row of a function that has documentation and something behind it; else none."""
     documentation = ast.get_docstring(node)
     if documentation is None or len(documentation) < SHORTEST_DOCUMENTATION or len(node.body) < 2:
         return
