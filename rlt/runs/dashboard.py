@@ -44,7 +44,7 @@ def run_question(config: dict[str, Any]) -> str:
 
 
 def _run_file_says(config: dict[str, Any]) -> str:
-    """The comment below the command at the head of a run file."""
+    """The comment below the command at the head of a run file, up to an empty line of it."""
     file = CFGS / "run_cfg" / f"{config['run_name']}.yaml"
     if not file.is_file():
         return f"A {config['trainer']} run under a name of its own."
