@@ -40,15 +40,15 @@ def vocabulary() -> list[str]:
     return sorted(set(re.findall(r"[a-z]+", bible.scripture_content.lower())))
 
 
-def write_rows(path: Path, count: int, words: list[str]) -> None:
-    """Rows of about 300 bytes; one of twenty is a copy of an earlier one."""
+def write_rows(path: Path, count: int, words: list[str], lengths: tuple[int, int] = (15, 25)) -> None:
+    """Questions and solutions of so many words, of 40 about 300 bytes; one of twenty is a copy of an earlier one."""
     draw, earlier = random.Random(0), []
     with path.open("w") as file:
         for _ in range(count):
             if earlier and draw.random() < 0.05:
                 row = draw.choice(earlier)
             else:
-                question, solution = (" ".join(draw.choices(words, k=k)) for k in (15, 25))
+                question, solution = (" ".join(draw.choices(words, k=k)) for k in lengths)
                 row = {"question": f"What of the {question}?", "solution": f"It was the {solution}."}
                 if len(earlier) < 1000:
                     earlier.append(row)
