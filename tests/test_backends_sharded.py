@@ -177,7 +177,7 @@ def train_one_and_two(rank: int, kind: str, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-KINDS = ["fsdp", "zero3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("copies", "zero1", "zero2"))]
+KINDS = ["fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("copies", "zero1", "zero2", "zero3"))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

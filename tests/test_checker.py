@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_or_held_is_replaced(verifier, monkeypatch, who
     os.kill(before[whose].pid, number)
     verifier.check_batch([run("while True: pass")], [SOLUTION])
     assert verifier.check("1+1", SOLUTION) == 1.0
-    psutil.wait_procs(before, GONE_LIMIT_S)
+    before[1].wait(GONE_LIMIT_S)
     assert len(processes()) == 2 and not before[1].is_running()
 
 

@@ -110,6 +110,7 @@ def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(d
         shift(direct.model)
 
 
+@pytest.mark.slow
 def test_the_server_has_bit_for_bit_what_files_bring_it(direct, tmp_path):
     direct.sync_weights()
     by_sockets = digest(direct)
@@ -124,6 +125,7 @@ def test_the_server_has_bit_for_bit_what_files_bring_it(direct, tmp_path):
     assert direct.generate_seeded(PROMPTS, SEEDS) == completions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_packed_and_tensor_by_tensor_are_the_same(direct, monkeypatch, packed):
     direct.sync_weights()
@@ -135,6 +137,7 @@ def test_packed_and_tensor_by_tensor_are_the_same(direct, monkeypatch, packed):
         assert digest(direct) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_on_the_way_and_the_base_stays(direct, inside, tiny_teacher, monkeypatch):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), config)
@@ -249,11 +252,13 @@ def test_a_run_of_two_processes_whose_weights_are_in_shards_is_the_run_with_engi
         assert length == expected_length
 
 
+@pytest.mark.slow
 def test_what_a_server_was_not_started_for_is_refused(direct, tiny_teacher):
     with pytest.raises(Refused, match="takes weights by nccl, and this run sends them by files"):
         engine_of(ServerEngine, tiny_teacher, urls=[direct.servers[0].url], start_limit_s=10)
 
 
+@pytest.mark.slow
 def test_the_servers_are_a_client_as_vllm_asks_for_one(direct):
     assert isinstance(direct.group, VLLMWeightSyncClient)
 

@@ -43,6 +43,7 @@ def test_batches_are_one_step_behind_and_a_killed_run_goes_on_with_them(with_eng
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_it_writes_what_the_engine_in_process_does_and_its_end_is_no_hang():
     path = str(embedded_model_path())
     shared = {

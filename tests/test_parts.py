@@ -151,6 +151,7 @@ def refused_together(rank: int, job: dict, port: int) -> None:
         live(job, rows=rows)
 
 
+@pytest.mark.slow
 def test_all_ranks_are_refused_together(job):
     from rlt.launching.environment import free_port
 

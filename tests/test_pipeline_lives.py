@@ -81,6 +81,7 @@ def two_stages(tiny_teacher, tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_stages_get_their_secrets_and_no_command_line_file_or_log_has_them(two_stages, tmp_path):
     seen = set()
     process = subprocess.Popen(

@@ -395,7 +395,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(small_disk,
     assert not (small_disk / "out").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_room_it_goes_on(workers, small_disk, tmp_path):
     source = tmp_path / "rows.parquet"  # a few kilobytes, and megabytes as rows
     pandas.DataFrame(questions(1) * 20_000).to_parquet(source)
@@ -425,7 +425,7 @@ def test_a_pipeline_begins_with_a_preparation_and_trains_on_its_rows(tiny_teache
     assert json.loads((tmp_path / "out" / "warmup" / "training_rows.json").read_text())["rows"] == 12
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_asked_to_stop_ends_between_two_tasks_and_the_same_command_goes_on(workers, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", questions(60_000))
     arguments = overrides(tmp_path / "out", source, f"engine_workers={workers}", "engine_tasks=8")

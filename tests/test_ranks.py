@@ -89,7 +89,8 @@ def test_two_processes_train_as_one_and_continue_each_other(sharding, alone, run
     assert_same(run_steps(2, sharding, f"resume_from={alone}/checkpoint-{SAVED}"), alone)
 
 
-@pytest.mark.parametrize("reward", ["random", pytest.param("generated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["random", "generated"])
 def test_what_a_reward_draws_is_the_same_on_two_processes(reward, run_steps):
     more = ["reward_cfg=" + reward] + ["answers_max_length=4"] * (reward == "generated")
     together, alone = run_steps(2, "ddp", *more), run_steps(1, "ddp", *more)
@@ -100,7 +101,7 @@ def test_what_a_reward_draws_is_the_same_on_two_processes(reward, run_steps):
         assert cuts[0] == pytest.approx(cuts[1]) and cuts[0][0]
 
 
-@pytest.mark.parametrize("sharding", shardings("ddp"))
+@pytest.mark.parametrize("sharding", shardings())
 def test_a_rank_with_fewer_rewards_trains_along(sharding, run_steps, tiny_teacher):
     """One completion of a step has none, on one of the ranks: it is left out on both, and on a single one."""
     rewards = "reward_functions=[fixed_rank.reward_of_most]"
@@ -129,9 +130,10 @@ def test_a_warm_up_of_two_processes_is_that_of_one(sharding, tiny_teacher, tmp_p
         torch.testing.assert_close(a[name].float(), b[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("weights", [[], pytest.param(ADAPTER, marks=pytest.mark.slow)], ids=["all", "lora"])
-@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sharding", shardings("zero3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [[], ADAPTER], ids=["all", "lora"])
+@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize("sharding", ALL)
 def test_engines_of_both_ranks_have_the_weights_of_the_shards(sharding, parallel, weights, tiny_run, tmp_path):
     run = ["use_vllm=true", "max_steps=2", "eval_size=3", "save_steps=100", "report_to=null"]
     run += [f"vllm_tensor_parallel_size={parallel}", *weights]

@@ -8,6 +8,8 @@ import torch
 from conftest import launch
 from safetensors.torch import load_file
 
+ONE_POINT = ["backward:4"]
+EVERY_POINT = ["generation:2", "scoring:2", *ONE_POINT, "saving:2", "finishing:1"]
 STEPS = ["save_steps=1", "eval_steps=3", "sync_ref_model=true", "ref_model_sync_steps=2"]
 
 
@@ -38,9 +40,10 @@ def straight(tiny_run, tmp_path_factory):
     return folder
 
 
-def test_killed_at_every_marked_point_and_continued(tiny_run, straight, tmp_path):
+@pytest.mark.parametrize("points", [ONE_POINT, pytest.param(EVERY_POINT, marks=pytest.mark.slow)])
+def test_killed_at_marked_points_and_continued(points, tiny_run, straight, tmp_path):
     command = [*tiny_run, *STEPS, "max_steps=6", "generation_aggregation_steps=4", f"output_dir={tmp_path}"]
-    for point in ("generation:2", "scoring:2", "backward:4", "saving:2", "finishing:1"):
+    for point in points:
         killed = launch("train.py", *command, RLT_KILL_AT=point)
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr[-2000:])
         assert not (tmp_path / "COMPLETE").exists()
@@ -94,7 +97,8 @@ def exchange(source, operation: str) -> None:
 SFT = ["run_cfg=teacher_sft_tiny", "report_to=null", "bf16=false", "dataset_size=4", "train_batch_size=4"]
 
 
-@pytest.mark.parametrize("kind", ["grpo", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
 def test_a_run_whose_training_rows_were_exchanged_does_not_go_on(kind, tiny_run, tiny_teacher, tmp_path):
     exchange(tmp_path / "rows.jsonl", "+")
     sft = [*SFT, "per_device_train_batch_size=4", f"model_name_or_path={tiny_teacher}"]

@@ -115,6 +115,7 @@ def test_of_an_adapter_only_the_factors_travel(served, server, tiny_teacher, mon
         assert a == pytest.approx(b, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served, server):
     served.sync_weights()
     before = served.generate_seeded(PROMPTS, SEEDS)

@@ -487,6 +487,7 @@ def test_many_clients_at_once_lose_nothing(client):
     assert np.ptp(norms) < 1e-12
 
 
+@pytest.mark.slow
 def test_sixty_four_calls_in_flight_keep_their_order_and_are_executed_once(tmp_path):
     """Eight clients share two adapters; chunks of every batch come in any order, and each twice."""
     log, per_model = tmp_path / "executed", 256

@@ -136,7 +136,7 @@ def test_with_a_gpu_pytorchs_build_for_it_comes(project):
     assert (code, project.installed()["torch"]) == (0, "2.13.0"), said
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_where_pytorchs_index_does_not_answer_pips_build_is_taken(project, device):
     project.gpus(int(device == "gpu"))
     project.index.offer(device)
@@ -144,6 +144,7 @@ def test_where_pytorchs_index_does_not_answer_pips_build_is_taken(project, devic
     assert (code, project.installed()["torch"].endswith("+cpu")) == (0, device == "cpu"), said
 
 
+@pytest.mark.slow
 def test_a_build_for_a_gpu_is_refused_before_it_is_fetched_and_an_index_by_name_still_works(project):
     project.index.offer("gpu")
     project.index.offer("cpu", "named")
@@ -199,6 +200,7 @@ def test_a_folder_that_moved_needs_no_network(project, tmp_path):
     assert found == str(project.folder / "moving.py")
 
 
+@pytest.mark.slow
 def test_the_environment_of_another_device_is_kept_unless_it_is_asked_for(project):
     project.gpus(1)
     project.index.offer("gpu", "pytorch/auto")

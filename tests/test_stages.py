@@ -214,6 +214,7 @@ def test_a_student_that_is_asked_to_stop_goes_on_from_there_and_not_from_its_bes
     assert best == 1 and f"after step {last} and saved" in stopped.stderr
 
 
+@pytest.mark.slow
 def test_a_students_answers_are_counted_while_it_learns_and_choose_the_checkpoint(tiny_student, style, tmp_path):
     source = tmp_path / "rows.jsonl"
     rows = [{"question": f"What is {n}?", "solution": "4", "reasoning_trace": "Two and two."} for n in range(18)]
@@ -302,7 +303,11 @@ def test_a_pipeline_trains_evaluates_reports_and_skips_what_is_done(collection, 
             "grpo_verifier",
             ("rewards/answer_reward/mean", "rewards/format_reward/mean", "verifier/failures", "eval/answer_reward"),
         ),
-        ("teacher_grpo_verifier", ("rewards/teacher_reward/mean", "rewards/length_penalty/mean", "eval/length")),
+        pytest.param(
+            "teacher_grpo_verifier",
+            ("rewards/teacher_reward/mean", "rewards/length_penalty/mean", "eval/length"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_verifiable_rewards_train_alone_and_with_a_teachers(profile, logged, tiny_run, tmp_path):

@@ -49,7 +49,7 @@ def life(run, folder, asked_at: int | None = None, steps: int = STEPS):
     return trainer
 
 
-@pytest.mark.parametrize("aggregation", [2, 4])
+@pytest.mark.parametrize("aggregation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_that_is_given_up_is_made_again_bit_for_bit(aggregation, tiny_run, tmp_path, in_root):
     run = [*tiny_run, f"generation_aggregation_steps={aggregation}"]
     straight = life(run, tmp_path / "straight")

@@ -31,6 +31,7 @@ def run_torchrun(*arguments: str, **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_torchrun_trains_as_the_launcher_does(tiny_run, tmp_path):
     done = run_torchrun(*tiny_run, *STEPS, f"output_dir={tmp_path / 'torchrun'}")
     assert done.returncode == 0, done.stderr[-3000:]

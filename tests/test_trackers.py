@@ -149,6 +149,7 @@ def test_no_tracker_keeps_a_secret_or_speaks_on_standard_output(tracked):
         assert lines[1].startswith("reward on 2 held-out questions x 2: ")
 
 
+@pytest.mark.slow
 def test_a_login_without_a_network_is_said_before_anything_is_loaded_and_the_run_is_logged_offline(tiny_run, tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
     secrets = {"WANDB_API_KEY": "a" * 40, "HF_TOKEN": "hf_another", "RLT_SERVER_KEY": "a_servers_key_of_someone"}

@@ -219,7 +219,7 @@ def test_an_update_is_what_is_left_of_its_steps():
     assert update_seconds({"step_time": [5.0], "scoring/seconds": [2.0]}) == 3.0  # without an engine of its own
 
 
-@pytest.mark.parametrize("greater_is_better", [True, False])  # one of the two is not the last step
+@pytest.mark.parametrize("greater_is_better", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_weights_with_the_best_held_out_reward_are_kept(greater_is_better, tiny_run, tmp_path, in_root, capsys):
     kept = ["load_best_model_at_end=true", "metric_for_best_model=reward", f"greater_is_better={greater_is_better}"]
     steps = ["eval_steps=1", "max_steps=3", "save_steps=100", "save_total_limit=1", "learning_rate=1e-2"]

@@ -134,7 +134,7 @@ def test_merged_weights_are_rounded_once():
     assert torch.equal(dict(merged_params(policy))["model.layers.0.self_attn.q_proj.weight"], expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_quantised_policy_reaches_the_engine_with_its_adapter(engine_and_model, bits):
     engine, model = engine_and_model
     quantised = load_policy(model.name_or_path, device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
