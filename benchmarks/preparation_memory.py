@@ -30,7 +30,10 @@ STAGES = (
     "decontamination",
     "split",
     "write",
+    "tokens",
+    "pack",
 )
+TOKENIZER = "embedded/smollm2-135m-instruct"
 LIMIT_S = 3 * 3600
 
 
@@ -59,6 +62,7 @@ def measure(source: Path, output: Path, stages: tuple[str, ...]) -> dict[str, fl
     """Seconds and peak resident MB of the process that runs the last of these stages."""
     command = [sys.executable, str(ROOT / "prepare.py"), "prepare_rlt", f"sources=[{source}]", f"output_dir={output}"]
     command += [f"stages=[{','.join(stages)}]", "engine_workers=1", "allow_empty_sources=true", "near_alarm_share=1"]
+    command.append(f"tokenizer={TOKENIZER}")
     begin = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py step      # forward_backward + optim_step of 8 x 256 tokens: server against in process
     python benchmarks/serving.py samples   # 64 samples of 32 tokens: vLLM against torch, base and adapters
+    python benchmarks/serving.py start     # from the start of serve.py to the first answered step of a new adapter
     python benchmarks/serving.py passes    # 2 and 4 adapters with 4 x 64 tokens each: one pass for all, or one each
 
 Each alternates between what it compares, `--repeats` times, and says the medians. Nothing else may run meanwhile.
@@ -92,6 +93,19 @@ def step(repeats: int) -> None:
     said(seconds, overhead=round(median(overheads), 4), threads=torch.get_num_threads())
 
 
+def start(repeats: int) -> None:
+    from rlt.serving.client import Client, datum
+    from rlt.wire.values import AdamParams
+
+    def until_a_step() -> None:
+        with tempfile.TemporaryDirectory() as folder, server(folder) as address, Client(address, KEY) as service:
+            model = service.create_model(MODEL, rank=32, seed=0)
+            model.forward_backward([datum([1, 2, 3], target_tokens=[2, 3, 4])], "cross_entropy").result(LIMIT_S)
+            model.optim_step(AdamParams(1e-4)).result(LIMIT_S)
+
+    said(alternated({"start_to_first_step_and_end": until_a_step}, repeats))
+
+
 def saved_adapter(folder: str) -> str:
     """Of rank 32 on all layers and the head, trained a little."""
     import torch
@@ -171,7 +185,7 @@ def passes(repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {each.__name__: each for each in (step, samples, passes)}
+    kinds = {each.__name__: each for each in (step, samples, start, passes)}
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()

@@ -75,6 +75,19 @@ def similar_pairs(texts: list[str], at_least: float) -> dict[tuple[int, int], fl
     return {pair: value for pair, value in values.items() if value >= at_least}
 
 
+def best_kept(texts: list[str], pairs: dict[tuple[int, int], float]) -> set[int]:
+    """The rule in plain Python: longest first, then earliest; what is like a kept one is not kept."""
+    like: dict[int, set[int]] = {}
+    for a, b in pairs:
+        like.setdefault(a, set()).add(b)
+        like.setdefault(b, set()).add(a)
+    kept: set[int] = set()
+    for number in sorted(range(len(texts)), key=lambda n: (-len(texts[n]), n)):
+        if not like.get(number, set()) & kept:
+            kept.add(number)
+    return kept
+
+
 def as_records(texts: list[str]) -> list[dict]:
     from stage_alone import text_record
 

@@ -75,7 +75,16 @@ async def main(folder: Path, port: int, flags: dict) -> None:
         changes["patience"] = Patience(hold_s=flags["hold_s"], gap_s=flags.get("gap_s", 60))
     if "body_bytes" in flags:
         changes["limits"] = Limits(body_bytes=flags["body_bytes"])
-    for name in ("samples_waiting", "bodies_bytes", "session_s", "sweep_s", "keep_every", "database", "tensors"):
+    for name in (
+        "samples_waiting",
+        "sessions_of_a_tenant",
+        "bodies_bytes",
+        "session_s",
+        "sweep_s",
+        "keep_every",
+        "database",
+        "tensors",
+    ):
         if name in flags:
             changes[name] = flags[name]
     named = {name: flags[name] for name in ("seconds", "log", "fail_rate") if name in flags}

@@ -66,7 +66,7 @@ class Unigram:
     def __init__(self, seconds: float = 0.0, log: str | None = None, fail_rate: float | None = None) -> None:
         self.fail_rate = fail_rate  # a step of this learning rate finds gradients that are not finite
         self.seconds = seconds  # that each request takes at least
-        self.log = log  # a file that gets a line for each request as it is executed
+        self.log = log  # a file that gets a line for each pass and step as it is executed
         self.models: dict[str, Numbers] = {}
         self.executed: list[tuple[str, int]] = []  # numbers of requests as they came
 
@@ -79,6 +79,7 @@ class Unigram:
 
     def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardOutput:
         model = self._model(request.model_id)
+        self.executed.append((request.model_id, request.seq_id))
         self._note(request.model_id, request.seq_id)
         lps, outputs, gradient, total = log_softmax(model.logits), [], np.zeros(VOCABULARY), 0.0
         for datum in request.data:
@@ -93,11 +94,10 @@ class Unigram:
             model.gradient += gradient
         return ForwardBackwardOutput(outputs, {"loss:sum": total})
 
-    def _note(self, model_id: str, seq_id: int) -> None:
-        self.executed.append((model_id, seq_id))
+    def _note(self, model_id: str, what: int | str) -> None:
         if self.log:
             with open(self.log, "a") as file:
-                file.write(f"{model_id} {seq_id}\n")
+                file.write(f"{model_id} {what}\n")
 
     def _targets(self, datum: Datum) -> np.ndarray:
         if "target_tokens" not in datum.loss_inputs:
@@ -109,6 +109,7 @@ class Unigram:
 
     def optim_step(self, model_id: str, params: AdamParams) -> dict[str, float]:
         model = self._model(model_id)
+        self._note(model_id, "step")
         norm = float(np.linalg.norm(model.gradient))
         if params.learning_rate == self.fail_rate:
             model.gradient = np.zeros(VOCABULARY)

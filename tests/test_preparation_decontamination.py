@@ -45,6 +45,31 @@ def innocents() -> list[dict]:
     return [asked(number, text) for number, text in enumerate(texts)]
 
 
+TOOLS = (
+    "You are an expert in composing functions. You are given a question and a set of possible functions. Based on the "
+    "question, you will need to make one or more function or tool calls to achieve the purpose. If none of the "
+    "functions can be used, point it out. Here is a list of functions in JSON format that you can invoke: "
+)
+
+
+def asked_with_tools(number: int, question: str) -> dict:
+    """A call of a tool behind the instruction that every such row has, and evaluation items too."""
+    schema = {"name": "look_up", "parameters": {"type": "object", "properties": {"what": {"type": "string"}}}}
+    system = f"{TOOLS}{json.dumps([schema])}"
+    return chat_record(number, ("system", system), ("user", question), ("assistant", '[look_up(what="it")]'))
+
+
+def test_rows_that_share_an_instruction_with_items_are_kept_and_the_items_are_found(tmp_path):
+    """The instruction of function-calling sets (BFCL) is the same in thousands of training rows."""
+    items = [f"Which town lies between the {n}th and the {n + 1}th bridge of river number {n * 7}?" for n in range(20)]
+    path = tmp_path / "calls.jsonl"
+    rows = [{"question": f"{TOOLS}[] {item}"} for item in items]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    innocent = [asked_with_tools(n, f"Please look up the weather in place {n * 13} for me.") for n in range(500)]
+    planted = [asked_with_tools(1000 + n, item) for n, item in enumerate(items)]
+    assert dropped_ids(tmp_path, [*innocent, *planted], [str(path)]) == {row["id"] for row in planted}
+
+
 @pytest.fixture
 def own_set(tmp_path):
     path = tmp_path / "own.jsonl"

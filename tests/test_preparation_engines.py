@@ -1,13 +1,18 @@
 """One preparation on every engine: the same rows, whoever runs the tasks."""
 
+import random
+
 import pytest
 import slurm_here
-from conftest import launch
+from bible import chapters, edited
+from conftest import EMBEDDED, launch
 from preparation import ids_hash, questions, write_rows
 
-from rlt.preparation.run import results_of
+from rlt.preparation.evaluation_sets import items_of
+from rlt.preparation.run import StageResult, results_of
+from rlt.preparation.stages import STAGES
 
-STAGES = "stages=[read,clean,exact,near,decontamination,split,write]"  # row by row, and over all rows
+EXACT, NEAR, CONTAMINATED = 40, 60, 30  # rows that are dropped
 ON = {
     "two processes": ["engine_workers=2"],
     "ray": ["engine=ray", "engine_workers=2", "engine_memory_gb=1"],
@@ -17,9 +22,16 @@ ON = {
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    rows = [*questions(300), *questions(40), *questions(300, first=1000)]
+    draw = random.Random(0)
+    some = chapters("kjv")[: 2 * NEAR]
+    copies = [edited(text[:1500], 0.01, draw) for text in some[:NEAR]]
+    told = [f"What is told here? {text[:1500]}" for text in (*some, *copies)]
+    asked = [item.question for item in items_of("human-eval")][:CONTAMINATED]
+    rows = [*questions(300), *questions(EXACT), *questions(300, first=1000)]
+    rows += [{"question": text, "solution": "It is told above."} for text in (*told, *asked)]
     source = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
-    return ["prepare_rlt", f"sources=[{source}]", STAGES, "validation_share=0.1"]
+    every = ["prepare_rlt", f"stages=[{','.join(STAGES)}]", f"tokenizer={EMBEDDED}", "validation_share=0.1"]
+    return [*every, f"sources=[{source}]"]
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +39,20 @@ def alone(arguments, tmp_path_factory) -> str:
     output = tmp_path_factory.mktemp("alone") / "out"
     done = launch("prepare.py", *arguments, "engine_workers=1", f"output_dir={output}")
     assert done.returncode == 0, done.stderr
-    last = results_of(output)[-1]
-    assert last.counts.kept == 600
-    return ids_hash(last)
+    results = results_of(output)
+    lost = {result.name: sum(result.counts.dropped.values()) for result in results}
+    assert lost["exact"] >= EXACT and lost["near"] >= NEAR // 2 and lost["decontamination"] >= CONTAMINATED // 2
+    return ids_hash(written(results))
+
+
+def written(results: list[StageResult]) -> StageResult:
+    return next(result for result in results if result.name == "write")
 
 
 def check(arguments: list[str], engine: str, output, alone: str, **environment: str) -> None:
     done = launch("prepare.py", *arguments, *ON[engine], f"output_dir={output}", **environment)
     assert done.returncode == 0, done.stderr
-    assert ids_hash(results_of(output)[-1]) == alone
+    assert ids_hash(written(results_of(output))) == alone
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The preparation as a job: what is counted, done again, left alone, refused, and what a kill leaves."""
 
+import importlib.util
 import json
 import os
 import random
@@ -12,12 +13,13 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
-from conftest import ROOT, launch
+from conftest import EMBEDDED, ROOT, config_of, launch
 from preparation import QUICK, bytes_below, dropped, kept, questions, run, settings_of, write_rows
 
 from rlt.data.sources import load_rows
 from rlt.errors import Refused
 from rlt.formats.record import Dropped
+from rlt.planning.plan import make_plan
 from rlt.preparation import stages
 from rlt.preparation.clean import Clean
 from rlt.preparation.engine import _run_in_processes
@@ -302,6 +304,15 @@ def test_a_report_of_nothing_is_refused(tmp_path):
     assert "holds no stage that has ended" in done.stderr
 
 
+@pytest.mark.parametrize("package", ["spacy", "rensa"])
+def test_a_package_that_is_missing_is_named_before_anything_is_read(package, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    source = write_rows(tmp_path / "rows.jsonl", questions(3))
+    with pytest.raises(Refused, match=rf"packages that are missing \({package}\): ./setup.sh data"):
+        make_plan(config_of(*overrides(tmp_path / "out", source)))
+
+
 def test_what_trains_needs_no_package_of_preparations():
     extra = [name for name in PACKAGES if name not in ("orjson", "xxhash")]  # which the default set-up has too
     blocked = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
@@ -457,7 +468,14 @@ def test_a_run_that_is_killed_in_every_stage_leaves_the_same_bytes(seed, tmp_pat
     workers = f"engine_workers={1 + seed % 2}"
     for folder in ("straight", "killed"):
         (tmp_path / folder).mkdir()
-    arguments = ["prepare_rlt", f"sources=[{source}]", "validation_share=0.1", workers]
+    arguments = [
+        "prepare_rlt",
+        f"sources=[{source}]",
+        f"stages=[{','.join(stages.STAGES)}]",
+        "validation_share=0.1",
+        workers,
+    ]
+    arguments.append(f"tokenizer={EMBEDDED}")
     assert launch("prepare.py", *arguments, f"output_dir={tmp_path / 'straight' / 'out'}").returncode == 0
     names = [result.folder.name for result in results_of(tmp_path / "straight" / "out")]
     seconds = {n: json.loads((tmp_path / f"straight/out/stages/{n}/seconds.json").read_text()) for n in names}

@@ -6,7 +6,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from bible import as_records, chapters, corpus, edited, five_word_runs, licences, similar_pairs
+from bible import as_records, best_kept, chapters, corpus, edited, five_word_runs, licences, similar_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from stage_alone import chat_record, run_alone, text_record
@@ -24,19 +24,6 @@ def numbers(records: list[dict]) -> list[int]:
 
 def ids(records: list[dict]) -> list[str]:
     return sorted(record["id"] for record in records)
-
-
-def best_kept(texts: list[str], pairs: dict[tuple[int, int], float]) -> set[int]:
-    """The rule in plain Python: longest first, then earliest; what is like a kept one is not kept."""
-    like: dict[int, set[int]] = {}
-    for a, b in pairs:
-        like.setdefault(a, set()).add(b)
-        like.setdefault(b, set()).add(a)
-    kept: set[int] = set()
-    for number in sorted(range(len(texts)), key=lambda n: (-len(texts[n]), n)):
-        if not like.get(number, set()) & kept:
-            kept.add(number)
-    return kept
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def recall(finder: Finder, entity: str, template: str, values: list[str]) -> flo
 def test_made_up_values_of_faker_are_found(finder, entity, locale, provider, template, least):
     fake = Faker(locale)
     fake.seed_instance(0)
-    share = recall(finder, entity, template, [getattr(fake, provider)() for _ in range(200)])
+    share = recall(finder, entity, template, [getattr(fake, provider)() for _ in range(1000)])
     assert share >= least
 
 

@@ -279,6 +279,9 @@ def torchao(tmp_path, monkeypatch):
 def test_emulated_fp8_computes_nearly_the_same(torchao):
     from trainers.fp8 import compute_in_fp8
 
+    if not torch.cuda.is_available():
+        with pytest.raises(Refused, match="this device has no FP8"):
+            compute_in_fp8(nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), emulate=False, smallest=1)
     torch.manual_seed(0)
     plain = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).bfloat16()
     converted = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).bfloat16()
