@@ -72,8 +72,10 @@ ARMS = {
     "answer-first": Arm("of `rl`, the last sentence first", teacher="rl", edit=answer_first),
     "answer-only": Arm("of `rl`, the last sentence alone", teacher="rl", edit=answer_only),
     "student-grpo": Arm("its own answers, checked", "grpo", teacher="rl"),
-    "opd-warm-up": Arm("the warm-up teacher's distribution over its own samples", "opd", teacher="warm-up"),
-    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples", "opd", teacher="rl"),
+    "opd-warm-up": Arm(
+        "the warm-up teacher's distribution over its own samples, right solutions", "opd", teacher="warm-up"
+    ),
+    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, right solutions", "opd", teacher="rl"),
 }
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
 

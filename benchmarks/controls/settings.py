@@ -20,7 +20,7 @@ EXPLANATION_TOKENS, ANSWER_TOKENS = 96, 160  # at most
 TEACHER_RATE, STUDENT_RATE, DISTILLED_RATE = 2e-5, 1e-4, 3e-5
 BATCH = 32  # completions of a step of GRPO and of distillation
 ANSWERS = 2  # to each question that is evaluated
-OPD_LEARNS_SOLUTION = False  # whether a distilled student is also told the solution behind thoughts that come to it
+OPD_LEARNS_SOLUTION = True  # behind thoughts that come to it: what holds a distilled student to its format
 SEEDS = {"primary": range(8), "other": range(3), "tuning": 100}  # seeds from there on are for tuning
 
 
