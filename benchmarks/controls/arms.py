@@ -73,9 +73,9 @@ ARMS = {
     "answer-only": Arm("of `rl`, the last sentence alone", teacher="rl", edit=answer_only),
     "student-grpo": Arm("its own answers, checked", "grpo", teacher="rl"),
     "opd-warm-up": Arm(
-        "the warm-up teacher's distribution over its own samples, right solutions", "opd", teacher="warm-up"
+        "the warm-up teacher's distribution over its own samples, and right solutions", "opd", "warm-up"
     ),
-    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, right solutions", "opd", teacher="rl"),
+    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, and right solutions", "opd", "rl"),
 }
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
 
