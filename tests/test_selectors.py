@@ -21,7 +21,7 @@ END = "<|end_of_explanation|>"
 
 def trace(question: int, name: str, reward: float, likelihood: float, rsr: float, tokens: int = 10) -> dict:
     scores = {"reward": reward, "likelihood": likelihood, "rsr": rsr, "matched": True}
-    scores |= {"student_tokens": 100 + tokens, "trained_tokens": tokens}
+    scores |= {"student_tokens": 20 + tokens, "trained_tokens": tokens}
     texts = {"reasoning_trace": f"trace {name}", "completion": f"trace {name}{END}"}
     return {"question_id": question, "question": f"q{question}", "solution": "s", **texts, **scores}
 

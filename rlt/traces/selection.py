@@ -75,7 +75,9 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     budget = Budget(config.select_student_tokens)
     for row in rows:
         siblings = of_question[normalised(row["question"])]
-        reason = _reason_against(row, siblings, seen, least, config) or budget.against(row.get("trained_tokens", 0))
+        reason = _reason_against(row, siblings, seen, least, config)
+        if reason is None and config.select_student_tokens is not None:
+            reason = budget.against(row["trained_tokens"])
         if reason is not None:
             dropped[reason] += 1
             continue
