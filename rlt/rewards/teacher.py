@@ -206,15 +206,14 @@ class TeacherReward:
             [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
         )
         asked = [r.student.ids for r in readings], [r.student_counted for r in readings]
-        plain, ranks = (None, None) if self.student_ranked is None else self.student_ranked(*asked, 1.0)
-        same = plain is not None and self.student_temperature == 1.0
-        student = plain if same else self.student_log_probs(*asked, self.student_temperature)
+        student = self.student_log_probs(*asked, self.student_temperature)
         scored = [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
-        if plain is None:
+        if self.student_ranked is None:
             return scored
+        log_probs, ranks = self.student_ranked(*asked, 1.0)
         return [
             replace(one, parts={**one.parts, **suitability(r, s, ranked)})
-            for one, r, s, ranked in zip(scored, readings, plain, ranks, strict=True)
+            for one, r, s, ranked in zip(scored, readings, log_probs, ranks, strict=True)
         ]
 
     def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:
