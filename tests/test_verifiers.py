@@ -143,6 +143,105 @@ def test_words_and_lists_are_compared_as_they_stand_and_numbers_by_value(verifie
     assert verifier.failures == 0
 
 
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("12 people", "12", 1.0),
+        ("12 marbles", "12", 1.0),
+        ("pi/2", "\\frac{\\pi}{2}", 1.0),
+        ("1\\,234", "1234", 1.0),
+        ("1 2345", "12345", 0.0),
+        ("3 1/2", "3.5", 1.0),
+        ("3 1/2", "\\frac{7}{2}", 1.0),
+        ("3 1/2", "1.5", 0.0),
+        ("3½", "\\frac{7}{2}", 1.0),
+        ("½", "1/2", 1.0),
+        ("-½", "1/2", 0.0),
+        ("√2", "\\sqrt{2}", 1.0),
+        ("2√3", "\\sqrt{12}", 1.0),
+        ("√3", "\\sqrt{2}", 0.0),
+        ("42 (forty-two)", "42", 1.0),
+        ("42 (forty-three)", "42", 0.0),
+        ("3 (million)", "3", 0.0),
+        ("approximately 3.14", "3.14", 1.0),
+        ("The answer is 42.", "42", 1.0),
+        ("12cm", "12", 1.0),
+        ("0.3333333", "1/3", 1.0),
+        ("0.333", "1/3", 0.0),
+        ("5 s", "5 m", 0.0),
+        ("€5", "5 euros", 1.0),
+        ("€5", "£5", 0.0),
+        ("3 million", "3,000,000", 1.0),
+        ("3 million", "3", 0.0),
+        ("$3$ million", "3", 0.0),
+        ("2 dozen eggs", "24", 1.0),
+        ("minus 12", "12", 0.0),
+        ("minus 12", "-12", 1.0),
+        ("minus $12$", "12", 0.0),
+        ("-$12$", "12", 0.0),
+        ("- $12$", "12", 0.0),
+        ("negative twelve", "12", 0.0),
+        ("half of 12", "12", 0.0),
+        ("half of $12$", "12", 0.0),
+        ("half of \\boxed{12}", "12", 0.0),
+        ("the square root of $12$", "12", 0.0),
+        ("12 and a half", "12", 0.0),
+        ("$12$ and a half", "12", 0.0),
+        ("12 over 5", "12", 0.0),
+        ("$12$ over $5$", "5", 0.0),
+        ("less than 12", "12", 0.0),
+        ("12 squared", "12", 0.0),
+        ("12 sin", "12", 0.0),
+        ("2 to 3", "2", 0.0),
+        ("2 or three", "2", 0.0),
+        ("5 hours 30 minutes", "5", 0.0),
+        ("5 hours 30 minutes", "530", 0.0),
+        ("6 feet 2 inches", "2 feet 6 inches", 0.0),
+        ("3 R 2", "2 R 3", 0.0),
+        ("2t", "2", 0.0),
+        ("The area is $5\\text{ cm}^2$.", "5", 1.0),
+        ("We find $x=1$, so the answer is $\\boxed{3}$.", "3", 1.0),
+        ("\\boxed{5} or \\boxed{6}", "6", 0.0),
+        ("Natalia sold 48/2 = 24 clips.\nIn all 48+24 = 72.\n#### 72", "72", 1.0),
+        ("72", "Natalia sold 48/2 = 24 clips.\nIn all 48+24 = 72.\n#### 72", 1.0),
+        ("24", "Natalia sold 48/2 = 24 clips.\nIn all 48+24 = 72.\n#### 72", 0.0),
+    ],
+)
+def test_a_number_is_read_with_all_that_changes_it(verifier, answer, solution, right):
+    assert verifier.check(answer, {"solution": solution}) == right
+    assert verifier.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("4\\sqrt(2)", "4", 0.0),
+        ("4\\sqrt(2)", "4\\sqrt{2}", 1.0),
+        ("2^{-98}", "2^{-99}", 0.0),
+        ("2^{-98}", "\\frac{1}{2^{98}}", 1.0),
+        ("x = 2^{-98}", "x = 2^{-99}", 0.0),
+        ("2^{-98}x", "2^{-99}x", 0.0),
+        ("\\{1, 2^{-98}\\}", "\\{1, 2^{-99}\\}", 0.0),
+        ("1 + 2^{-98}", "1 + 2^{-99}", 0.0),
+        ("\\frac{1}{2006!}", "\\frac{1}{2004!}", 0.0),
+        ("\\frac{1}{2006!}", "\\frac{1}{2006 \\cdot 2005!}", 1.0),
+        ("10^{-8}", "0", 0.0),
+        ("10^{-8}", "0.00000002", 0.0),
+        ("1e-12", "2e-12", 0.0),
+        ("1e-12", "10^{-12}", 1.0),
+        ("\\sqrt{5 + 2\\sqrt{6}}", "\\sqrt{2} + \\sqrt{3}", 1.0),
+        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", 1.0),
+        ("\\cos(\\pi/7)\\cos(2\\pi/7)\\cos(4\\pi/7)", "-1/8", 1.0),
+        ("0.3333333", "\\frac{1}{3}", 1.0),
+        ("50\\%", "0.5", 1.0),
+        ("0.1+0.2", "0.3", 1.0),
+    ],
+)
+def test_values_are_compared_exactly(verifier, answer, solution, right):
+    assert verifier.check(answer, {"solution": solution}) == right
+    assert verifier.failures == 0
+
+
 def test_a_generators_task_checks_its_own(verifier):
     row = {
         "question": "GCD of 12 and 18",
