@@ -27,6 +27,7 @@ from rlt.rewards.amounts import (
 
 PI = re.compile(r"(?<![\\\w])pi(?!\w)")
 PYTHON_POWER = re.compile(r"(?<=[\w)])(?:\*\*| \*\* )(?=[\w(-])")
+TIMES_TEN = re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)")  # `3 x 10^4`
 SIGNS = str.maketrans(
     {
         "−": "-",
@@ -67,6 +68,7 @@ COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname|begin|end)\s*\{[^{
 # What a formula may have that is no LaTeX command.
 KNOWN = FUNCTIONS | GREEK | PERCENT | {"infinity", "inf", "and", "or", "x", "e"}
 BETWEEN_NUMBERS = re.compile(r"\d\s*([^\W\d_]+)\s*(?=\d)")
+DATE = re.compile(r"(?<!\d)\d{4}-\d\d-\d\d(?!\d)")  # a difference of three numbers
 TEXT_BEHIND = re.compile(
     r"(?<=\S)(?:\s|\\[,;: ])*\\(?:text\w*|mathrm|mbox)\s*\{(?P<unit>[^{}]*)\}(?:\^\{?-?\d\}?)?\s*\.?$"
 )
@@ -193,16 +195,17 @@ def _parsed(text: str) -> list:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether the text has words, whose letters would be multiplied: `6 feet 2 inches` would be `2 feet 6 inches`."""
+    """Whether the text has words, whose letters would be multiplied: `6 feet 2 inches` would be `2 feet 6 inches`; or a
+    date, whose numbers would be subtracted."""
     text = COMMAND.sub(" ", text)
     words = [word.casefold() for word in WORD.findall(text) if len(word) > 3] + BETWEEN_NUMBERS.findall(text.casefold())
-    return not KNOWN.issuperset(words)
+    return not KNOWN.issuperset(words) or DATE.search(text) is not None
 
 
 def as_latex(text: str) -> str:
     """The text marked as mathematics. Characters that keep it from being read are replaced: the dollar sign of a price,
     bold type, the `**` of powers, √ and its like."""
-    text = PI.sub(r"\\pi", PYTHON_POWER.sub("^", text)).translate(SIGNS)
+    text = PI.sub(r"\\pi", TIMES_TEN.sub(r"\\times ", PYTHON_POWER.sub("^", text))).translate(SIGNS)
     text = VULGAR.sub(lambda found: r"\frac{{{}}}{{{}}}".format(*plain_fraction(found[0]).split("/")), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{next(filter(None, found.groups()), '')}}}", text)
     return text if MARKED.search(text) else f"${text.replace('$', '')}$"
