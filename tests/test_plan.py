@@ -170,7 +170,7 @@ BAD = [
     (["generation_kwargs={presence_penalty: 0.5}"], "presence_penalty=0.5: the engine's"),
     (["generation_kwargs={frequency_penalty: -0.5}"], "frequency_penalty=-0.5: the engine's"),
     (["generation_kwargs={min_tokens: 8}"], "min_tokens=8: the engine's"),
-    (["generation_kwargs={logit_bias: {'5': 1.0}}"], "logit_bias={'5': 1.0}: the engine's"),
+    (["generation_kwargs={logit_bias: {5: 1.0}}"], "logit_bias={5: 1.0}: the engine's"),
     (["generation_kwargs={bad_words: [x]}"], "bad_words=['x']: the engine's"),
     (["generation_kwargs={allowed_token_ids: [1, 2]}"], "allowed_token_ids=[1, 2]: the engine's"),
     (["generation_kwargs={structured_outputs: {choice: [x]}}"], "structured_outputs={'choice': ['x']}: the engine's"),

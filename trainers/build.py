@@ -256,7 +256,7 @@ def of_numbers(path: str, function: Callable) -> Callable:
     """
 
     def check(rewards) -> list:
-        wrong = [rewards] if not isinstance(rewards, Iterable) or isinstance(rewards, NO_NUMBERS) else []
+        wrong = [rewards] if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes | dict) else []
         rewards = rewards if wrong else list(rewards)
         wrong = wrong or [reward for reward in rewards if isinstance(reward, NO_NUMBERS)]
         if wrong:

@@ -68,6 +68,7 @@ NUMBER = (
     rf"|(?P<plain>(?:{GROUPED}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
 )
 SCALE = rf"(?:\s+(?P<scale>(?i:{'|'.join(SCALES)}))s?\b)?"
+PERCENT = r"(?:\s*(?P<percent>\\?%|(?i:percent|percentage|pct)\b))?"
 SHORT = "[mgslhJNWVAKL]|cm|mm|km|nm|kg|mg|lb|oz|ft|in|yd|mi|hr|ms|mL|ml|kJ|Hz|kW|Pa|GB|MB|kB|TB|am|pm|pt|°[CF]?"
 JOINED = "cm|mm|km|nm|kg|mg|lbs?|ft|mph|mL|ml|kJ|Hz|kHz|MHz|GHz|kW|kWh|GB|MB|kB|TB|hrs?|mins?|secs?|°[CF]"
 POWER = r"(?:\^\{?-?\d\}?|[²³])?"
@@ -76,11 +77,15 @@ UNIT = (
     rf"(?:(?:\s*/\s*|\s+|-|·)[^\W\d_]+(?:'s)?{POWER})*"
 )
 ASIDE = r"(?:\s*\((?P<aside>[^()\d]+)\))?"
-AMOUNT = re.compile(rf"{LEAD}(?P<currency>{CURRENCY}){SIGN}{CURRENCY}{NUMBER}{SCALE}(?P<unit>{UNIT})?{ASIDE}\s*[.!]?")
+AMOUNT = re.compile(
+    rf"{LEAD}(?P<currency>{CURRENCY}){SIGN}{CURRENCY}{NUMBER}{SCALE}{PERCENT}"
+    rf"(?P<unit>{UNIT})?{ASIDE}\s*[.!]?"
+)
 WORD = re.compile(r"[^\W\d_]+")
 # ½ and its like; superscripts have the same kind of plain form, and are not meant.
 VULGAR = re.compile("[¼-¾⅐-⅞]")
 SIX_PLACES = Fraction(1, 10**6)
+HUNDREDTHS = "%"
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def read_amount(text: str) -> Amount | None:
     found = AMOUNT.fullmatch(bare(text))
     if found is None or not _is_aside(found):
         return None
-    unit = unit_of(found["unit"] or found["currency"].strip(" $"))
+    unit = HUNDREDTHS if found["percent"] else unit_of(found["unit"] or found["currency"].strip(" $"))
     if unit is None:
         return None
     sign = 1 if (found["sign"] or "+").strip() == "+" else -1
@@ -148,13 +153,16 @@ def unit_of(text: str) -> str | None:
 
 def is_same_amount(answer: Amount, solution: Amount) -> bool:
     """Equal numbers; a fraction also equals its decimals, from six digits and six places on. A unit is compared where
-    both have one."""
+    both have one. A percentage equals what it is of 1, and the number of its percents."""
     if answer.unit and solution.unit and answer.unit != solution.unit:
         return False
+    values = [answer.value]
+    if HUNDREDTHS in (answer.unit, solution.unit) and answer.unit != solution.unit:
+        values.append(answer.value / 100 if answer.unit else answer.value * 100)
     if {answer.kind, solution.kind} != {"decimal", "fraction"}:
-        return answer.value == solution.value
-    gap = abs(answer.value - solution.value)
-    return gap <= SIX_PLACES / 2 and gap <= abs(solution.value) * 5 * SIX_PLACES
+        return solution.value in values
+    gaps = [abs(value - solution.value) for value in values]
+    return any(gap <= SIX_PLACES / 2 and gap <= abs(solution.value) * 5 * SIX_PLACES for gap in gaps)
 
 
 def bare(text: str) -> str:

@@ -13,6 +13,7 @@ from rlt.rewards.amounts import (
     CHANGING,
     FUNCTIONS,
     GREEK,
+    HUNDREDTHS,
     LEAD,
     PARTS,
     UNIT,
@@ -45,6 +46,8 @@ SIGNS = str.maketrans(
         "³": "^3",
     }
 )
+# A function's name that is no LaTeX command: as letters it would be multiplied.
+NAME = re.compile(r"(?<![\\\w])((?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|log|ln|exp)(?=\s*\()")
 ROOT = re.compile(r"(?:√|\\sqrt(?=\s*\())\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))")
 BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
 BOXED = rf"\\boxed\s*{BRACED}"
@@ -115,8 +118,10 @@ def read(text: str) -> Reading | None:
     if apart is None:
         return None
     amount = amount or read_amount(apart)
-    formula, unit = (amount.formula, amount.unit) if amount else _without_unit(apart)
-    return Reading(amount, formula, unit, apart)
+    if amount is None:
+        return Reading(None, *_without_unit(apart), apart)
+    whole = rf"\frac{{{amount.formula}}}{{100}}" if amount.unit == HUNDREDTHS else apart
+    return Reading(amount, amount.formula, amount.unit, whole)
 
 
 def _set_apart(text: str) -> str | None:
@@ -207,6 +212,7 @@ def as_latex(text: str) -> str:
     bold type, the `**` of powers, √ and its like."""
     text = PI.sub(r"\\pi", TIMES_TEN.sub(r"\\times ", PYTHON_POWER.sub("^", text))).translate(SIGNS)
     text = VULGAR.sub(lambda found: r"\frac{{{}}}{{{}}}".format(*plain_fraction(found[0]).split("/")), text)
+    text = NAME.sub(r"\\\1", text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{next(filter(None, found.groups()), '')}}}", text)
     return text if MARKED.search(text) else f"${text.replace('$', '')}$"
 
