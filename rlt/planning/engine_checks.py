@@ -1,6 +1,7 @@
 """What an engine that samples for GRPO asks of a run: its log-probs are compared with the policy's, token by token."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rlt.errors import Refused
@@ -74,7 +75,7 @@ def check_engine(settings: GRPOSettings) -> None:
         raise Refused(f"loss_type=vespo with {MODE}={trl.get(MODE)}: it weighs completions itself; set token_truncate")
 
 
-def _generation_kwargs(trl: dict[str, Any]) -> dict[str, Any]:
+def _generation_kwargs(trl: Mapping[str, Any]) -> dict[str, Any]:
     """What a request carries beside the settings; TRL takes it as a text of JSON, too."""
     given = trl.get("generation_kwargs") or {}
     try:

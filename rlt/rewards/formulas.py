@@ -252,7 +252,8 @@ def _differ(a: Any, b: Any) -> bool:
         return False  # these are compared exactly, but for a percentage
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     place = {symbol: Rational(prime(n + 20), prime(n + 10)) for n, symbol in enumerate(symbols)}
-    a, b = (safe_sympy_doit(side).subs(place) for side in (a, b))
+    sides: list[Any] = [safe_sympy_doit(side).subs(place) for side in (a, b)]
+    a, b = sides
     if a == b:
         return False
     if with_decimals:
