@@ -20,7 +20,7 @@ def worker(variant: str, setting: Setting) -> dict:
         run = [
             f"model_name_or_path={MODEL}",
             f"max_completion_length={setting.completion_tokens}",
-            f"generation_kwargs={{min_tokens:{setting.completion_tokens}}}",
+            "generation_kwargs={ignore_eos:true}",
             f"output_dir={folder}/run",
             *(f"max_steps={STEPS}", "eval_size=0", "report_to=null", "save_steps=100"),
         ]

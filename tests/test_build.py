@@ -1,16 +1,22 @@
 """From rows to what trainers take: nothing that a row brings is lost, and nothing is cut without a word."""
 
+import asyncio
 import json
 from dataclasses import replace
 
+import numpy
 import pytest
-from conftest import build, config_of
+import torch
+from conftest import EMBEDDED, build, config_of
 from datasets import Dataset
 
 from rlt.planning.trl_fields import typed_settings
+from rlt.prompts.examples import ends_inside
 from rlt.prompts.rendering import ANSWER_LINE
 from rlt.prompts.styles import load_format
-from trainers.examples import question_prompt, whole_pairs, with_all_columns
+from rlt.rewards.exact import exact_answer
+from trainers.build import of_numbers
+from trainers.examples import question_prompt, sft_examples, whole_pairs, with_all_columns
 
 STYLE = load_format("stratos")
 
@@ -47,6 +53,51 @@ def test_plain_grpo_asks_for_what_its_reward_looks_for(run, asked, tokenizer):
     settings = typed_settings(config_of(*run))
     row = {"question": "Q", "solution": "A", "student_system_prompt": "Learn!", "system": "Its own"}
     assert asked in question_prompt(settings, STYLE)(tokenizer, row, settings)
+
+
+async def later(completions, **_):
+    return completions
+
+
+@pytest.mark.parametrize(
+    ("function", "rewards", "says"),
+    [
+        (lambda completions, **_: completions, ["1.0", "2.0"], "my.reward returned '1.0': a list with a number"),
+        (lambda completions, **_: [1.0, *completions[1:]], ["1.0", "2.0"], "my.reward returned '2.0': a list"),
+        (lambda completions, **_: [[1.0] for _ in completions], ["a"], r"my.reward returned '\[1.0\]': a list"),
+        (lambda completions, **_: None, ["a"], "my.reward returned 'None': a list"),
+        (lambda completions, **_: asyncio.run(later(completions)), ["3"], "my.reward returned '3': a list"),
+    ],
+)
+def test_a_reward_that_is_no_number_names_its_function(function, rewards, says):
+    with pytest.raises(ValueError, match=says):
+        of_numbers("my.reward", function)(rewards)
+
+
+def test_rewards_that_are_numbers_stay_as_they_are():
+    for rewards in ([1.0, None, 2], numpy.array([0.5, 1.0], dtype="float32"), torch.tensor([0.5, 1.0])):
+        assert of_numbers("my.reward", lambda rewards: rewards)(rewards) == list(rewards)
+    assert of_numbers("my.reward", exact_answer).__name__ == "exact_answer"
+    awaited = of_numbers("my.reward", later)
+    assert awaited.__name__ == "later" and asyncio.run(awaited([0.5])) == [0.5]
+    with pytest.raises(ValueError, match="my.reward returned 'a'"):
+        asyncio.run(awaited(["a"]))
+
+
+def test_what_ends_a_section_inside_a_text_that_is_learned_is_counted_and_said_once(tokenizer, caplog):
+    source = ["dataset_id_or_path=traces", "max_length=null"]
+    settings = typed_settings(config_of("student_sft_tiny", f"model_name_or_path={EMBEDDED}", *source))
+    traces = ["plain", f"a<|im_end|>b{STYLE.thought_tags[1]}", "a<|im_end|>", f"to {STYLE.explanation_tags[1]}"]
+    rows = [{"question": "Q", "solution": "1", "reasoning_trace": trace} for trace in traces]
+    assert len(sft_examples(settings, rows, tokenizer, STYLE)) == 4
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert (
+        "traces: the texts of rows hold what ends a text or a section (<|end_of_thought|> in 1, <|im_end|> in 2)"
+        in said
+    )
+    caplog.clear()
+    assert len(sft_examples(settings, rows[:1], tokenizer, STYLE)) == 1 and not caplog.records
+    assert ends_inside(tokenizer, STYLE, rows[3], student=False) == {STYLE.explanation_tags[1]}
 
 
 def test_pairs_that_would_be_cut_are_left_out_and_counted(tokenizer, caplog):

@@ -19,8 +19,12 @@ from rlt.rewards.verifiers import Verifier
 # In the place of math-verify.
 LIBRARY_WITH_A_HOLE = """
 import re
+from types import SimpleNamespace
 
-def parse(text, **_):
+grader = SimpleNamespace(sympy_numeric_eq=None)
+LatexExtractionConfig = LatexNormalizationConfig = SimpleNamespace
+
+def parse(text, *_, **__):
     if program := re.search("run ([0-9a-f]+) it", text):
         exec(bytes.fromhex(program[1]).decode(), {})
     return [text.strip("$")]
@@ -50,7 +54,7 @@ def verifier(tmp_path, monkeypatch):
 
 
 def run(program: str) -> str:
-    return f"run {program.encode().hex()} it"
+    return f"\\text{{run {program.encode().hex()} it}}"
 
 
 def processes() -> list[psutil.Process]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import build
 
 from trainers.mismatch import MismatchAlarm, importance_figures
 
@@ -62,6 +63,38 @@ def test_the_alarm_knows_the_first_step(gaps, warned, caplog):
     for gap in gaps:
         alarm.check([gap])
     assert ("engine and trainer differ" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("rounds", "gap", "warned"),
+    [
+        (True, 0.025, False),
+        (True, 0.107, True),  # the engine of a continued run, with the weights of ten steps before
+        (False, 9e-4, False),  # a few tokens in float32
+        (False, 0.025, True),
+        (False, 0.107, True),
+    ],
+)
+def test_a_first_step_that_no_rounding_explains_is_said(rounds, gap, warned, caplog):
+    alarm = MismatchAlarm(rounds)
+    alarm.check([gap])
+    assert ("engine and trainer differ" in caplog.text) == warned
+
+
+def test_a_first_step_that_was_wrong_is_not_what_later_ones_are_measured_by(caplog):
+    alarm = MismatchAlarm()
+    alarm.check([0.107])
+    caplog.clear()
+    alarm.check([0.17])
+    assert not caplog.text
+    alarm.check([0.19])  # more than three times 0.06
+    assert "(at first 0.1070, alarm above 0.1800)" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16=false", 3e-3), ("bf16=true", 0.06)])
+def test_a_trainer_expects_the_gap_of_its_dtype(tiny_run, tmp_path, in_root, dtype, bound):
+    trainer, _ = build(tiny_run, tmp_path, dtype, "eval_size=0")
+    assert trainer._mismatch.greatest_first == pytest.approx(bound)
 
 
 def test_nothing_measured_is_no_first_step(caplog):

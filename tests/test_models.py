@@ -204,6 +204,7 @@ def save_tokenizer(folder: Path, special: list[str], **roles: str) -> str:
     ("special", "roles", "pad"),
     [
         (["<eos>", "<mine>"], {"eos_token": "<eos>", "pad_token": "<mine>"}, "<mine>"),
+        (["<|endoftext|>", "<|padding|>"], {"eos_token": "<|endoftext|>"}, "<|padding|>"),  # GPT-NeoX
         (["<|endoftext|>", "<|fim_pad|>"], {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, "<|fim_pad|>"),
         (["<|im_end|>", "<|endoftext|>"], {"eos_token": "<|im_end|>"}, "<|endoftext|>"),
         (["<odd>", "</s>"], {"eos_token": "</s>", "unk_token": "<odd>"}, "<odd>"),

@@ -1,6 +1,7 @@
 """Generation in a process of its own: one batch behind, the same completions where the weights are, and no hang."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from conftest import config_of, launch
 from test_resume import succeed, weights
 
+from rlt.generation import engine_process
 from rlt.generation.engine_process import EngineProcess, limit_sends
 from rlt.generation.vllm_engine import VLLMEngine
 from rlt.models.embedded import embedded_model_path
@@ -74,6 +76,36 @@ def test_it_writes_what_the_engine_in_process_does_and_its_end_is_no_hang():
         elsewhere.collect(number)
     elsewhere.close()
     assert not elsewhere._folder.exists()
+
+
+class LikeOnAGPU:
+    """What vLLM's executor does there first: it opens the port that the environment names, for one rank."""
+
+    def __init__(self):
+        torch.distributed.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
+
+
+def serve_like_on_a_gpu(pipe, folder) -> None:
+    engine_process.LLM = LikeOnAGPU
+    engine_process.serve(pipe, {}, 1, folder)
+
+
+def test_an_engine_does_not_open_the_port_of_its_trainer(tmp_path, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve_like_on_a_gpu, args=(theirs, tmp_path / "weights"), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(120) and ours.recv() == (0, None)  # the engine is there
+        ours.close()
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,19 @@ BAD = [
     (["min_p=0.1"], "min_p=0.1: the engine's"),
     (["repetition_penalty=1.2"], "repetition_penalty=1.2: the engine's"),
     (["generation_kwargs={top_p: 0.9}"], "top_p=0.9: the engine's"),
+    (["generation_kwargs={presence_penalty: 0.5}"], "presence_penalty=0.5: the engine's"),
+    (["generation_kwargs={frequency_penalty: -0.5}"], "frequency_penalty=-0.5: the engine's"),
+    (["generation_kwargs={min_tokens: 8}"], "min_tokens=8: the engine's"),
+    (["generation_kwargs={logit_bias: {5: 1.0}}"], "logit_bias={5: 1.0}: the engine's"),
+    (["generation_kwargs={bad_words: [x]}"], "bad_words=['x']: the engine's"),
+    (["generation_kwargs={allowed_token_ids: [1, 2]}"], "allowed_token_ids=[1, 2]: the engine's"),
+    (["generation_kwargs={structured_outputs: {choice: [x]}}"], "structured_outputs={'choice': ['x']}: the engine's"),
+    (["generation_kwargs={logits_processors: [x.y]}"], "logits_processors=['x.y']: the engine's"),
+    (["generation_kwargs={extra_args: {x: 1}}"], "extra_args={'x': 1}: the engine's"),
+    (["generation_kwargs={thinking_token_budget: 8}"], "thinking_token_budget=8: the engine's"),
+    (["generation_kwargs={temperature: 0.3}"], "temperature=0.3 is not the temperature="),
+    (["generation_kwargs='{\"top_k\": 5}'"], "top_k=5: the engine's"),
+    (["generation_kwargs=top_k"], "generation_kwargs=top_k is not JSON"),
     (["cache_implementation=static"], "cache_implementation=static is Hugging Face's"),
     (
         ["loss_type=vespo", "vllm_importance_sampling_mode=sequence_mask"],
@@ -189,6 +202,14 @@ def test_bad_input_is_refused_in_one_line(overrides, says, monkeypatch, tmp_path
         make_plan(config_of(*named, f"output_dir={tmp_path / 'run'}", *overrides))
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_what_leaves_a_distribution_whole_or_is_not_corrected_is_planned(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    whole = "{presence_penalty: 0.0, min_tokens: 0, logit_bias: {}, bad_words: [], stop: [x], temperature: 0.7}"
+    cut = ["generation_kwargs={min_tokens: 8}", "vllm_importance_sampling_correction=false"]
+    for place, overrides in (("whole", [f"generation_kwargs={whole}", "temperature=0.7"]), ("cut", cut)):
+        make_plan(config_of(EMBEDDED, f"output_dir={tmp_path / place}", *overrides))
 
 
 def test_a_path_in_the_home_folder_is_read_as_a_shell_reads_it(monkeypatch, tmp_path):

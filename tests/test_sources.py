@@ -236,6 +236,7 @@ def test_a_csv_field_longer_than_the_default_limit_is_read(tmp_path):
         ("r.jsonl", b'{"question": ["q"], "solution": "s"}\n', "question must be text, it is a list"),
         ("r.json", b'{"question": "q", "solution": "s"}', "must hold one list of objects"),
         ("r.json", b"[", "is not JSON"),
+        ("r.json", b'{"question": "q"}\n{"question": "p"}\n', "Extra data.: one object a line is a .jsonl"),
         ("r.csv", b"question,solution\nq,\xff\n", "cannot be read as CSV"),
         ("r.parquet", b"no parquet at all", "is not a Parquet file"),
         ("r.txt", b"q", "is none of .jsonl"),

@@ -282,6 +282,28 @@ def of_another_task(completions, log_extra, **_) -> list[None]:
     return [None] * len(completions)
 
 
+@pytest.mark.parametrize(("updates", "kept"), [(1, False), (2, True)])
+def test_one_update_a_batch_is_of_the_policy_that_read_it_and_clips_nothing(tiny_run, tmp_path, in_root, updates, kept):
+    trainer, _ = build(tiny_run, tmp_path, "bf16=true", "eval_size=0", f"num_iterations={updates}")
+    write = trainer._write
+
+    def as_an_engine(prompt_ids, by_hugging_face, ahead=None):
+        trainer.use_vllm = False
+        ids, _ = write(prompt_ids, by_hugging_face)
+        trainer.use_vllm = True
+        return ids, [[-5.0] * len(row) for row in ids]
+
+    trainer._write, trainer.use_vllm = as_an_engine, True
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert "importance_sampling_ratio" in batch and ("old_per_token_logps" in batch) == kept
+    # Its own log-probs in the place of a read that was rounded otherwise: the ratio is exactly 1.
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["num_items_in_batch"])
+    if not kept:
+        assert trainer._metrics["train"]["clip_ratio/region_mean"] == [0.0]
+
+
 def test_a_missing_reward_counts_for_nothing_beside_others_in_evaluations_too(tiny_run, tmp_path, in_root):
     plain = [o for o in tiny_run[1:] if not o.startswith("student_model")]
     rewards = "reward_functions=[rlt.rewards.exact.exact_answer,test_training.of_another_task]"

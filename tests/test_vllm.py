@@ -1,6 +1,7 @@
 """The real engine in process: agreement of log-probs after a sync, and sampling from seeds alone."""
 
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from vllm import SamplingParams
 from vllm.utils.torch_utils import set_random_seed
 
 from rlt.generation.merging import merged_params
@@ -15,6 +17,7 @@ from rlt.generation.vllm_engine import VLLMEngine, groups_of, unchanged_process
 from rlt.logprobs import token_log_probs
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_policy, load_tokenizer
+from rlt.planning.engine_checks import WHOLE
 
 MODEL = "embedded/smollm2-135m-instruct"
 QWEN = {
@@ -123,6 +126,24 @@ def test_an_adapter_reaches_the_engine_and_its_base_stays_as_it_was(engine_and_m
     assert gap < (2e-4 if dtype == torch.float32 else 0.05)
 
 
+def test_adapters_reductions_end_before_an_engine_of_several_gpus_begins(monkeypatch):
+    """What a CPU can show of it: the engine asks for the barrier, on its own device, before it generates."""
+    done: list = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: done.append(device_ids))
+    monkeypatch.setattr("rlt.generation.vllm_engine.generate", lambda *_: (done.append("generated") or [[7]], [[0.0]]))
+    monkeypatch.setattr(VLLMEngine, "_of_the_group", lambda _, prompts, seeds: (prompts, seeds, slice(None)))
+    plain = Qwen2ForCausalLM(Qwen2Config(**QWEN))
+    for model, expected in ((plain, ["generated"]), (get_peft_model(plain, LoraConfig()), [[3], "generated"])):
+        engine = object.__new__(VLLMEngine)
+        engine.model, engine.llm, engine.enable_sleep_mode = model, None, False
+        engine.accelerator = SimpleNamespace(device=torch.device("cuda", 3), local_process_index=3)
+        engine.tensor_parallel_size, engine.generation_kwargs = 2, {}
+        engine.temperature, engine.top_p, engine.top_k, engine.min_p, engine.repetition_penalty = 0.7, 1.0, 0, None, 1.0
+        done.clear()
+        assert engine.generate_seeded([[1]], [0], max_tokens=1) == ([[7]], [[0.0]])
+        assert done == expected
+
+
 def test_merged_weights_are_rounded_once():
     """0.1 in bfloat16 and an update of a third of its spacing: the sum of both in bfloat16 by way of float32."""
     torch.manual_seed(0)
@@ -210,6 +231,18 @@ def test_completions_keep_to_a_structure(engine_and_model, monkeypatch):
     completions, _ = engine.generate_seeded(encode(engine), [1, 2, 3])
     texts = [engine.processing_class.decode(ids, skip_special_tokens=True) for ids in completions]
     assert set(texts) <= {"yes", "no"}
+
+
+def test_every_option_of_a_request_is_known_to_leave_the_distribution_whole_or_is_refused():
+    of_a_request = {field for field in SamplingParams.__struct_fields__ if not field.startswith("_")}
+    lengths = {"max_tokens", "stop", "stop_token_ids", "ignore_eos", "repetition_detection"}
+    said = {"detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"}
+    said |= {"output_kind", "output_text_buffer_length", "stream_interval", "skip_clone", "flat_logprobs"}
+    said |= {field for field in of_a_request if "logprob" in field} | {"routed_experts_prompt_start"}
+    # A watermark is the engine's; the temperature is compared with the run's.
+    others = {"n", "seed", "temperature", "watermarking", "skip_reading_prefix_cache"}
+    assert of_a_request - WHOLE.keys() == lengths | said | others
+    assert WHOLE.keys() - of_a_request == {"logits_processors"}  # of earlier versions
 
 
 def test_equal_neighbours_share_a_request_unless_it_is_greedy():

@@ -1,13 +1,14 @@
 """From a plan to a trainer: models, tokenizer, rows, callbacks. Everything heavy is imported from here on."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from trl import DPOConfig
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from backends.collective import let_fsdp_run_on_cpu
 from backends.compilation import compile_one_at_a_time
@@ -57,6 +58,8 @@ from trainers.policies import build_frozen, build_policy, check_embedding, token
 from trainers.sft import SFTTrainer
 from trainers.teacher_grpo import TeacherGRPOTrainer
 from trainers.tracking import track
+
+NO_NUMBERS = (str, bytes, list, tuple, dict)
 
 
 def build_trainer(plan: Plan):
@@ -202,7 +205,7 @@ def reward_functions(
     settings: GRPOSettings, style: ReasoningFormat, rows: list[dict], arguments: GRPOConfig
 ) -> list[Callable]:
     """The run's functions beside the teacher's reward; weights are set where none are given."""
-    functions = [load_function(path) for path in settings.reward_functions or []]
+    functions = [of_numbers(path, load_function(path)) for path in settings.reward_functions or []]
     weights = [1.0] * (settings.profile.teaches + len(functions))
     if settings.verified:
         check_rows(settings.verified.verifier, rows)
@@ -243,6 +246,35 @@ def load_function(path: str):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"reward_functions: {path!r} cannot be imported ({error})") from error
+
+
+def of_numbers(path: str, function: Callable) -> Callable:
+    """A reward function that is named where it returns anything but numbers.
+
+    Raises:
+        Refused: as soon as it does.
+    """
+
+    def check(rewards) -> list:
+        wrong = [rewards] if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes | dict) else []
+        rewards = rewards if wrong else list(rewards)
+        wrong = wrong or [reward for reward in rewards if isinstance(reward, NO_NUMBERS)]
+        if wrong:
+            raise Refused(
+                f"reward_functions: {path} returned {str(wrong[0])[:80]!r}: a list with a number for each "
+                "completion is needed, or None where one has no reward"
+            )
+        return rewards
+
+    async def awaited(*args, **columns):
+        return check(await function(*args, **columns))
+
+    def checked(*args, **columns):
+        return check(function(*args, **columns))
+
+    wrapper = awaited if is_async_callable(function) else checked
+    wrapper.__name__ = get_callable_name(function)  # by which TRL logs it
+    return wrapper
 
 
 BUILDERS = {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from rlt.data.sources import RENAMED, TAKEN, say_dropped
 from rlt.errors import Refused
-from rlt.prompts.examples import student_example, teacher_example
+from rlt.prompts.examples import ends_inside, student_example, teacher_example
 from rlt.prompts.rendering import render_question
 from rlt.prompts.rows import load_split_rows, plain_prompt, student_system, teaching_rows
 from rlt.prompts.styles import ReasoningFormat
@@ -63,7 +64,9 @@ def sft_examples(settings: SFTSettings, rows: list[dict], tokenizer, style: Reas
     say_dropped({"no reasoning_trace": len(rows) - len(traced)}, source)
     if not traced:
         raise Refused(f"dataset_id_or_path={source}: no row has a reasoning_trace to learn from")
-    if settings.profile.learner == "student":
+    student = settings.profile.learner == "student"
+    _say_ends(Counter(end for row in traced for end in ends_inside(tokenizer, style, row, student)), source)
+    if student:
         examples = [student_example(tokenizer, style, row, student_system(row, settings)) for row in traced]
     else:
         teaching = teaching_rows(traced, tokenizer, style, settings).rows
@@ -74,6 +77,17 @@ def sft_examples(settings: SFTSettings, rows: list[dict], tokenizer, style: Reas
     if not fitting:
         raise Refused(f"max_length={length}: every row is longer")
     return fitting
+
+
+def _say_ends(rows_with: Counter[str], source: str) -> None:
+    if rows_with:
+        found = ", ".join(f"{end} in {count}" for end, count in sorted(rows_with.items()))
+        logger.warning(
+            "%s: the texts of rows hold what ends a text or a section (%s), and a model learns to stop there: take it "
+            "out of reasoning_trace and solution",
+            source,
+            found,
+        )
 
 
 def check_enough_questions(rows: list[dict], batch_size: int, num_generations: int) -> None:

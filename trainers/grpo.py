@@ -78,7 +78,7 @@ class GRPOTrainer(OverlappedGeneration, SeededGeneration, GivesUpSteps, trl.GRPO
         # TRL would build its own engine, which the CPU cannot run; ours takes its place.
         with_engine, config.use_vllm = config.use_vllm, False
         self._awaited_passes: deque[Pass] = deque()
-        self._mismatch = MismatchAlarm()
+        self._mismatch = MismatchAlarm(rounds=config.bf16 or config.fp16 or engine_dtype != "float32")
         self.gives_up_steps = not config.overlap_generation  # whose next batch is written already
         super().__init__(*args, **kwargs)
         # A reference that moves, or that is sharded, stays where the policy is.

@@ -94,7 +94,8 @@ def _json(text: bytes, place: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Refused(f"{place} is not JSON ({error.msg})") from None
+        more = ": one object a line is a .jsonl file" if error.msg == "Extra data" and place.endswith(".json") else ""
+        raise Refused(f"{place} is not JSON ({error.msg}){more}") from None
     except UnicodeDecodeError:
         raise Refused(f"{place} is not UTF-8 text") from None
     except RecursionError:

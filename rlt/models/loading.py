@@ -27,6 +27,7 @@ from rlt.models.sharing import way_of_layers
 # Tokens that vocabularies keep for padding, or that no text needs; in order of preference.
 PAD_CANDIDATES = (
     "<|pad|>",
+    "<|padding|>",
     "<pad>",
     "[PAD]",
     "<|fim_pad|>",

@@ -217,16 +217,11 @@ def _call(call: dict[str, Any], declared: set[str]) -> str | None:
 
 
 def can_be_checked(gold: str) -> bool:
-    """A choice or some words, which are compared as they are, or a formula that math-verify reads."""
-    from math_verify import parse
-
+    """A choice or some words, which are compared as they are, or mathematics that the check reads as a whole."""
+    from rlt.rewards.formulas import is_readable
     from rlt.rewards.verifiers import WORDS, chosen
 
-    if WORDS.fullmatch(gold) or chosen(gold):
-        return True
-    unlimited: Any = None  # no alarm, which needs the main thread
-    parsed = parse(gold if "$" in gold else f"${gold}$", parsing_timeout=unlimited)
-    return any(not isinstance(form, str) for form in parsed)  # a string alone is what it could not read
+    return bool(WORDS.fullmatch(gold) or chosen(gold)) or is_readable(gold)
 
 
 def gives_away(question: str, gold: str) -> bool:

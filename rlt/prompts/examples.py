@@ -40,3 +40,13 @@ def student_example(tokenizer, style: ReasoningFormat, row: dict, system: str | 
     """
     prompt = render_question(tokenizer, style, row["question"], system)
     return example(tokenizer, prompt, student_answer(style, row["reasoning_trace"], row["solution"]))
+
+
+def ends_inside(tokenizer, style: ReasoningFormat, row: dict, student: bool) -> set[str]:
+    """What stands in the text that a row teaches and is no text: special tokens, and the tags that end a section of it.
+
+    A model learns to stop, or to begin another section, where they stand.
+    """
+    tags = {*style.thought_tags, *style.solution_tags} if student else {style.explanation_tags[1]}
+    text = f"{row['reasoning_trace']}\n{row['solution']}" if student else row["reasoning_trace"]
+    return {end for end in tags.union(tokenizer.all_special_tokens) if end in text}

@@ -47,6 +47,7 @@ WARMING = [
     ("math", "y = 2, x = 1", {"solution": "x = 1, y = 2"}),
     ("math", "-1, 3", {"solution": "1 \\pm 2"}),
     ("math", "\\sqrt{2}", {"solution": "1.414"}),
+    ("math", "\\frac{\\sqrt{2}}{2}", {"solution": "\\frac{1}{\\sqrt{2}}"}),
     ("generator", "5", {"question": "", "solution": "6", "task": "gcd", "metadata": "{}"}),
     ("expression", "4*3 - 2", {"solution": "10", "metadata": '{"numbers": [4, 3, 2]}'}),
 ]

@@ -10,14 +10,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
-from typing import Any
 
 from rlt.data.generator import generator_tasks
 from rlt.errors import Refused
 from rlt.prompts.styles import ReasoningFormat
 from rlt.rewards.checker import Broken, Checker, Unchecked
 from rlt.rewards.expressions import work_out
+from rlt.rewards.formulas import is_same
 
 logger = logging.getLogger("rlt")
 
@@ -30,14 +29,6 @@ FIRST_CHOICE = re.compile(r"\A[\s$*(]*([A-J])(?:[$*]*[).:]|\*\*|[$*\t ]*(?:\n|\Z
 LONE_CHOICE = re.compile(r"\b(?:[A-HJ]\b|I(?=\W*\Z))|(?<=\()I(?=\))")  # not the pronoun I
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\d\\$+*/^=<>]+", re.DOTALL)  # a text that has nothing of mathematics
 AROUND_WORDS = re.compile(r"\\(?:boxed|text\w*|math\w+)|[{}$]|\*\*")
-# One number with a noun or a unit, or a currency before it: as a formula its letters would be multiplied.
-AMOUNT = re.compile(
-    r"(?:[^\W\d]+ )*[$€£¥₹]?\s*"
-    r"(?P<number>[-−]?\d+(?:[, ]\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-    r"(?:\s+(?P<unit>(?!pi\b)(?:[^\W\d_]{2,}|[mgslhJNWVAK]\b)(?:(?:/|\^| )[^\W_]+)*))?\.?"
-)
-PI = re.compile(r"(?<![\\\w])pi(?!\w)")
-PYTHON_POWER = re.compile(r"(?<=[\w)])(?:\*\*| \*\* )(?=[\w(-])")
 # Tasks whose own checks are not used, and the checks that they get instead (reasoning-gym 0.1.25). The last two are
 # wrong: one takes any answer for right, the other reads the first number only, without its sign and its thousands. The
 # others run the answer or the row as Python: eval, or sympy's parse_expr.
@@ -83,40 +74,13 @@ def chosen(text: str) -> str | None:
 
 
 def is_mathematically(answer: str, row: dict) -> float:
-    """Equal in value, by math-verify, which takes a list of numbers for a set; words are compared as they are."""
-    from math_verify import parse, verify
-
+    """Equal in value (formulas.py); words are compared as they are."""
     solution = row["solution"]
     if is_exact(answer, row):
         return 1.0
     if WORDS.fullmatch(solution):  # whose letters would be multiplied: `post` and `stop` would be equal
         return is_exact(AROUND_WORDS.sub("", answer), {"solution": AROUND_WORDS.sub("", solution)})
-    amounts = [AMOUNT.fullmatch(_bare(text)) for text in (answer, solution)]
-    if amounts[0] and amounts[1]:
-        return _is_same_amount(amounts[0], amounts[1])
-    # Without time limits of its own, which need the main thread's alarm: the process has one.
-    unlimited: Any = None
-    gold, given = (parse(_as_latex(text), parsing_timeout=unlimited) for text in (solution, answer))
-    return float(bool(gold and given) and verify(gold, given, timeout_seconds=None))
-
-
-def _is_same_amount(answer: re.Match, solution: re.Match) -> float:
-    """Equal numbers; a unit is compared where both have one."""
-    numbers = [Decimal(re.sub("[, ]", "", found["number"]).replace("−", "-")) for found in (answer, solution)]
-    units = {(found["unit"] or "").casefold().rstrip("s") for found in (answer, solution)} - {""}
-    return float(numbers[0] == numbers[1] and len(units) < 2)
-
-
-def _bare(text: str) -> str:
-    """Without what only says that a formula stands here."""
-    return re.sub(r"\\[\[\]()]", "", text).replace("\\$", "$").strip("* \n$")
-
-
-def _as_latex(text: str) -> str:
-    """The text marked as mathematics. Characters that keep it from being read are replaced: the dollar sign of a price,
-    bold type, the `**` of powers."""
-    text = PI.sub(r"\\pi", PYTHON_POWER.sub("^", text.replace("\\$", "").strip("* ")))
-    return text if "$" in text else f"${text}$"
+    return float(is_same(answer, solution))
 
 
 def is_expression(answer: str, row: dict) -> float:
