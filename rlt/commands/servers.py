@@ -1,20 +1,18 @@
 """Servers alone, for a run on other machines: `./launch_with_server.sh SERVER_DEVICES 0 [RUN] [key=value ...]`."""
 
-import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rlt.commands.begin import show
 from rlt.errors import Refused
 from rlt.generation.served.client import Server, ServerError
 from rlt.launching.lifetime import stop_signals
+from rlt.launching.owned import SERVE, owned_folder
 from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
@@ -43,10 +41,10 @@ def serve(devices: int, arguments: list[str]) -> int:
             f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
         )
     check_devices(devices, plan.gpus, config["requires"])
-    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder, Watchdog() as watchdog:
+    with owned_folder(SERVE) as folder, Watchdog() as watchdog:
         watchdog.watch(Path(folder))
         file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(asdict(plan)))
+        file.write_text(plan.to_json())
         servers = servers_of(plan, devices, 0, file, Path(folder), watchdog)
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 

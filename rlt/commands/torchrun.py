@@ -7,7 +7,6 @@ starts torchrun restarts it too: `restarts`, servers and pipelines are for ./lau
 import json
 import logging
 import os
-from dataclasses import asdict
 from datetime import timedelta
 
 from rlt.commands.begin import begin
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
     def start(plan: Plan) -> int:
         nonlocal told
         told = True
-        store.set(PLAN, json.dumps(asdict(plan)))
+        store.set(PLAN, plan.to_json())  # secrets are for what rank 0 does alone
         logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
         return run(plan, store)
 
