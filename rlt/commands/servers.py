@@ -10,10 +10,9 @@ from pathlib import Path
 
 from rlt.commands.begin import show
 from rlt.errors import Refused
-from rlt.generation.served.client import Server, ServerError
 from rlt.launching.lifetime import stop_signals
 from rlt.launching.owned import SERVE, owned_folder
-from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers
+from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, answers
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
 from rlt.planning.configuration import compose_config
@@ -97,7 +96,7 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
     try:
         servers.start()
         give_up = time.monotonic() + limit_s
-        while not all(_is_ready(url) for url in servers.urls):
+        while not all(answers(url) for url in servers.urls):
             if servers.given_up.is_set() or stopped.wait(1.0):
                 break
             if time.monotonic() > give_up:
@@ -112,11 +111,3 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
         sys.stderr.write(servers.last_words())
         return 1
     return 0
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        Server(url).ask("GET", "/health", limit_s=5)
-    except ServerError:
-        return False
-    return True
