@@ -201,9 +201,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
     plan = plans[machines.most]
     output = Path(plan.config["output_dir"])
     if meeting is not None:
-        meeting.start()
-        if not (output / "config.yaml").is_file():
-            raise Refused(f"output_dir={output} is not the folder of NODE_RANK=0: choose one that all machines share")
+        meeting.start(output)
     environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
     size = int(parameters(plan.config) * 4)
     served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()

@@ -63,8 +63,8 @@ class Servers:
         self.failed: int | None = None
 
     def _url(self, number: int) -> str:
-        """A socket file in a folder of one's own, or a port that this process holds: neither is for others to take while
-        a server starts."""
+        """A socket file in a folder of one's own, or a port that this process holds: others take neither while a server
+        starts."""
         file = self.sockets and self.sockets / f"server-{number}.sock"
         if file and len(os.fsencode(file)) <= LONGEST_SOCKET:  # a scheduler's TMPDIR may be longer
             return f"{UNIX}{file}"
