@@ -44,6 +44,7 @@ HELD_S = 30.0  # a rank that is stopped for so long (SIGSTOP) counts as hung: th
 COPY_LIMIT_S = 5.0  # for what a rank wrote last
 FAILED, MACHINE = "failed", "machine"  # of a round: why it ended, and which machines are in it
 GONE = f"was not heard of for {SILENCE_S} s, or ended without a word"
+NOT_BEGUN = "stopped before the first step: the same command begins it\n"
 
 logger = logging.getLogger("rlt")
 
@@ -211,8 +212,8 @@ class Agent(LocalElasticAgent):
         if first is None:
             return None
         self._shutdown()  # so that none of them writes behind the last words
-        if self.stops and first[1] == -signal.SIGTERM:  # it did not listen yet: no step has begun
-            title, failure = f"rank {first[0]} was asked to stop at its start", Failure("", PREEMPTED, final=True)
+        if self.stops and first[1] == -signal.SIGTERM:  # no step has begun
+            title, failure = f"rank {first[0]} was asked to stop at its start", Failure(NOT_BEGUN, PREEMPTED, final=True)
         else:
             title, failure = _failure_of(*first, self.logs.log(first[0]), last_words(self.logs.words, first[0]))
         if self.meeting is None:
