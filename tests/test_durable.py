@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from conftest import config_of, launch, spawn_ranks
 
+from rlt.errors import Refused
 from rlt.launching.environment import free_port
 from rlt.runs.durable import read_json_lines, write_whole, written_whole
 from rlt.runs.folder import MARKER, is_complete
@@ -148,8 +149,10 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert order == [f"{tmp_path}/marker.tmp", (f"{tmp_path}/marker.tmp", f"{tmp_path}/marker"), str(tmp_path)]
 
 
-def seal_apart(rank: int, folder: str, port: int) -> None:
+def apart(rank: int, folder: str, port: int) -> None:
     """One of two ranks, whose machine does not show the files of the other."""
+    from rlt.jobs.training import agreed
+
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     PartialState(cpu=True)
@@ -163,12 +166,20 @@ def seal_apart(rank: int, folder: str, port: int) -> None:
     written = written_by_ranks(mine, rank)
     if rank == 0:
         seal(mine, written)
+    assert agreed(lambda: mine / "checkpoint-8", rank == 0) == Path(folder) / "0" / "checkpoint-8"
+    assert agreed(lambda: None, rank == 0) is None
+
+    def refuse() -> Path:
+        raise Refused(f"resume_from of rank {rank}")
+
+    with pytest.raises(Refused, match="resume_from of rank 0"):
+        agreed(refuse, rank == 0)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_a_manifest_has_what_each_rank_wrote_by_its_own_eyes(tmp_path):
-    spawn_ranks(seal_apart, (str(tmp_path), free_port()))
+def test_ranks_that_see_other_files_note_their_own_and_go_on_from_the_firsts_choice(tmp_path):
+    spawn_ranks(apart, (str(tmp_path), free_port()))
     first, second = tmp_path / "0", tmp_path / "1"
     noted = json.loads((first / MANIFEST).read_text())
     names = {f"{kind}{rank}{end}" for kind, end in (("rng_state_", ".pth"), ("rollouts-", ".pt")) for rank in range(2)}

@@ -213,7 +213,10 @@ class Agent(LocalElasticAgent):
             return None
         self._shutdown()  # so that none of them writes behind the last words
         if self.stops and first[1] == -signal.SIGTERM:  # no step has begun
-            title, failure = f"rank {first[0]} was asked to stop at its start", Failure(NOT_BEGUN, PREEMPTED, final=True)
+            title, failure = (
+                f"rank {first[0]} was asked to stop at its start",
+                Failure(NOT_BEGUN, PREEMPTED, final=True),
+            )
         else:
             title, failure = _failure_of(*first, self.logs.log(first[0]), last_words(self.logs.words, first[0]))
         if self.meeting is None:
