@@ -232,7 +232,7 @@ def assert_ends_at_once(command: list[str], run: list[str], folder: Path, is_loa
             assert process.poll() is None, said.read_text()[-3000:]
             started = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(15) == PREEMPTED, said.read_text()[-3000:]
+            assert process.wait(30) == PREEMPTED, said.read_text()[-3000:]
             _, left = psutil.wait_procs(started, 5)
             assert left == []
             assert [path.name for path in Path(place).glob("rlt-*")] == []
@@ -262,6 +262,10 @@ def has_loaded_vllm(pid: int) -> bool:
     return any("/vllm/_" in Path(f"/proc/{each}/maps").read_text() for each in processes)
 
 
+def has_an_engine_of_a_server(pid: int) -> bool:
+    return any("EngineCor" in child.name() for child in psutil.Process(pid).children(recursive=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("door", "keys", "is_loading"),
@@ -270,6 +274,7 @@ def has_loaded_vllm(pid: int) -> bool:
         (["launch.py", "2"], [], has_loaded_vllm),
         (["train.py"], ["overlap_generation=true"], has_a_child_of_its_own),
         (["launch.py", "1"], ["overlap_generation=true"], has_a_child_of_its_own),
+        (["launch.py", "--servers=1", "1"], [], has_an_engine_of_a_server),
     ],
 )
 def test_a_signal_while_an_engine_loads_ends_the_run_at_once(door, keys, is_loading, tiny_run, tmp_path):
