@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -252,9 +253,17 @@ def test_a_signal_while_servers_are_waited_for_ends_the_run_at_once(door, loadin
     assert_ends_at_once(door, run, tmp_path, lambda _: loading_server.asked.is_set())
 
 
+def begun_by(pid: int) -> list[str]:
+    """Command lines of what a process has started."""
+    lines = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            lines.append(" ".join(child.cmdline()))
+    return lines
+
+
 def has_a_child_of_its_own(pid: int) -> bool:
-    words = [" ".join(child.cmdline()) for child in psutil.Process(pid).children(recursive=True)]
-    return any("multiprocessing.spawn" in line for line in words)
+    return any("multiprocessing.spawn" in line for line in begun_by(pid))
 
 
 def has_loaded_vllm(pid: int) -> bool:
@@ -263,7 +272,7 @@ def has_loaded_vllm(pid: int) -> bool:
 
 
 def has_an_engine_of_a_server(pid: int) -> bool:
-    return any("EngineCor" in child.name() for child in psutil.Process(pid).children(recursive=True))
+    return any(line.startswith("VLLM::EngineCor") for line in begun_by(pid))
 
 
 @pytest.mark.slow
