@@ -14,7 +14,7 @@ from rlt.errors import Refused
 from rlt.launching.environment import free_port
 from rlt.runs.durable import read_json_lines, write_whole, written_whole
 from rlt.runs.folder import MARKER, is_complete
-from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal
+from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal, sums
 from rlt.runs.parts import Parts
 from rlt.survival.stop_signals import StopOnSignal
 from trainers.checkpoints import written_by_ranks
@@ -178,6 +178,7 @@ def apart(rank: int, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_that_see_other_files_note_their_own_and_go_on_from_the_firsts_choice(tmp_path):
     spawn_ranks(apart, (str(tmp_path), free_port()))
     first, second = tmp_path / "0", tmp_path / "1"
@@ -190,3 +191,16 @@ def test_ranks_that_see_other_files_note_their_own_and_go_on_from_the_firsts_cho
     assert damage_of(first) is None
     (first / "rollouts-1.pt").unlink()
     assert (damage_of(first) or "").startswith("rollouts-1.pt has 0 of")
+
+
+def test_a_manifest_has_what_another_machine_wrote_by_its_sum_and_not_by_what_is_seen_here(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+    (there / "rng_state_1.pth").write_text("state")
+    (here / "rng_state_1.pth").write_text("")  # as a cache may show it
+    seal(here, sums(there, [there / "rng_state_1.pth"]))
+    assert damage_of(here) == "rng_state_1.pth has 0 of 5 bytes"
+    shutil.copy(there / "rng_state_1.pth", here)
+    assert damage_of(here) is None
