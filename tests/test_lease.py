@@ -189,7 +189,8 @@ def test_a_connection_asks_after_a_silent_host_within_a_minute():
 
 
 LOST = """
-import subprocess, sys, threading, time
+import os, subprocess, sys, threading, time
+os.environ["RLT_SERVER_KEY"] = "k" * 16
 from rlt.generation.served.client import Server, ServerError
 from rlt.launching import connection
 connection.SILENCE_S, connection.PROBE_S = 3, 1
