@@ -9,6 +9,7 @@ LOCAL_STARTS = (".", "/", "~", "results/")  # of names that are paths here, whet
 KEY_VARIABLE = "RLT_SERVER_KEY"  # what generation servers ask for
 API_KEY_VARIABLE = "RLT_API_KEY"  # what clients of the training API send: one key, or tenant=key,tenant=key
 SECRETS_VARIABLE = "RLT_SECRET_OVERRIDES"  # what a run started by another does not show in its command line
+RANK_SECRETS_VARIABLE = "RLT_RANK_SECRETS"  # values that the file of a rank's plan has not, as JSON
 TRANSFER_VARIABLE = "RLT_WEIGHT_TRANSFER"  # by what a generation server takes weights
 WEIGHTS_VARIABLE = "RLT_WEIGHTS_FOLDER"  # where rank 0 packs weights for servers, made and removed by its launcher
 PREPARED = "prepared"  # below the output folder of a preparation: the rows that other runs read

@@ -2,17 +2,22 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
-from conftest import config_of, launch
+import torch
+from accelerate import Accelerator, PartialState
+from conftest import config_of, launch, spawn_ranks
 
+from rlt.errors import Refused
+from rlt.launching.environment import free_port
 from rlt.runs.durable import read_json_lines, write_whole, written_whole
 from rlt.runs.folder import MARKER, is_complete
-from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal
+from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal, sums
 from rlt.runs.parts import Parts
 from rlt.survival.stop_signals import StopOnSignal
+from trainers.checkpoints import written_by_ranks
 
 
 def checkpoint(output: Path, step: int) -> Path:
@@ -142,3 +147,60 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda old, new: order.append((str(old), str(new))) or replace(old, new))
     write_whole(tmp_path / "marker", "x")
     assert order == [f"{tmp_path}/marker.tmp", (f"{tmp_path}/marker.tmp", f"{tmp_path}/marker"), str(tmp_path)]
+
+
+def apart(rank: int, folder: str, port: int) -> None:
+    """One of two ranks, whose machine does not show the files of the other."""
+    from rlt.jobs.training import agreed
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState(cpu=True)
+    mine = Path(folder) / str(rank)
+    mine.mkdir()
+    for name in (f"rng_state_{rank}.pth", f"rollouts-{rank}.pt"):
+        (mine / name).write_text(f"{name} of rank {rank}")
+    if rank == 0:
+        (mine / "model.safetensors").write_text("weights")
+        (mine / "rng_state_1.pth").write_text("")  # as a cache may show it
+    written = written_by_ranks(mine, rank)
+    if rank == 0:
+        seal(mine, written)
+    assert agreed(lambda: mine / "checkpoint-8", rank == 0) == Path(folder) / "0" / "checkpoint-8"
+    assert agreed(lambda: None, rank == 0) is None
+
+    def refuse() -> Path:
+        raise Refused(f"resume_from of rank {rank}")
+
+    with pytest.raises(Refused, match="resume_from of rank 0"):
+        agreed(refuse, rank == 0)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_that_see_other_files_note_their_own_and_go_on_from_the_firsts_choice(tmp_path):
+    spawn_ranks(apart, (str(tmp_path), free_port()))
+    first, second = tmp_path / "0", tmp_path / "1"
+    noted = json.loads((first / MANIFEST).read_text())
+    names = {f"{kind}{rank}{end}" for kind, end in (("rng_state_", ".pth"), ("rollouts-", ".pt")) for rank in range(2)}
+    assert noted.keys() == {"model.safetensors", *names}
+    assert damage_of(first) == "rng_state_1.pth has 0 of 25 bytes"
+    for name in ("rng_state_1.pth", "rollouts-1.pt"):
+        shutil.copy(second / name, first / name)
+    assert damage_of(first) is None
+    (first / "rollouts-1.pt").unlink()
+    assert (damage_of(first) or "").startswith("rollouts-1.pt has 0 of")
+
+
+def test_a_manifest_has_what_another_machine_wrote_by_its_sum_and_not_by_what_is_seen_here(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+    (there / "rng_state_1.pth").write_text("state")
+    (here / "rng_state_1.pth").write_text("")  # as a cache may show it
+    seal(here, sums(there, [there / "rng_state_1.pth"]))
+    assert damage_of(here) == "rng_state_1.pth has 0 of 5 bytes"
+    shutil.copy(there / "rng_state_1.pth", here)
+    assert damage_of(here) is None

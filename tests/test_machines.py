@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from rlt.launching.environment import Machines, free_port
-from rlt.launching.meeting import Meeting
+from rlt.launching.meeting import Meeting, draw
 
 RUN = {"beta": 0.04, "devices": 8}
 
@@ -24,13 +24,13 @@ def beside(*actions: Callable) -> threading.Thread:
     return thread
 
 
-def test_they_meet_and_agree_on_the_start():
+def test_they_meet_and_agree_on_the_start(tmp_path):
     port, prepared = free_port(), []
 
     def other():
         second = meeting(1, port)
         second.compare(RUN)
-        second.start()
+        second.start(tmp_path)
         prepared.append("seen")
 
     thread = beside(other)
@@ -38,9 +38,36 @@ def test_they_meet_and_agree_on_the_start():
     first.compare(RUN)
     time.sleep(0.5)
     prepared.append("by the first")
-    first.start()
+    first.start(tmp_path)
     thread.join(10)
     assert prepared == ["by the first", "seen"]
+
+
+def test_a_folder_that_is_not_the_first_machines_is_refused(tmp_path, monkeypatch):
+    """Another run may have been in it, and have left all that a run leaves: what this one draws it has not."""
+    monkeypatch.setattr("rlt.launching.meeting.SEEN_LIMIT_S", 0.5)
+    port, seen = free_port(), []
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("trainer: grpo")
+    draw(theirs)
+
+    def other():
+        second = meeting(1, port)
+        second.compare(RUN)
+        with pytest.raises(ValueError, match=f"output_dir={theirs} is not the folder of NODE_RANK=0") as refused:
+            second.start(theirs)
+        seen.append(str(refused.value))
+        second.start(ours)
+        seen.append("shared")
+
+    thread = beside(other)
+    first = meeting(0, port)
+    first.compare(RUN)
+    first.start(ours)
+    thread.join(10)
+    assert len(seen) == 2 and "\n" not in seen[0]
 
 
 def test_machines_without_numbers_get_them_in_the_order_of_their_coming():
@@ -74,18 +101,18 @@ def test_the_missing_are_named():
         meeting(1, free_port(), limit_s=1.0).compare(RUN)
 
 
-def test_of_a_range_the_least_number_is_enough_and_one_that_comes_later_is_compared_too(monkeypatch):
+def test_of_a_range_the_least_number_is_enough_and_one_that_comes_later_is_compared_too(monkeypatch, tmp_path):
     monkeypatch.setattr("rlt.launching.meeting.LAST_CALL_S", 0.5)
     port = free_port()
     first = meeting(0, port, least=1)
     first.compare(RUN)
-    first.start()
+    first.start(tmp_path)
     late = meeting(1, port, least=1)
     with pytest.raises(ValueError, match="beta=0.04 with NODE_RANK=0 and 0.0 with NODE_RANK=1"):
         late.compare({**RUN, "beta": 0.0})
     again = meeting(1, port, least=1)
     again.compare(RUN)
-    again.start()
+    again.start(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def server(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(server, tiny_teacher):
-    return engine_of(ServerEngine, tiny_teacher, urls=server.urls, start_limit_s=120)
+    return engine_of(ServerEngine, tiny_teacher, urls=server.urls, start_limit_s=300)
 
 
 def test_completions_are_those_of_the_engine_in_process_also_after_new_weights(served, tiny_teacher):

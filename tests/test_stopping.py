@@ -2,14 +2,23 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, build, launch
+from test_launch import ranks_of, wait_until
 
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.grace import warn_of_short_grace
@@ -34,6 +43,9 @@ class AskedAt:
 
     def __init__(self, place: int | None):
         self.place, self.times = place, 0
+
+    def begin(self) -> None:
+        """Signals are none of its business."""
 
     def asked_anywhere(self) -> bool:
         self.times += 1
@@ -157,3 +169,122 @@ def test_a_second_signal_does_not_change_the_code_of_a_command_that_is_ending():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60)
     assert done.returncode == PREEMPTED
+
+
+@pytest.mark.parametrize("then", ["stop.begin()", "raise RuntimeError('the engine failed')"])
+def test_a_library_that_takes_the_exception_of_a_signal_does_not_keep_the_run_from_ending(then):
+    script = (
+        "import os, signal\n"
+        "from rlt.survival.stop_signals import StopOnSignal\n"
+        "with StopOnSignal() as stop:\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        f"    {then}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60, capture_output=True)
+    assert done.returncode == PREEMPTED, done.stderr
+
+
+def test_once_a_run_has_begun_a_signal_is_noted():
+    script = (
+        "import os, signal\n"
+        "from rlt.survival.stop_signals import StopOnSignal\n"
+        "with StopOnSignal() as stop:\n"
+        "    stop.begin()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.asked\n"
+        "raise SystemExit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60).returncode == 3
+
+
+class NotReady(BaseHTTPRequestHandler):
+    """A server that still loads."""
+
+    def do_GET(self) -> None:
+        self.server.asked.set()  # pyrefly: ignore[missing-attribute]
+        self.send_error(503)
+
+    def log_message(self, format, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def loading_server() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NotReady)
+    server.asked = threading.Event()  # pyrefly: ignore[missing-attribute]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def assert_ends_at_once(command: list[str], run: list[str], folder: Path, is_loading: Callable) -> None:
+    """A SIGTERM once `is_loading(process id)` holds: exit 75, nothing saved, nothing left."""
+    with TemporaryDirectory(dir="/dev/shm") as place, (folder / "log").open("w") as log:
+        environment = {**os.environ, "TMPDIR": place, "RLT_SERVER_KEY": "k" * 16}
+        words = [sys.executable, str(ROOT / command[0]), *command[1:], *run, f"output_dir={folder / 'run'}"]
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        said = folder / "log"
+        try:
+            wait_until(lambda: is_loading(process.pid) or process.poll() is not None)
+            assert process.poll() is None, said.read_text()[-3000:]
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == PREEMPTED, said.read_text()[-3000:]
+            _, left = psutil.wait_procs(started, 5)
+            assert left == []
+            assert [path.name for path in Path(place).glob("rlt-*")] == []
+        finally:
+            process.kill()
+    assert "Traceback" not in said.read_text()
+    assert not list((folder / "run").glob("checkpoint-*"))
+
+
+DOORS = [["train.py"], pytest.param(["launch.py", "2"], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_signal_while_servers_are_waited_for_ends_the_run_at_once(door, loading_server, tiny_run, tmp_path):
+    place = f"http://127.0.0.1:{loading_server.server_port}"
+    run = [*tiny_run, "use_vllm=true", "use_vllm_server=true", f"vllm_server_base_url=[{place}]"]
+    assert_ends_at_once(door, run, tmp_path, lambda _: loading_server.asked.is_set())
+
+
+def begun_by(pid: int) -> list[str]:
+    """Names and command lines of what a process has started."""
+    lines = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            lines.append(" ".join([child.name(), *child.cmdline()]))
+    return lines
+
+
+def has_a_child_of_its_own(pid: int) -> bool:
+    return any("multiprocessing.spawn" in line for line in begun_by(pid))
+
+
+def has_loaded_vllm(pid: int) -> bool:
+    processes = [pid, *ranks_of(pid)]
+    return any("/vllm/_" in Path(f"/proc/{each}/maps").read_text() for each in processes)
+
+
+def has_an_engine_of_a_server(pid: int) -> bool:
+    return any("EngineCor" in line for line in begun_by(pid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("door", "keys", "is_loading"),
+    [
+        (["train.py"], [], has_loaded_vllm),
+        (["launch.py", "2"], [], has_loaded_vllm),
+        (["train.py"], ["overlap_generation=true"], has_a_child_of_its_own),
+        (["launch.py", "1"], ["overlap_generation=true"], has_a_child_of_its_own),
+        (["launch.py", "--servers=1", "1"], [], has_an_engine_of_a_server),
+    ],
+)
+def test_a_signal_while_an_engine_loads_ends_the_run_at_once(door, keys, is_loading, tiny_run, tmp_path):
+    assert_ends_at_once(door, [*tiny_run, "use_vllm=true", *keys], tmp_path, is_loading)

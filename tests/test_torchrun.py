@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, RUN_TIMEOUT_S, launch
+from conftest import ROOT, RUN_TIMEOUT_S, config_of, launch
 from safetensors.torch import load_file
 from test_launch import reached, wait_until
+from torch.distributed import HashStore
+
+from rlt.commands.torchrun import FOLDER, PLAN, hear
+from rlt.errors import Refused
+from rlt.launching.meeting import draw
+from rlt.planning.plan import make_plan
 
 STEPS = ["max_steps=2", "save_steps=1", "eval_size=0"]
 
@@ -89,3 +95,20 @@ def test_sigterm_from_outside_saves(tiny_run, tmp_path):
     _, said = process.communicate(timeout=120)
     assert "the same command continues" in said, said[-3000:]
     assert list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_rank_whose_output_folder_is_not_rank_0s_is_refused(tiny_run, tmp_path, monkeypatch, in_root):
+    monkeypatch.setattr("rlt.launching.meeting.SEEN_LIMIT_S", 0.5)
+    store, other = HashStore(), tmp_path / "other"
+    plan = make_plan(config_of(*tiny_run, f"output_dir={tmp_path / 'run'}", "hub_token=hf_c0ffee"), 2, sharding="ddp")
+    (tmp_path / "run").mkdir()
+    other.mkdir()
+    store.set(PLAN, plan.to_json())
+    store.set(FOLDER, draw(other))
+    with pytest.raises(Refused, match=f"output_dir={tmp_path / 'run'} is not the folder of NODE_RANK=0"):
+        hear(store)
+    store.set(FOLDER, draw(tmp_path / "run"))
+    heard = hear(store)
+    assert heard is not None and heard.config == {**plan.config, "hub_token": None}
+    store.set(PLAN, "")
+    assert hear(store) is None

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from backends.state import load_full_weights, load_training_state, training_state
 from rlt.runs.durable import flush, read_json, rename
 from rlt.runs.folder import SAVING
-from rlt.runs.manifest import seal
+from rlt.runs.manifest import seal, sums
 from rlt.survival.kill_points import kill_point
 
 TRAINING_STATE = "training_state.pt"
@@ -42,6 +43,17 @@ def newest(resume_from: str | None, own: Path | None) -> Path | None:
 def _step_of(folder: Path) -> int:
     state = read_json(folder / TRAINER_STATE_NAME)
     return state["global_step"] if state else -1
+
+
+def written_by_ranks(folder: Path, rank: int) -> dict[str, dict]:
+    """`sums` of what each rank wrote alone, once all have it on the disk; together with all ranks.
+
+    Each looks after its own: of a file of another machine, a network file system may show rank 0 nothing, or a part.
+    """
+    mine = sorted(folder.glob(f"*[-_]{rank}.pt*"))
+    for path in mine:
+        flush(path)
+    return {name: one for written in gather_object([sums(folder, mine)]) for name, one in written.items()}
 
 
 class AtomicCheckpoints(Base):
@@ -78,11 +90,9 @@ class AtomicCheckpoints(Base):
             if self.args.should_save:
                 self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         kill_point("saving")
-        for path in (aside / name).glob(f"*[-_]{self.accelerator.process_index}.pt*"):
-            flush(path)  # by the machine that wrote it
-        self.accelerator.wait_for_everyone()
+        of_ranks = written_by_ranks(aside / name, self.accelerator.process_index)
         if self.args.should_save:
-            seal(aside / name)
+            seal(aside / name, of_ranks)
             if (output_dir / name).exists():  # the same step, saved by an earlier life of the run
                 rename(output_dir / name, aside / "before")
             rename(aside / name, output_dir / name)

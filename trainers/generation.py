@@ -34,7 +34,7 @@ class SeededGeneration(Base):
             own_process: it writes ahead in a process of its own.
         """
         # Importing vLLM takes seconds that other runs need not spend.
-        from rlt.generation.sampler import build_engine
+        from rlt.generation.sampler import build_engine, holder_of
 
         config.use_vllm = self.use_vllm = True
         self._last_loaded_step = -1
@@ -44,6 +44,7 @@ class SeededGeneration(Base):
             config.vllm_server_timeout,
             own_process,
             config.weight_transfer,
+            holder_of(config.run_name, config.output_dir),
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,

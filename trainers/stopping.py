@@ -68,6 +68,7 @@ class StopTogether(TrainerCallback):
         self.saved_step, self.asked_at = state.global_step, time.monotonic()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.stop.begin()
         self.begins_step = True
 
     def on_step_end(self, args, state, control, **kwargs):

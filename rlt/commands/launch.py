@@ -10,9 +10,8 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from rlt.generation.shared_memory import weights_folder
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
 from rlt.jobs.child import run_child, secret_overrides
 from rlt.launching.environment import SHARDINGS, Machines, rank_environment, read_machines
+from rlt.launching.owned import LAUNCH, owned_folder
 from rlt.launching.watchdog import Watchdog
-from rlt.places import KEY_VARIABLE, WEIGHTS_VARIABLE
+from rlt.places import KEY_VARIABLE, RANK_SECRETS_VARIABLE, WEIGHTS_VARIABLE
 from rlt.planning.configuration import compose_config
 from rlt.planning.machine import check_devices, count_gpus
 from rlt.planning.memory import parameters
@@ -201,13 +201,11 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
     plan = plans[machines.most]
     output = Path(plan.config["output_dir"])
     if meeting is not None:
-        meeting.start()
-        if not (output / "config.yaml").is_file():
-            raise Refused(f"output_dir={output} is not the folder of NODE_RANK=0: choose one that all machines share")
+        meeting.start(output)
     environment = rank_environment(plan.sharding or "ddp", devices, not plan.gpus, machines)
     size = int(parameters(plan.config) * 4)
     served = weights_folder(size) if plan.config.get("use_vllm_server") else nullcontext()
-    with tempfile.TemporaryDirectory(prefix="rlt-launch-") as folder, served as weights, Watchdog() as watchdog:
+    with owned_folder(LAUNCH) as folder, served as weights, Watchdog() as watchdog:
         for left in filter(None, (folder, weights)):
             watchdog.watch(Path(left))
         servers = None
@@ -218,7 +216,8 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
         if weights is not None:
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
-            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+            (Path(folder) / f"plan-{number}.json").write_text(plan.to_json())
+        environment[RANK_SECRETS_VARIABLE] = json.dumps(plans[machines.most].secrets)
         environment["TMPDIR"] = folder  # where libraries leave files when a rank is killed
         command = [sys.executable, *RANK, folder, str(os.getpid())]
         restarts = plan.config["restarts"]

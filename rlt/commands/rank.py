@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from rlt.errors import Refused, fail
 from rlt.jobs import DEFAULT_LIMIT_S, run_plan
 from rlt.launching.lifetime import PREEMPTED, REFUSED, end_with, keep_last_words, last_words
 from rlt.launching.speech import speak_on
+from rlt.places import RANK_SECRETS_VARIABLE
 from rlt.planning.plan import Plan
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan for as many machines as there are.
+    """The plan for as many machines as there are, with its secrets, which nothing inherits from here.
 
     Raises:
         Refused: the run cannot go on with as many.
@@ -29,7 +31,9 @@ def read_plan(folder: Path) -> Plan:
     file = folder / f"plan-{machines}.json"
     if not file.is_file():
         raise Refused(f"{machines} machines are left, and the batch does not divide: the same command continues")
-    return Plan(**json.loads(file.read_text()))
+    plan = Plan(**json.loads(file.read_text()))
+    secrets = json.loads(os.environ.pop(RANK_SECRETS_VARIABLE, "{}"))
+    return replace(plan, config={**plan.config, **secrets})
 
 
 def main() -> None:

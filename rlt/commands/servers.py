@@ -1,21 +1,18 @@
 """Servers alone, for a run on other machines: `./launch_with_server.sh SERVER_DEVICES 0 [RUN] [key=value ...]`."""
 
-import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rlt.commands.begin import show
 from rlt.errors import Refused
-from rlt.generation.served.client import Server, ServerError
 from rlt.launching.lifetime import stop_signals
-from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers
+from rlt.launching.owned import SERVE, owned_folder
+from rlt.launching.servers import HOST_VARIABLE, LOOPBACK, PORT_VARIABLE, Servers, answers
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
 from rlt.planning.configuration import compose_config
@@ -43,10 +40,10 @@ def serve(devices: int, arguments: list[str]) -> int:
             f"{config['run_name']} starts from {config['warmup_run']}, which has yet to run: name model_name_or_path"
         )
     check_devices(devices, plan.gpus, config["requires"])
-    with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder, Watchdog() as watchdog:
+    with owned_folder(SERVE) as folder, Watchdog() as watchdog:
         watchdog.watch(Path(folder))
         file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(asdict(plan)))
+        file.write_text(plan.to_json())
         servers = servers_of(plan, devices, 0, file, Path(folder), watchdog)
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 
@@ -99,7 +96,7 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
     try:
         servers.start()
         give_up = time.monotonic() + limit_s
-        while not all(_is_ready(url) for url in servers.urls):
+        while not all(answers(url) for url in servers.urls):
             if servers.given_up.is_set() or stopped.wait(1.0):
                 break
             if time.monotonic() > give_up:
@@ -114,11 +111,3 @@ def serve_until_stopped(servers: Servers, limit_s: float) -> int:
         sys.stderr.write(servers.last_words())
         return 1
     return 0
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        Server(url).ask("GET", "/health", limit_s=5)
-    except ServerError:
-        return False
-    return True

@@ -7,8 +7,8 @@ starts torchrun restarts it too: `restarts`, servers and pipelines are for ./lau
 import json
 import logging
 import os
-from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 from rlt.commands.begin import begin
 from rlt.commands.launch import read_words, sharding_of
@@ -25,6 +25,7 @@ from rlt.survival.stop_signals import PEERS_VARIABLE
 PLACE = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what says what is so
 PLAN = "plan"  # in the store: what rank 0 made of the command line; empty: there is nothing to run
+FOLDER = "folder"  # what rank 0 drew in the output folder
 PORT = "port"  # where ranks meet at rank 0
 
 logger = logging.getLogger("rlt")
@@ -46,16 +47,22 @@ def forget_place() -> None:
 
 def main(arguments: list[str]) -> int:
     """Run as one rank; the exit code."""
+    from rlt.launching.meeting import draw  # torch
+
     store = open_store()  # held until the run's end: at rank 0 it may be the one where all ranks meet
     if os.environ["RANK"] != "0":
-        word = hear(store)
-        return run(Plan(**json.loads(word)), store) if word else 1
+        try:
+            heard = hear(store)
+        except Refused as error:
+            fail(error)
+        return run(heard, store) if heard else 1
     told = False
 
     def start(plan: Plan) -> int:
         nonlocal told
         told = True
-        store.set(PLAN, json.dumps(asdict(plan)))
+        store.set(FOLDER, draw(Path(plan.config["output_dir"])))
+        store.set(PLAN, plan.to_json())  # secrets are for what rank 0 does alone
         logger.info("%s on %d processes, %s\n%s", plan.config["run_name"], plan.devices, plan.sharding, plan.report())
         return run(plan, store)
 
@@ -132,11 +139,23 @@ def open_store():
     return PrefixStore(f"rlt/{os.environ.get(RESTART_VARIABLE, '0')}/{os.environ['WORLD_SIZE']}", store)
 
 
-def hear(store) -> str:
-    """What rank 0 made of the command line, once it has prepared the run."""
+def hear(store) -> Plan | None:
+    """What rank 0 made of the command line, once it has prepared the run; None where there is nothing to run.
+
+    Raises:
+        Refused: rank 0 has ended, or its output folder is not this machine's.
+    """
     from torch.distributed import DistError
 
+    from rlt.launching.meeting import check_same
+
     try:
-        return store.get(PLAN).decode()
+        word = store.get(PLAN).decode()
+        drawn = store.get(FOLDER).decode() if word else ""
     except DistError:
-        fail(Refused(f"rank 0 was not ready within {DEFAULT_LIMIT_S} s, or has ended"))
+        raise Refused(f"rank 0 was not ready within {DEFAULT_LIMIT_S} s, or has ended") from None
+    if not word:
+        return None
+    plan = Plan(**json.loads(word))
+    check_same(Path(plan.config["output_dir"]), drawn)
+    return plan

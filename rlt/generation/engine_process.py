@@ -54,7 +54,11 @@ class EngineProcess(VLLMEngine):
         self._asked = 0
         self._open: set[int] = set()
         self._answers: dict[int, Completions] = {}
-        self._wait_for(0, START_LIMIT_S)
+        try:
+            self._wait_for(0, START_LIMIT_S)
+        except BaseException:  # such as a signal to stop
+            self._process.kill()  # amid loading, where it would not read the pipe's end for as long as that takes
+            raise
 
     def sync_weights(self):
         # Overridden: they go out with the next request.

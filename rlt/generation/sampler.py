@@ -1,5 +1,6 @@
 """The engines of training, built in one place; and answers of a model that is not trained, by one of them."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ def build_engine(
     start_limit_s: float = 0.0,
     own_process: bool = False,
     weight_transfer: str = FILES,
+    holder: str = "",
     **options: Any,
 ) -> VLLMEngine:
     """The one place that chooses between the four engines; they have the same surface.
@@ -33,23 +35,30 @@ def build_engine(
         urls: of the servers that generate; none: an engine on this rank's device.
         start_limit_s: seconds for a server to be ready.
         weight_transfer: how weights reach the servers: `files`, or one of vLLM's own transfers.
+        holder: the run's name for others that want its servers (`holder_of`).
         own_process: the engine writes ahead in a process of its own (`EngineProcess`).
         options: as in `VLLMEngine`.
     """
     options = {"mode": "colocate", "generation_kwargs": {}, **options}  # as TRL calls an engine beside its trainer
+    served: dict[str, Any] = {"urls": urls, "start_limit_s": start_limit_s, "holder": holder}
     if urls and weight_transfer != FILES:
         from rlt.generation.served.direct_engine import DirectEngine
 
-        return DirectEngine(**options, urls=urls, start_limit_s=start_limit_s, weight_transfer=weight_transfer)
+        return DirectEngine(**options, **served, weight_transfer=weight_transfer)
     if urls:
         from rlt.generation.served.engine import ServerEngine
 
-        return ServerEngine(**options, urls=urls, start_limit_s=start_limit_s)
+        return ServerEngine(**options, **served)
     if own_process:
         from rlt.generation.engine_process import EngineProcess
 
         return EngineProcess(**options)
     return VLLMEngine(**options)
+
+
+def holder_of(run_name: str, output_dir: str) -> str:
+    """How servers name a run to others: the same in each of its lives."""
+    return f"{run_name}, output_dir={Path(output_dir).absolute()}"
 
 
 def build_adapter_engine(folder: str) -> "AdapterEngine":
@@ -88,6 +97,7 @@ class Sampler:
         return build_engine(
             server_urls(settings.vllm_server_base_url) if settings.use_vllm_server else [],
             settings.vllm_server_timeout,
+            holder=holder_of(settings.run_name, settings.output_dir),
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.tokenizer,

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SHARED_MEMORY = Path("/dev/shm")
+from rlt.launching.lifetime import SHARED_MEMORY
+from rlt.launching.owned import WEIGHTS, owned_folder
 
 
 def weights_folder(size: int = 0) -> TemporaryDirectory:
     """In shared memory where that has room for two times `size` bytes (a container's often has not)."""
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * size
-    return TemporaryDirectory(prefix="rlt-weights-", dir=os.environ.get("TMPDIR") or (SHARED_MEMORY if roomy else None))
+    return owned_folder(WEIGHTS, os.environ.get("TMPDIR") or (SHARED_MEMORY if roomy else None))

@@ -10,7 +10,8 @@ DEFAULT_LIMIT_S = 1800  # for ranks to meet, where the run has no ddp_timeout
 def run_plan(plan: Plan) -> None:
     """Run a plan to its end, as one process or as one rank of several, and say what came of it.
 
-    A run that is asked to stop exits with `PREEMPTED`, once it has saved. What is heavy is imported by then only.
+    A run that is asked to stop exits with `PREEMPTED`, once it has saved; before its first step, at once. What is heavy
+    is imported by then only.
     """
     from rlt.survival.stop_signals import StopOnSignal
 

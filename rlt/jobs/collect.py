@@ -62,6 +62,7 @@ def run(plan: Plan, stop) -> None:
                 check_format(sum(row["matched"] for row in first), len(first), settings.min_format_rate, DEVIATIONS)
             return answer(settings, sampler, scorer, terms, style, asked.rows, part, pace)
 
+        stop.begin()
         parts.work(sampler.accelerator, stop, make)
         if sampler.accelerator.is_main_process:
             sys.stdout.write(f"{settings.run_name}: {pace}\n")

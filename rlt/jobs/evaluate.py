@@ -65,6 +65,7 @@ def run(plan: Plan, stop) -> None:
     parts = Parts(folder, len(rows), settings.questions_at_once)
     parts.keep_to(sampler.accelerator, config, rows, style)
     verifier = Verifier(settings.verifier, settings.verifier_limit_s, settings.ddp_timeout)
+    stop.begin()
     parts.work(sampler.accelerator, stop, lambda part: answer(settings, sampler, verifier, rows, part))
     if verifier.failures:
         logger.warning(

@@ -90,6 +90,7 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
 
     settings, folder = plan.settings, Path(plan.settings.output_dir)
     checked = check(plan)
+    stop.begin()
     stages = [stage for stage, _ in checked]
     note_what_is_there(folder, checked)
     for number, (stage, stage_config) in enumerate(checked):

@@ -31,6 +31,7 @@ def run(plan: Plan, stop) -> None:
 
     settings: PrepareSettings = plan.settings
     output = Path(settings.output_dir)
+    stop.begin()
     try:
         results = prepare(settings, lambda: stop.asked)
     except Stopped:

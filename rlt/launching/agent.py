@@ -44,6 +44,7 @@ HELD_S = 30.0  # a rank that is stopped for so long (SIGSTOP) counts as hung: th
 COPY_LIMIT_S = 5.0  # for what a rank wrote last
 FAILED, MACHINE = "failed", "machine"  # of a round: why it ended, and which machines are in it
 GONE = f"was not heard of for {SILENCE_S} s, or ended without a word"
+NOT_BEGUN = "stopped before the first step: the same command begins it\n"
 
 logger = logging.getLogger("rlt")
 
@@ -107,6 +108,7 @@ class Agent(LocalElasticAgent):
         self.logs, self.servers, self.meeting, self.watchdog = logs, servers, meeting, watchdog
         self.failure: Any = None  # a `Failure`, once a round has failed
         self.stopped = False  # whether a rank has saved and stopped
+        self.rejoins = False  # whether ranks were asked to stop so that a machine can join
         self.stops = self.interrupts = 0  # signals that asked for it, and Ctrl-C among them
         self.shown: list[subprocess.Popen] = []  # copies a log to the terminal
         self.watched: list[int] = []  # groups that the watchdog was told of
@@ -161,10 +163,11 @@ class Agent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: Any) -> None:
         """Before the next round. Where a machine waits to join, the ranks of this one save and stop first."""
-        self._ask_to_stop()
+        self.rejoins = self._ask_to_stop()
         while self.running:
             time.sleep(POLL_S)
             self._monitor_workers(worker_group)
+        self.rejoins = False
         self._shutdown()
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout: int = 30) -> None:
@@ -211,8 +214,9 @@ class Agent(LocalElasticAgent):
         if first is None:
             return None
         self._shutdown()  # so that none of them writes behind the last words
-        if self.stops and first[1] == -signal.SIGTERM:  # it did not listen yet: no step has begun
-            title, failure = f"rank {first[0]} was asked to stop at its start", Failure("", PREEMPTED, final=True)
+        if (self.stops or self.rejoins) and first[1] == -signal.SIGTERM:  # no step has begun
+            title = f"rank {first[0]} was asked to stop at its start"
+            failure = Failure(NOT_BEGUN if self.stops else "", PREEMPTED, final=bool(self.stops))
         else:
             title, failure = _failure_of(*first, self.logs.log(first[0]), last_words(self.logs.words, first[0]))
         if self.meeting is None:

@@ -20,6 +20,7 @@ SHARDINGS = {
 
 DEFAULT_PORT = 29500
 LOOPBACK_INTERFACE = "lo"  # linux' name for it
+BACKLOG = 2048  # of connections that wait while a server starts
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,19 @@ def route_to(address: str) -> tuple[str, str | None]:
     return mine, next(found, None)  # gloo would take the interface of this host's name
 
 
-def free_port(wanted: int = 0, host: str = "") -> int:
-    """A port that nobody listens at; any when 0 is wanted.
+def listen(wanted: int, host: str) -> socket.socket:
+    """A port that is this process's from now on; any when 0 is wanted.
 
     Raises:
         Refused: the one that is wanted cannot be had.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as error:
-            raise Refused(f"{host or 'port'}:{wanted} cannot be had ({error.strerror}): name another") from None
+    try:
+        return socket.create_server((host, wanted), backlog=BACKLOG)
+    except OSError as error:
+        raise Refused(f"{host}:{wanted} cannot be had ({error.strerror}): name another") from None
+
+
+def free_port(host: str = "") -> int:
+    """A port that nobody listens at."""
+    with listen(0, host) as probe:
         return probe.getsockname()[1]

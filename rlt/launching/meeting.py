@@ -4,11 +4,13 @@ what they were started with, and say what stands in the way; PyTorch's rendezvou
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,10 +21,13 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 
 from rlt.errors import Refused
 from rlt.launching.environment import Machines, route_to
+from rlt.runs.durable import write_whole
+from rlt.runs.folder import MEETING
 
 SILENCE_S = 30  # after which a machine counts as gone
 LAST_CALL_S = 10  # for machines beyond the least number of them
 HEAR_S = 2.0  # how long the store outlives bad news, so that the others hear them
+SEEN_LIMIT_S = 10.0  # for a network file system to show what another machine wrote
 POLL_S = 0.2
 VERDICT, READY = "verdict", "ready"
 
@@ -122,15 +127,16 @@ class Meeting:
                 )
         return problem and f"machine {node}: {problem}"
 
-    def start(self) -> None:
-        """Wait until node 0 has prepared the run.
+    def start(self, folder: Path) -> None:
+        """Wait until node 0 has prepared the run, in a folder that is this machine's too: it holds what node 0 drew.
 
         Raises:
-            Refused: it has ended instead.
+            Refused: it has ended instead, or its folder is another.
         """
         if self.node == 0:
-            self.store.set(READY, "")
+            self.store.set(READY, draw(folder))
         self._wait_until(lambda: self.store.check([READY]))
+        check_same(folder, self.store.get(READY).decode())
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         try:
@@ -143,6 +149,33 @@ class Meeting:
         """Before an end that was not the good one."""
         if self.node == 0:
             time.sleep(HEAR_S)
+
+
+def draw(folder: Path) -> str:
+    """What stands in a run's folder from now on, and cannot stand in another."""
+    drawn = secrets.token_hex(16)
+    write_whole(folder / MEETING, drawn)
+    return drawn
+
+
+def check_same(folder: Path, drawn: str) -> None:
+    """That a folder is the one where the first machine drew this.
+
+    Raises:
+        Refused: it is another.
+    """
+    give_up = time.monotonic() + SEEN_LIMIT_S
+    while not _holds(folder / MEETING, drawn):
+        if time.monotonic() > give_up:
+            raise Refused(f"output_dir={folder} is not the folder of NODE_RANK=0: choose one that all machines share")
+        time.sleep(POLL_S)
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except OSError:  # not there, or not yet
+        return False
 
 
 def rendezvous(meeting: Meeting | None) -> RendezvousHandler:

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlt.launching.connection import LONGEST_SOCKET, UNIX, open_client
-from rlt.launching.environment import free_port
+from rlt.launching.environment import listen
 from rlt.launching.lifetime import end_followers, end_group, end_of, has_ended, is_stopped
 from rlt.launching.watchdog import Watchdog
 from rlt.places import KEY_VARIABLE
@@ -53,6 +54,7 @@ class Servers:
     watchdog: Watchdog | None = None
 
     def __post_init__(self):
+        self.held: dict[int, socket.socket] = {}  # where servers listen, when not at files
         self.urls = [self._url(number) for number in range(len(self.devices))]
         self.closing, self.given_up = threading.Event(), threading.Event()
         self.processes: dict[int, subprocess.Popen] = {}
@@ -61,11 +63,13 @@ class Servers:
         self.failed: int | None = None
 
     def _url(self, number: int) -> str:
-        """A port is free until somebody takes it; a socket file in a folder of one's own is not for others to take."""
+        """A socket file in a folder of one's own, or a port that this process holds: others take neither while a server
+        starts."""
         file = self.sockets and self.sockets / f"server-{number}.sock"
         if file and len(os.fsencode(file)) <= LONGEST_SOCKET:  # a scheduler's TMPDIR may be longer
             return f"{UNIX}{file}"
-        return f"http://{self.host}:{free_port(self.first_port and self.first_port + number, self.host)}"
+        self.held[number] = listen(self.first_port and self.first_port + number, self.host)
+        return f"http://{self.host}:{self.held[number].getsockname()[1]}"
 
     def start(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -79,7 +83,8 @@ class Servers:
         return self.logs / f"server-{number}.log"
 
     def _start_one(self, number: int) -> None:
-        place = [self.urls[number], str(os.getpid())]
+        held = [self.held[number].fileno()] if number in self.held else []
+        place = [self.urls[number], str(os.getpid()), *map(str, held)]
         with self.lock, self._log(number).open("ab") as log:
             if self.closing.is_set():
                 return
@@ -95,6 +100,7 @@ class Servers:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=held,
                 start_new_session=True,
             )
             if self.watchdog is not None:
@@ -157,6 +163,8 @@ class Servers:
         for process in self.processes.values():
             end_group(process)
             process.wait(END_LIMIT_S)
+        for held in self.held.values():
+            held.close()
 
 
 def answers(url: str) -> bool:

@@ -4,9 +4,10 @@ A run that cannot work is refused here in one line that names the key, its value
 that would do. Imports neither torch nor an engine.
 """
 
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -42,6 +43,7 @@ from rlt.planning.trl_fields import typed_settings
 from rlt.preparation.prerequisites import check_machine, describe
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import check_comparison, check_output
+from rlt.runs.hidden import holds_secret
 from rlt.runs.parts import MODELS, MOST_AT_ONCE, check_parts, models_of
 from rlt.runs.trackers import check_packages, check_trackers
 from rlt.schema import (
@@ -85,6 +87,15 @@ class Plan:
     def settings(self) -> Any:
         """The configuration as its profile's class has it, with attributes."""
         return typed_settings(self.config)
+
+    @property
+    def secrets(self) -> dict[str, Any]:
+        """The values of keys that hold secrets."""
+        return {key: value for key, value in self.config.items() if value and holds_secret(key)}
+
+    def to_json(self) -> str:
+        """For other processes: without its secrets, which go from one to another in the environment alone."""
+        return json.dumps({**asdict(self), "config": {**self.config, **dict.fromkeys(self.secrets)}})
 
     def report(self) -> str:
         """The batch table and the estimate, as text."""

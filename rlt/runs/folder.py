@@ -82,6 +82,7 @@ INPUTS = (
     *("resume_from", "compare_with"),
 )
 LOCK = ".lock"  # who holds the folder
+MEETING = ".meeting"  # what the first of several machines drew, for the others to see that the folder is theirs too
 BEFORE_A_RUN = (f"{CONFIG}.tmp", LOGS, LOCK)  # a rank on another machine may be ahead
 
 

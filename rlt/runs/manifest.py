@@ -16,15 +16,26 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
 logger = logging.getLogger("rlt")
 
 
-def seal(folder: Path) -> None:
-    """Note what a folder holds, and have all of it on the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def sums(folder: Path, files: list[Path]) -> dict[str, dict]:
+    """Size and SHA-256 of files below a folder, by their names there."""
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(digest, files))
-    noted = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": found}
-        for path, found in zip(files, sums, strict=True)
+        found = list(pool.map(digest, files))
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": one}
+        for path, one in zip(files, found, strict=True)
     }
+
+
+def seal(folder: Path, elsewhere: dict[str, dict] | None = None) -> None:
+    """Note what a folder holds, and have all of it on the disk.
+
+    Args:
+        elsewhere: `sums` of what other machines wrote there, by their own eyes: this one may not see it yet.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    elsewhere = elsewhere or {}
+    here = sums(folder, [path for path in files if str(path.relative_to(folder)) not in elsewhere])
+    noted = dict(sorted({**here, **elsewhere}.items()))
     (folder / MANIFEST).write_text(json.dumps(noted, indent=1))
     flush_all(folder)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import psutil
 
@@ -28,18 +29,49 @@ def is_a_peer_gone() -> bool:
 
 
 class StopOnSignal:
-    """Listens inside its `with` block."""
+    """Listens inside its `with` block.
+
+    Until `begin` nothing is worth saving, and a signal ends the process at once: one that is alone by an exception, so
+    that what it has started ends with it; ranks of one machine by whatever ended them before (the kernel), as they may
+    be waiting for each other inside a library, and their launcher ends what is left. Ranks on several machines go on to
+    where all of them ask, as others may not have been asked.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.leaves = self.begun = False
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in stop_signals()}
+        self.before = {number: signal.getsignal(number) for number in stop_signals()}
+        ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if ranks == 1:
+            self._listen(self._leave)
+        elif here < ranks:
+            self._listen(self._note)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, *_):
+        self._listen(None)
+        if self.leaves and kind is not None:
+            raise SystemExit(PREEMPTED)  # whatever a library has made of the exception
+
+    def begin(self) -> None:
+        """From here on there is something to save: a signal is noted, and heard where the work can be left."""
+        if self.leaves:  # a library has taken the exception
+            sys.exit(PREEMPTED)
+        if not self.begun:
+            self.begun = True
+            self._listen(self._note)
+
+    def _listen(self, handler: Callable | None) -> None:
+        """None: as before; where the process is leaving, another signal does not cut that short."""
+        for number, before in self.before.items():
+            signal.signal(number, handler or (signal.SIG_IGN if self.leaves else before))
+
+    def _leave(self, number, frame) -> None:
+        if not self.leaves:
+            self.asked = self.leaves = True
+            logger.warning("stopped before the first step: the same command begins it")
+            sys.exit(PREEMPTED)
 
     def _note(self, number, frame) -> None:
         if PEERS_VARIABLE in os.environ and not self.asked and is_a_peer_gone():

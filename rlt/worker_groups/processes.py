@@ -10,7 +10,6 @@ import selectors
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from backends.futures import RanksLost
 from rlt.errors import Refused
 from rlt.launching.lifetime import end_of, end_with
+from rlt.launching.owned import SERVICE, owned_folder
 from rlt.worker_groups.rank import SOCKET, SPEC
 
 POLL_S = 1.0
@@ -42,7 +42,7 @@ class Processes:
 
     def start(self) -> list[bytes]:
         """What each rank says of its beginning."""
-        self._holder = tempfile.TemporaryDirectory(prefix="rlt-service-")
+        self._holder = owned_folder(SERVICE)
         self.folder = Path(self._holder.name)
         (self.folder / SPEC).write_text(json.dumps({**self.spec, "procs": self.procs, "limit_s": self.limit_s}))
         command = [sys.executable, "-m", __name__, str(self.folder), str(os.getpid())]

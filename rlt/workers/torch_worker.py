@@ -25,6 +25,7 @@ from backends.protocol import ForwardOutput
 from backends.pytorch import PyTorchTrainingBackend
 from rlt.errors import Refused
 from rlt.generation.seeds import request_seed
+from rlt.launching.owned import WORKER, owned_folder
 from rlt.models.loading import load_policy, load_tokenizer, quiet_libraries
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import AdamParams, Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
@@ -54,7 +55,7 @@ class TorchWorker:
         self._bases: dict[str, SharedBase] = {}
         self._samplers: dict[str, Any] = {}
         self._building = threading.Lock()
-        self._scratch = tempfile.TemporaryDirectory(prefix="rlt-worker-")
+        self._scratch = owned_folder(WORKER)
 
     def _model(self, model_id: str) -> PyTorchTrainingBackend:
         if model_id not in self.models:

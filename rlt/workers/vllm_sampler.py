@@ -8,7 +8,6 @@ reads prompts with an adapter on the output head wrongly, and gives no log-probs
 import logging
 import secrets
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from rlt.generation.decoding import Stops
 from rlt.generation.sampler import build_adapter_engine
 from rlt.generation.seeds import request_seed
+from rlt.launching.owned import ADAPTERS, owned_folder
 from rlt.models.loading import load_tokenizer
 from rlt.wire.json_form import SampleRequest
 from rlt.wire.values import SampledSequence, SampleResponse
@@ -53,7 +53,7 @@ class VLLMSampler:
         ends = config.try_get_generation_config().get("eos_token_id")
         self.ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
         self._adapters: dict[str, LoRARequest | None] = {}  # by addresses; None: the engine does not take it
-        self._copies = tempfile.TemporaryDirectory(prefix="rlt-adapters-")
+        self._copies = owned_folder(ADAPTERS)
         self._scorer: TorchSampler | None = None
         self._lock = threading.Lock()
 
@@ -132,7 +132,7 @@ class VLLMSampler:
 
     def _copy(self, folder: Path) -> Path:
         """Files that were fetched stay here for as long as the engine may read them again."""
-        copies = sorted(Path(self._copies.name).iterdir(), key=lambda path: path.stat().st_mtime)
+        copies = sorted(Path(self._copies.name).glob("*/"), key=lambda path: path.stat().st_mtime)
         for old in copies[: max(0, len(copies) - COPIES + 1)]:
             shutil.rmtree(old)
         return Path(shutil.copytree(folder, Path(self._copies.name) / secrets.token_hex(8)))

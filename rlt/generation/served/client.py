@@ -5,7 +5,8 @@ import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -21,7 +22,10 @@ CONTROL_LIMIT_S = 60  # what takes no more than a step of the engine
 UPDATE_LIMIT_S = 300  # some gigabytes of weights
 END_LIMIT_S = 10
 PAUSE_S = 1.0
-END, TRANSFER = "/end", "/weight_transfer"  # paths of ours (guard.py)
+HEALTH = "/health"  # the one path that asks for no key
+END, TRANSFER, HOLD, LET_GO = "/end", "/weight_transfer", "/hold", "/let_go"  # paths of ours (guard.py)
+HOLDER_HEADER = "RLT-Holder"  # which run asks, percent-encoded
+HELD_CODE = 423  # Locked (RFC 4918): another run has the server
 
 
 class ServerError(RuntimeError):
@@ -48,11 +52,15 @@ class Server:
 
     Args:
         limit_s: for an answer.
+        holder: the run that asks, for others that want the server; the same in each of its lives on a machine.
     """
 
-    def __init__(self, url: str, limit_s: float = ANSWER_LIMIT_S):
+    def __init__(self, url: str, limit_s: float = ANSWER_LIMIT_S, holder: str = ""):
         self.url, self.limit_s, self.owes = url.rstrip("/"), limit_s, 0
-        self.headers = {"Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
+        self.headers = {
+            "Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}",
+            HOLDER_HEADER: quote(f"{holder or 'no run'} on {socket.gethostname()}"),
+        }
 
     @property
     def is_here(self) -> bool:
@@ -64,25 +72,31 @@ class Server:
 
         Raises:
             ServerError: no answer in time, or one that says no.
+            Refused: another run holds the server.
         """
-        limit = limit_s or self.limit_s
-        try:
-            with open_client(self.url, limit) as client:
-                answer = client.request(method, path, json=body, headers=self.headers)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self.url}{path}: {error}") from error
-        if not answer.is_success:
-            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
+        answer = self._request(method, path, limit_s or self.limit_s, json=body, headers=self.headers)
         try:
             return answer.json() if answer.content else {}
         except ValueError as error:
             raise ServerError(f"{self.url}{path} answered with something else than JSON") from error
 
+    def _request(self, method: str, path: str, limit_s: float, **content: Any) -> httpx.Response:
+        try:
+            with open_client(self.url, limit_s) as client:
+                answer = client.request(method, path, **content)
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.url}{path}: {error}") from error
+        if answer.status_code == HELD_CODE:
+            raise Refused(f"{self.url} {answer.text}")
+        if not answer.is_success:
+            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
+        return answer
+
     def wait_until_ready(self, limit_s: float) -> None:
         give_up = time.monotonic() + limit_s
         while True:
             try:
-                self.ask("GET", "/health", limit_s=10)
+                self._request("GET", HEALTH, limit_s=10)  # without the key: whoever listens may say that it is well
                 return
             except ServerError as error:
                 if time.monotonic() > give_up:
@@ -105,6 +119,18 @@ class Server:
                 f"{self.url} takes weights by {found}, and this run sends them by {wanted}: start the server and the "
                 "run with the same weight_transfer (a run that does not train sends files)"
             )
+
+    def hold(self, limit_s: float = CONTROL_LIMIT_S) -> None:
+        """Have the server for this run, or go on having it.
+
+        Raises:
+            Refused: another run has it.
+            ServerError: no answer in time, or one that says no.
+        """
+        self.control(HOLD, limit_s=limit_s)
+
+    def let_go(self) -> None:
+        self.control(LET_GO, limit_s=END_LIMIT_S)
 
     def end(self) -> None:
         """End a server that cannot be trusted with another update; its launcher starts another in its place."""

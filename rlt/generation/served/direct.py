@@ -168,7 +168,7 @@ def _meet_by_nccl(group: ServerGroup, rank: int) -> TrainerInitInfo:
     if rank != 0:  # rank 0 alone is in the servers' group
         return NCCLTrainerInitInfo("", 0, 0, rank=rank)
     address = group.address
-    return NCCLTrainerInitInfo(address, free_port(0, address), 1 + sum(group.workers()), rank=0)
+    return NCCLTrainerInitInfo(address, free_port(address), 1 + sum(group.workers()), rank=0)
 
 
 def _meet_by_ipc(group: ServerGroup, rank: int) -> TrainerInitInfo:

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from rlt.generation.served.adapters import adapter_tensors, travels_alone
 from rlt.generation.served.client import UPDATE_LIMIT_S, Completions, Server, ServerError, own_address
+from rlt.generation.served.lease import Hold
 from rlt.generation.served.weight_service import WeightService
 from rlt.generation.shared_memory import weights_folder
 from rlt.generation.vllm_engine import VLLMEngine, groups_of
@@ -35,11 +36,12 @@ class ServerEngine(VLLMEngine):
     Args:
         urls: of the servers.
         start_limit_s: for a server to be ready, at first and after it died.
+        holder: the run's name for others that want its servers; which have one at a time.
         other arguments: as in `VLLMEngine`.
     """
 
-    def __init__(self, *args, urls: list[str], start_limit_s: float, **kwargs):
-        self.servers = [Server(url) for url in urls]
+    def __init__(self, *args, urls: list[str], start_limit_s: float, holder: str = "", **kwargs):
+        self.servers = [Server(url, holder=holder) for url in urls]
         self.start_limit_s = start_limit_s
         self.lock = threading.Lock()
         self.number = 0
@@ -57,6 +59,8 @@ class ServerEngine(VLLMEngine):
         for server in self.servers:
             server.wait_until_ready(self.start_limit_s)
             server.check_transfer(transfer)
+        if self.accelerator.is_main_process:
+            self.let_go = weakref.finalize(self, Hold(self.servers).close)
 
     def _start_service(self) -> WeightService:
         several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")

@@ -1,4 +1,5 @@
-"""The key of a server: asked for at every path but the health check; and two paths that vLLM's server has not.
+"""The door of a server: a key, asked for at every path but the health check; one run at a time (lease.py); and paths
+that vLLM's server has not.
 
 vLLM's own key guards generation only, and not the paths that take weights.
 """
@@ -6,11 +7,14 @@ vLLM's own key guards generation only, and not the paths that take weights.
 import os
 import secrets
 import signal
+from typing import Any
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from rlt.generation.served.client import END, TRANSFER
+from rlt.generation.served.client import END, HELD_CODE, HOLD, HOLDER_HEADER, LET_GO, TRANSFER
+from rlt.generation.served.lease import Lease, changes
 from rlt.places import KEY_VARIABLE, TRANSFER_VARIABLE
 
 OPEN = ("/health",)
@@ -23,16 +27,32 @@ class KeyGuard:
         self.app = app
         self.wanted = f"Bearer {os.environ[KEY_VARIABLE]}".encode()
         self.transfer = os.environ.get(TRANSFER_VARIABLE, "")
+        self.lease = Lease()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] in ("http", "websocket") and scope["path"] not in OPEN:
-            given = Headers(scope=scope).get("Authorization", "").encode()
-            if not secrets.compare_digest(given, self.wanted):
+            headers = Headers(scope=scope)
+            if not secrets.compare_digest(headers.get("Authorization", "").encode(), self.wanted):
                 await JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
                 return
-        if scope["type"] == "http" and scope["path"] == END:
-            os.kill(os.getpid(), signal.SIGKILL)  # its launcher ends the rest, and starts another
-        if scope["type"] == "http" and scope["path"] == TRANSFER:
-            await JSONResponse({"transfer": self.transfer})(scope, receive, send)
-            return
+            answer = self._answer(scope, unquote(headers.get(HOLDER_HEADER, "")))
+            if answer is not None:
+                await answer(scope, receive, send)
+                return
         await self.app(scope, receive, send)
+
+    def _answer(self, scope: dict[str, Any], holder: str) -> Response | None:
+        """To what is asked of the door itself, and to whom the server is not for; None: the server's to answer."""
+        if scope["type"] != "http":
+            return None
+        path = scope["path"]
+        if path == LET_GO:
+            self.lease.let_go(holder)
+            return JSONResponse({})
+        if refusal := self.lease.refusal(holder, changes(scope["method"], path)):
+            return PlainTextResponse(refusal, status_code=HELD_CODE)
+        if path == HOLD:
+            return JSONResponse({})
+        if path == END:
+            os.kill(os.getpid(), signal.SIGKILL)  # its launcher ends the rest, and starts another
+        return JSONResponse({"transfer": self.transfer}) if path == TRANSFER else None

@@ -1,7 +1,7 @@
-"""A vLLM server for one run: `python -m rlt.generation.served.vllm_server PLAN URL LAUNCHER`.
+"""A vLLM server for one run: `python -m rlt.generation.served.vllm_server PLAN URL LAUNCHER [FD]`.
 
-The launcher starts it. It becomes vLLM's own server, with what the run's configuration says of model, lengths and
-precision.
+The launcher starts it, with the socket that it listens at (FD) where that is no file. It becomes vLLM's own server,
+with what the run's configuration says of model, lengths and precision.
 """
 
 import json
@@ -75,6 +75,17 @@ def listens_at(url: str) -> list[str]:
     return ["--port", str(place.port), "--host", str(place.hostname)]
 
 
+def program_at(url: str, held: list[str]) -> list[str]:
+    """What Python runs as the server.
+
+    Args:
+        held: the descriptor of its listening socket, where its launcher holds one.
+    """
+    if url.startswith(UNIX):
+        return ["-m", "vllm.entrypoints.openai.api_server"]
+    return ["-m", "rlt.generation.served.at_socket", *held]
+
+
 def transfer_environment(way: str, url: str) -> dict[str, str]:
     """What a server has to know of how it takes weights, and where NCCL listens."""
     environment = {TRANSFER_VARIABLE: way}
@@ -99,7 +110,7 @@ def main() -> None:
         for name, value in cpu_settings.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(Path(sys.argv[1]).parent))
-    command = ["-m", "vllm.entrypoints.openai.api_server", *arguments, *listens_at(sys.argv[2])]
+    command = [*program_at(sys.argv[2], sys.argv[4:]), *arguments, *listens_at(sys.argv[2])]
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rlt.errors import Refused
 from rlt.generation.served.adapters import adapted_weights
+from rlt.launching.connection import CONNECT_LIMIT_S
 from rlt.places import KEY_VARIABLE
 
 BACKEND = "chunks"
@@ -129,7 +130,7 @@ def _fetch(update: ChunkUpdate) -> bytearray:
     headers = {"Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
     with requests.Session() as session:
         session.trust_env = False
-        answer = session.get(update.source, headers=headers, timeout=FETCH_LIMIT_S)
+        answer = session.get(update.source, headers=headers, timeout=(CONNECT_LIMIT_S, FETCH_LIMIT_S))
     answer.raise_for_status()
     return bytearray(answer.content)
 

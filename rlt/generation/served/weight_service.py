@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from rlt.generation.served.client import UPDATE_LIMIT_S, Server, ServerError
+from rlt.errors import Refused
+from rlt.generation.served.client import HELD_CODE, UPDATE_LIMIT_S, Server, ServerError
 from rlt.generation.served.weight_files import ChunkFiles, ChunkUpdate
 from rlt.places import KEY_VARIABLE
 
@@ -121,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             self._say(200, b"")
         except ServerError as error:
             self._say(502, str(error).encode())
+        except Refused as error:
+            self._say(HELD_CODE, f"cannot send weights: {error}".encode())
 
     def _may(self) -> bool:
         wanted = f"Bearer {os.environ.get(KEY_VARIABLE, '')}".encode()
