@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import config_of, launch
+from conftest import ROOT, config_of, launch
 
 from rlt.runs.durable import read_json_lines, write_whole, written_whole
 from rlt.runs.folder import MARKER, is_complete
@@ -142,3 +145,26 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda old, new: order.append((str(old), str(new))) or replace(old, new))
     write_whole(tmp_path / "marker", "x")
     assert order == [f"{tmp_path}/marker.tmp", (f"{tmp_path}/marker.tmp", f"{tmp_path}/marker"), str(tmp_path)]
+
+
+SAVED_TWICE = """
+import json, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from conftest import build
+words = ["max_steps=1", "save_steps=1", "save_total_limit=1", "eval_size=0"]
+trainer = build(json.loads(sys.argv[1]), Path(sys.argv[2]), *words)
+trainer.train()
+trainer._save_checkpoint(trainer.model, None)
+"""
+
+
+def test_a_step_that_is_saved_again_is_there_at_any_moment(tiny_run, tmp_path):
+    """The process is killed when the first of the two has lost its name, and the second has none yet."""
+    environment = {**os.environ, "RLT_KILL_AT": "replacing", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SAVED_TWICE, json.dumps(tiny_run), str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert damage_of(tmp_path / "checkpoint-1") is None
