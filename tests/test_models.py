@@ -106,12 +106,17 @@ def test_converted_weights_give_the_logits_of_the_gguf(converted):
     assert torch.equal(ours, theirs)
 
 
+def convert_to(model: str, cache: Path, monkeypatch) -> None:
+    """A small model stands for the converted one, in a cache of its own."""
+    monkeypatch.setenv("RLT_CACHE_DIR", str(cache))
+    monkeypatch.setattr(embedded, "_convert", lambda _, folder: shutil.copytree(model, folder, dirs_exist_ok=True))
+
+
 TORN = {"weights": ("model.safetensors", 1000), "settings": ("config.json", 40), "template": ("chat_template.jinja", 0)}
 
 
 @pytest.mark.parametrize("torn", TORN)
 def test_a_converted_model_that_a_power_cut_tore_is_converted_anew(torn, tiny_teacher, monkeypatch, tmp_path):
-    """A model of two layers stands for the converted one."""
     name, left = TORN[torn]
     monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
