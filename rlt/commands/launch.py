@@ -218,7 +218,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
         if weights is not None:
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
-            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)))
+            (Path(folder) / f"plan-{number}.json").write_text(json.dumps(asdict(plan)), encoding="utf-8")
         environment["TMPDIR"] = folder  # where libraries leave files when a rank is killed
         command = [sys.executable, *RANK, folder, str(os.getpid())]
         restarts = plan.config["restarts"]

@@ -29,7 +29,7 @@ def read_plan(folder: Path) -> Plan:
     file = folder / f"plan-{machines}.json"
     if not file.is_file():
         raise Refused(f"{machines} machines are left, and the batch does not divide: the same command continues")
-    return Plan(**json.loads(file.read_text()))
+    return Plan(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def serve(devices: int, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="rlt-serve-") as folder, Watchdog() as watchdog:
         watchdog.watch(Path(folder))
         file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(asdict(plan)))
+        file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
         servers = servers_of(plan, devices, 0, file, Path(folder), watchdog)
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 

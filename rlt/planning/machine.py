@@ -52,7 +52,9 @@ def ask_nvidia_smi(*arguments: str) -> list[str]:
         return []
     command = ["nvidia-smi", *arguments]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         logger.warning("nvidia-smi did not answer within %s s: no GPU is seen", NVIDIA_SMI_TIMEOUT_S)
         return []
