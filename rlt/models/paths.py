@@ -13,7 +13,7 @@ from rlt.durable import flush_all, read_json, rename
 from rlt.errors import Refused
 from rlt.models.embedded import CACHE_REMEDY, cache_folder, embedded_model_path, is_embedded, locked
 from rlt.models.files import is_whole
-from rlt.places import LOCAL_STARTS
+from rlt.places import LOCAL_STARTS, looked_in
 
 MERGED = "merged"
 WHOLE = "whole"  # in the cache: folders of links
@@ -35,7 +35,7 @@ def resolve_model_path(name: str) -> str:
     if path.is_dir():
         return str(merged_model_path(path) if is_adapter(path) else whole_model_path(path))
     if name.startswith(LOCAL_STARTS):
-        raise Refused(f"model path {name} does not exist")
+        raise Refused(f"model path {name} does not exist{looked_in(name)}")
     return name
 
 
