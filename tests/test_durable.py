@@ -153,12 +153,13 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from conftest import build
 words = ["max_steps=1", "save_steps=1", "save_total_limit=1", "eval_size=0"]
-trainer = build(json.loads(sys.argv[1]), Path(sys.argv[2]), *words)
+trainer, _ = build(json.loads(sys.argv[1]), Path(sys.argv[2]), *words)
 trainer.train()
 trainer._save_checkpoint(trainer.model, None)
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_is_saved_again_is_there_at_any_moment(tiny_run, tmp_path):
     """The process is killed when the first of the two has lost its name, and the second has none yet."""
     environment = {**os.environ, "RLT_KILL_AT": "replacing", "PYTHONPATH": str(ROOT)}

@@ -487,7 +487,7 @@ def test_a_hub_name_without_network_is_one_value_error(monkeypatch, load):
     ],
 )
 def test_bfloat16_on_the_cpu_follows_the_processors_flags(monkeypatch, line, expected):
-    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: f"processor\t: 0\n{line}\n")
     assert supports_bfloat16("cpu") is expected
 
 
