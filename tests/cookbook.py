@@ -78,12 +78,6 @@ RECIPES = {
     "rl_loop": Recipe(
         "rl_loop", ("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=2", "loss_fn=importance_sampling"), 2
     ),
-    "rl_loop_resume": Recipe(
-        "rl_loop",
-        ("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=3", "loss_fn=importance_sampling"),
-        3,
-        after="rl_loop",
-    ),
     "rl_loop_cispo": Recipe(
         "rl_loop", ("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=1", "loss_fn=cispo"), 1
     ),
@@ -174,12 +168,19 @@ def environment(folder: Path, address: str, key: str) -> dict[str, str]:
     return variables | {"TINKER_COOKBOOK_RUNS_DIR": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""}
 
 
+def start_recipe(name: str, recipe: Recipe, folder: Path, variables: dict[str, str]) -> subprocess.Popen:
+    command = [str(python_of_cookbook()), *recipe.command(name, folder)]
+    with (folder / f"{name}.log").open("w") as out:
+        return subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=out)
+
+
 def run_recipe(name: str, recipe: Recipe, folder: Path, variables: dict[str, str]) -> list[dict]:
     """Its metrics, one row for each step."""
-    log = folder / f"{name}.log"
-    command = [str(python_of_cookbook()), *recipe.command(name, folder)]
-    with log.open("w") as out:
-        ended = subprocess.run(command, cwd=folder, env=variables, stdout=out, stderr=out, timeout=RUN_S)
-    assert ended.returncode == 0, log.read_text()[-3000:]
+    with start_recipe(name, recipe, folder, variables) as running:
+        try:
+            code = running.wait(RUN_S)
+        finally:
+            running.kill()
+    assert code == 0, (folder / f"{name}.log").read_text()[-3000:]
     metrics = folder / "runs" / (recipe.after or name) / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]
