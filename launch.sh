@@ -5,7 +5,7 @@
 #   Several machines: the same command on each, with NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR (of node 0) set;
 #   NNODES=MIN:MAX goes on with the machines that are left.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [ $# -ge 1 ] || { echo "usage: ./launch.sh DEVICES [RUN] [SHARDING] [key=value ...]" >&2; exit 2; }
 trap "exit 75" TERM  # stopped before anything began: the same command begins it
 ./setup.sh

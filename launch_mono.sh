@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One GPU or the CPU:  ./launch_mono.sh [RUN] [key=value ...]   (--help lists runs and keys)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 trap "exit 75" TERM  # stopped before anything began: the same command begins it
 ./setup.sh
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE  # of a job's controller: here is one process

@@ -2,7 +2,7 @@
 # All tests, after ruff and the type checker:  ./run_tests.sh        two at a time where there is no GPU
 # Some:       ./run_tests.sh [pytest arguments]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 ./setup.sh all
 export TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}" WANDB_MODE=offline
 if [ $# -eq 0 ]; then

@@ -6,7 +6,7 @@
 #   SETUP_DEVICE=cpu|gpu ./setup.sh   another list than that of the .venv which is there, or than the machine suggests
 #   TORCH_INDEX_URL=... ./setup.sh    PyTorch from this index, where neither its own nor pip's settings give the right one
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -51,12 +51,18 @@ if up_to_date; then
   exit 0
 fi
 
+# What this shell waits for does not outlive it: it would hold the lock, and go on writing to .venv.
+end() { trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true; wait; exit "$1"; }
+trap "end 130" INT
+trap "end 143" TERM
+await() { "$@" & wait $!; }  # where a trap runs at once; else it would when the command is done
 exec 9>.venv.lock
-flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"
+flock -n 9 || say "another setup.sh is at work: waiting for it"
+await flock -w 1800 9 || fail "another setup.sh has held .venv.lock for 30 minutes"
 up_to_date && exit 0
 
 export UV_COMPILE_BYTECODE=1  # as pip does: else the first run compiles, and repeats old packages' warnings
-within() { timeout --foreground "$@" 2>>"$log"; }  # SECONDS COMMAND: what it complains of goes to the log
+within() { await timeout "$@" 2>>"$log"; }  # SECONDS COMMAND: what it complains of goes to the log
 pip() { within "$1" .venv/bin/python -m pip --disable-pip-version-check -q "${@:2}"; }
 uv() { within "$1" .venv/bin/uv pip "$2" --python .venv/bin/python -q "${@:3}"; }
 # uv asks the public index; where that does not answer, pip asks what this machine's settings name.

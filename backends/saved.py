@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from backends.gather import Tensors
 from rlt.errors import Refused
 from rlt.runs.durable import rename
-from rlt.runs.folder import SAVING
-from rlt.runs.manifest import damage_of, seal
+from rlt.runs.folder import BEFORE, SAVING
+from rlt.runs.manifest import damage_of, seal, was_to_replace
 from rlt.survival.kill_points import kill_point
 
 WEIGHTS, OPTIMIZER, SCHEDULER, STATE = "weights.safetensors", "optimizer.safetensors", "scheduler.pt", "state.json"
+NEW = "new"  # below the folder where it is written
 NAMES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]{0,127}")
 
 
@@ -66,6 +67,8 @@ def place_of(root: Path, path: str | Path) -> Path:
         check_name(path)
         path = root / path
     folder = Path(path)
+    if was_to_replace(new := _aside(folder) / NEW, folder):
+        folder = new
     if not folder.is_dir():
         raise Refused(f"there is no saved state in {folder}")
     if (damage := damage_of(folder)) is not None:
@@ -86,21 +89,29 @@ def write(root: Path, name: str, saved: Saved, overwrite: bool) -> Path:
         OSError: the disk is full, say; nothing has changed.
     """
     check_name(name)
-    folder, aside = root / name, root / f"{SAVING}-{name}"
+    folder, aside = root / name, _aside(root / name)
+    if was_to_replace(aside / NEW, folder):
+        rename(aside / NEW, folder)
     if folder.exists() and not overwrite:
         raise Refused(f"{folder} exists: take another name, or overwrite it")
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     try:
-        (aside / "new").mkdir(parents=True)
-        _fill(aside / "new", saved)
+        (aside / NEW).mkdir(parents=True)
+        _fill(aside / NEW, saved)
         kill_point("saving")
-        seal(aside / "new")
+        seal(aside / NEW)
         if folder.exists():
-            rename(folder, aside / "before")
-        rename(aside / "new", folder)
+            rename(folder, aside / BEFORE)
+            kill_point("replacing")
+        rename(aside / NEW, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return folder.with_name(f"{SAVING}-{folder.name}")
 
 
 def _fill(folder: Path, saved: Saved) -> None:

@@ -193,7 +193,7 @@ def run_worker(script: Path, variant: str, setting: str, out: Path) -> dict:
     )
     if done.returncode:
         raise RuntimeError(f"{variant} at {setting} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def alternate(
@@ -220,7 +220,9 @@ def figure(name: str, ours: list[float], peer: list[float], unit: str, command: 
 
 def write_report(out: Path, figures: list[Figure], extra: dict) -> str:
     """`results.json`, `results.png`, and the table as text."""
-    (out / "results.json").write_text(json.dumps({"figures": [asdict(f) for f in figures], **extra}, indent=1))
+    (out / "results.json").write_text(
+        json.dumps({"figures": [asdict(f) for f in figures], **extra}, indent=1), encoding="utf-8"
+    )
     draw(out / "results.png", figures)
     lines = [f"{'figure':<24}{'ours':>10}{'peer':>10}  {'unit':<6}{'ratio':>7}"]
     lines += [f"{f.name:<24}{f.ours:>10.2f}{f.peer:>10.2f}  {f.unit:<6}{f.ratio:>7.2f}" for f in figures]
@@ -261,7 +263,7 @@ def main(
     parser.add_argument("--settings", nargs="+", default=usual, choices=list(SETTINGS), help="shapes of a step")
     args = parser.parse_args()
     if args.worker:
-        args.out.write_text(json.dumps(worker(args.worker, SETTINGS[args.setting])))
+        args.out.write_text(json.dumps(worker(args.worker, SETTINGS[args.setting])), encoding="utf-8")
         return
     args.out.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/{Path(script).name} --out DIR"

@@ -28,7 +28,9 @@ def configuration(setting: Setting, overrides: list[str], folder: str) -> dict:
     tokenizer = load_tokenizer(str(embedded_model_path(MODEL)))
     rows = rows_of(setting, tokenizer)
     data = Path(folder) / "rows.jsonl"
-    data.write_text("".join(json.dumps({k: row[k] for k in ("question", "solution")}) + "\n" for row in rows))
+    data.write_text(
+        "".join(json.dumps({k: row[k] for k in ("question", "solution")}) + "\n" for row in rows), encoding="utf-8"
+    )
     arguments = [
         f"model_name_or_path={MODEL}",
         "student_model=null",

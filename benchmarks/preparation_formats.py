@@ -35,7 +35,7 @@ def repeated(row: dict, number: int) -> dict:
 
 
 def lines_of(name: str) -> list[bytes]:
-    rows = [json.loads(line) for line in (ROWS / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROWS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     copies = AT_LEAST // len(FORMATS) // len(rows) + 1
     return [json.dumps(repeated(row, number)).encode() for number in range(copies) for row in rows]
 

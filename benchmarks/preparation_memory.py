@@ -46,7 +46,7 @@ def vocabulary() -> list[str]:
 def write_rows(path: Path, count: int, words: list[str], lengths: tuple[int, int] = (15, 25)) -> None:
     """Questions and solutions of so many words, of 40 about 300 bytes; one of twenty is a copy of an earlier one."""
     draw, earlier = random.Random(0), []
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             if earlier and draw.random() < 0.05:
                 row = draw.choice(earlier)
@@ -88,7 +88,7 @@ def main() -> None:
                 found.setdefault(stages[-1], {})[count] = result
                 sys.stdout.write(f"{count} rows, {stages[-1]}: {result}\n")
                 sys.stdout.flush()
-                arguments.out.write_text(json.dumps(found, indent=1))
+                arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def counts(output: Path) -> dict[str, Any]:
     """Rows of each stage, and the seconds from the stage before."""
     found = {}
     for stats in sorted((output / "stages").glob("*/stats.json")):
-        read = json.loads(stats.read_text())
+        read = json.loads(stats.read_text(encoding="utf-8"))
         found[stats.parent.name] = {key: read[key] for key in ("in", "kept", "dropped", "seconds") if key in read}
     return found
 
@@ -129,7 +129,7 @@ def main() -> None:
         output = Path(folder) / "out"
         found: dict[str, Any] = {"megabytes": round(size / 1e6, 1), "seconds": run(entries, output)}
         found |= {"stages": counts(output), "seconds of a second run": run(entries, output)}
-    arguments.out.write_text(json.dumps(found, indent=1))
+    arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 

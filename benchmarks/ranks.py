@@ -36,7 +36,9 @@ def worker(variant: str, setting: Setting) -> dict:
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     seconds = sorted(record["step_time"] for record in records if "step_time" in record)
     return {"seconds": seconds[len(seconds) // 2]}
 

@@ -28,7 +28,7 @@ from trainers.teacher_grpo import TeacherGRPOTrainer
 
 
 def reward_config() -> TeacherRewardConfig:
-    text = (ROOT / "cfgs/trainer_cfg/reward_cfg/teacher.yaml").read_text()
+    text = (ROOT / "cfgs/trainer_cfg/reward_cfg/teacher.yaml").read_text(encoding="utf-8")
     return pick(yaml.safe_load(text), TeacherRewardConfig)
 
 

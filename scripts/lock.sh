@@ -4,7 +4,7 @@
 # The locks are whole, for Linux on x86-64 and Python 3.11 and 3.12, and are installed without a resolver.
 set -euo pipefail
 export LC_ALL=C  # one order on every machine
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 fail() { printf 'lock: %s\n' "$*" >&2; exit 1; }
 uv=.venv/bin/uv

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 PUBLIC_NAME = "Qwen/Qwen3-4B-Instruct-2507"  # recipes know its chat form, which is the small model's too
+LOCAL = "smollm2"  # a folder with the small model, which is served under its path
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 VERSION = "0.6.1"
 INSTALL_S, RUN_S = 1200, 1200
@@ -45,10 +46,12 @@ class Recipe:
     words: tuple[str, ...]
     steps: int  # that its metrics must have
     after: str | None = None  # a recipe whose folder it goes on in
+    local: bool = False  # the model by its path
 
-    def command(self, name: str) -> list[str]:
+    def command(self, name: str, folder: Path) -> list[str]:
+        model = folder / LOCAL if self.local else PUBLIC_NAME
         log = f"log_path=runs/{self.after or name}"
-        return ["-m", f"tinker_cookbook.recipes.{self.module}", f"model_name={PUBLIC_NAME}", log, *self.words]
+        return ["-m", f"tinker_cookbook.recipes.{self.module}", f"model_name={model}", log, *self.words]
 
 
 ARITHMETIC = ("env=arithmetic", "group_size=4", "groups_per_batch=4", "max_tokens=5", "loss_fn=importance_sampling")
@@ -60,7 +63,7 @@ RECIPES = {
         "math_rl.train", (*ARITHMETIC, "max_steps=3", "behavior_if_log_dir_exists=resume"), 3, after="arithmetic"
     ),
     "gsm8k": Recipe(
-        "math_rl.train", (*GSM8K, "max_steps=1", "compute_post_kl=True", "num_substeps=2", "eval_every=0"), 1
+        "math_rl.train", (*GSM8K, "max_steps=1", "compute_post_kl=True", "num_substeps=2", "eval_every=1"), 1
     ),
     "off_policy": Recipe("math_rl.train", (*ARITHMETIC, "max_steps=2", "max_steps_off_policy=2"), 2),
     "streamed": Recipe(
@@ -88,6 +91,9 @@ RECIPES = {
         "prompt_distillation.train", (*SMALL, "file_path=chat.jsonl", "max_steps=2", "eval_every=0"), 2
     ),
     "dpo": Recipe("preference.dpo.train", (*SMALL, "dataset=hhh", "max_steps=2"), 2),
+    "dpo_local": Recipe(
+        "preference.dpo.train", (*SMALL, "dataset=hhh", "max_steps=2", "renderer_name=role_colon"), 2, local=True
+    ),
     "on_policy_distillation": Recipe(
         "distillation.on_policy_distillation",
         (
@@ -148,6 +154,7 @@ def make_place(folder: Path, model: Path) -> None:
     alias.mkdir(parents=True)
     for name in TOKENIZER_FILES:
         shutil.copy(model / name, alias / name)
+    (folder / LOCAL).symlink_to(model)
     for name, (config, row) in DATA_SETS.items():
         _write_data_set(folder / name, config, row)
     _write_rows(folder / "chat.jsonl", _chat, 64)
@@ -161,12 +168,19 @@ def environment(folder: Path, address: str, key: str) -> dict[str, str]:
     return variables | {"TINKER_COOKBOOK_RUNS_DIR": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""}
 
 
+def start_recipe(name: str, recipe: Recipe, folder: Path, variables: dict[str, str]) -> subprocess.Popen:
+    command = [str(python_of_cookbook()), *recipe.command(name, folder)]
+    with (folder / f"{name}.log").open("w") as out:
+        return subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=out)
+
+
 def run_recipe(name: str, recipe: Recipe, folder: Path, variables: dict[str, str]) -> list[dict]:
     """Its metrics, one row for each step."""
-    log = folder / f"{name}.log"
-    command = [str(python_of_cookbook()), *recipe.command(name)]
-    with log.open("w") as out:
-        ended = subprocess.run(command, cwd=folder, env=variables, stdout=out, stderr=out, timeout=RUN_S)
-    assert ended.returncode == 0, log.read_text()[-3000:]
+    with start_recipe(name, recipe, folder, variables) as running:
+        try:
+            code = running.wait(RUN_S)
+        finally:
+            running.kill()
+    assert code == 0, (folder / f"{name}.log").read_text()[-3000:]
     metrics = folder / "runs" / (recipe.after or name) / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -168,18 +168,22 @@ backend.save_state("mine", overwrite=True).result(60)
 """
 
 
-def test_a_save_that_is_killed_leaves_the_state_before(tmp_path):
-    environment = {**os.environ, "RLT_KILL_AT": "saving:2", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(("point", "version"), [("saving:2", 1), ("replacing", 2)])
+def test_a_save_that_is_killed_leaves_the_state_before_or_its_own(point, version, tmp_path):
+    """The latter where the state before has lost its name already."""
+    environment = {**os.environ, "RLT_KILL_AT": point, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=environment, timeout=120, check=False
     )
     assert ended.returncode == -signal.SIGKILL
     backend = backend_of(tmp_path)
-    assert backend.load_state("mine").result(LIMIT_S) == 1
+    assert backend.load_state("mine").result(LIMIT_S) == version
     steps(backend, [1])
+    with pytest.raises(Refused, match="mine exists"):
+        backend.save_state("mine").result(LIMIT_S)
     assert backend.save_state("mine", overwrite=True).result(LIMIT_S).name == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert json.loads((tmp_path / "mine" / "state.json").read_text())["weight_version"] == 2
+    assert json.loads((tmp_path / "mine" / "state.json").read_text())["weight_version"] == version + 1
 
 
 def test_a_disk_that_is_full_leaves_nothing_and_the_backend_goes_on(tmp_path):

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from conftest import config_of, launch, spawn_ranks
+from conftest import ROOT, config_of, launch, spawn_ranks
 
 from rlt.errors import Refused
 from rlt.launching.environment import free_port
@@ -204,3 +207,27 @@ def test_a_manifest_has_what_another_machine_wrote_by_its_sum_and_not_by_what_is
     assert damage_of(here) == "rng_state_1.pth has 0 of 5 bytes"
     shutil.copy(there / "rng_state_1.pth", here)
     assert damage_of(here) is None
+
+
+SAVED_TWICE = """
+import json, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from conftest import build
+words = ["max_steps=1", "save_steps=1", "save_total_limit=1", "eval_size=0"]
+trainer, _ = build(json.loads(sys.argv[1]), Path(sys.argv[2]), *words)
+trainer.train()
+trainer._save_checkpoint(trainer.model, None)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_is_saved_again_is_there_at_any_moment(tiny_run, tmp_path):
+    """The process is killed when the first of the two has lost its name, and the second has none yet."""
+    environment = {**os.environ, "RLT_KILL_AT": "replacing", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SAVED_TWICE, json.dumps(tiny_run), str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert damage_of(tmp_path / "checkpoint-1") is None

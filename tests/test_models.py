@@ -25,7 +25,7 @@ from transformers import (
 from rlt.models import embedded
 from rlt.models.devices import supports_bfloat16
 from rlt.models.embedded import embedded_model_path, is_embedded
-from rlt.models.files import tensor_shapes
+from rlt.models.files import is_whole, tensor_shapes
 from rlt.models.loading import load_frozen, load_policy, load_student, load_tokenizer
 from rlt.models.paths import resolve_model_path
 from rlt.models.residence import resident, send_for
@@ -104,6 +104,30 @@ def test_converted_weights_give_the_logits_of_the_gguf(converted):
     with torch.no_grad():
         ours, theirs = (model.eval()(ids).logits for model in (load_frozen(converted, torch.float32), original))
     assert torch.equal(ours, theirs)
+
+
+def convert_to(model: str, cache: Path, monkeypatch) -> None:
+    """A small model stands for the converted one, in a cache of its own."""
+    monkeypatch.setenv("RLT_CACHE_DIR", str(cache))
+    monkeypatch.setattr(embedded, "_convert", lambda _, folder: shutil.copytree(model, folder, dirs_exist_ok=True))
+
+
+TORN = {"weights": ("model.safetensors", 1000), "settings": ("config.json", 40), "template": ("chat_template.jinja", 0)}
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_converted_model_that_a_power_cut_tore_is_converted_anew(torn, tiny_teacher, monkeypatch, tmp_path):
+    name, left = TORN[torn]
+    monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        embedded, "_convert", lambda _, folder: shutil.copytree(tiny_teacher, folder, dirs_exist_ok=True)
+    )
+    folder = embedded_model_path(NAME)
+    os.truncate(folder / name, left)
+    assert embedded_model_path(NAME) == folder and is_whole(folder)
+    made = (folder / name).stat()
+    assert made.st_size == (Path(tiny_teacher) / name).stat().st_size
+    assert embedded_model_path(NAME) == folder and (folder / name).stat().st_ino == made.st_ino  # once
 
 
 def test_special_tokens_of_the_converted_model_are_those_it_was_trained_with(converted):
@@ -258,6 +282,38 @@ def test_an_adapter_is_merged_into_its_base_once_and_again_when_it_changes(tiny_
         torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
         assert not torch.allclose(merged(ids).logits, load_frozen(tiny_teacher, torch.float32)(ids).logits)
         assert load_tokenizer(path).eos_token == load_tokenizer(tiny_teacher).eos_token
+
+
+@pytest.mark.parametrize(("name", "left"), [("made_from.json", 9), ("made_from.json", 0), ("model.safetensors", 1000)])
+def test_a_merged_model_that_a_power_cut_tore_is_made_anew(name, left, tiny_teacher, tmp_path):
+    ids = torch.tensor([[1, 2, 3]])
+    adapter = get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path)
+    os.truncate(Path(resolve_model_path(str(tmp_path))) / name, left)
+    merged = load_frozen(resolve_model_path(str(tmp_path)), torch.float32)
+    torch.testing.assert_close(merged(ids).logits, adapter.eval()(ids).logits)
+
+
+def test_a_model_that_is_made_here_is_on_the_disk_before_it_gets_its_name(
+    tiny_teacher, tmp_path, monkeypatch, converted
+):
+    """In the order of the system's calls: every file, the folder, its name, and the folder with the name."""
+    order, fsync, rename = [], os.fsync, os.rename
+    get_peft_model(load_frozen(tiny_teacher, torch.float32), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("RLT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        embedded, "_convert", lambda _, folder: shutil.copytree(tiny_teacher, folder, dirs_exist_ok=True)
+    )
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: order.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle)
+    )
+    monkeypatch.setattr(os, "rename", lambda old, new: order.append((str(old), str(new))) or rename(old, new))
+    for name in (str(tmp_path / "adapter"), NAME):
+        order.clear()
+        folder = Path(resolve_model_path(name))
+        aside = folder.with_suffix(".partial")
+        assert {*order[:-3]} == {str(aside / path.name) for path in folder.iterdir()}
+        assert order[-3:] == [str(aside), (str(aside), str(folder)), str(folder.parent)]
 
 
 def test_an_adapter_of_an_adapters_folder_has_both(tiny_teacher, tmp_path):
@@ -432,7 +488,7 @@ def test_a_hub_name_without_network_is_one_value_error(monkeypatch, load):
     ],
 )
 def test_bfloat16_on_the_cpu_follows_the_processors_flags(monkeypatch, line, expected):
-    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: f"processor\t: 0\n{line}\n")
     assert supports_bfloat16("cpu") is expected
 
 

@@ -24,7 +24,7 @@ ORDER = (
         "rlt.rewards",
     ),
     *("rlt.logprobs", "rlt.prompts", "rlt.data", "rlt.models", "rlt.wire"),
-    *("rlt.schema", "rlt.estimates", "rlt.errors", "rlt.places"),
+    *("rlt.schema", "rlt.estimates", "rlt.errors", "rlt.places", "rlt.durable"),
 )
 LARGEST_SHARE = 0.15
 

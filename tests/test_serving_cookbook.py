@@ -19,7 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from cookbook import PUBLIC_NAME, RECIPES, Recipe, environment, make_place, python_of_cookbook, run_recipe
+from cookbook import (
+    LOCAL,
+    PUBLIC_NAME,
+    RECIPES,
+    RUN_S,
+    Recipe,
+    environment,
+    make_place,
+    python_of_cookbook,
+    run_recipe,
+    start_recipe,
+)
 
 pytest.importorskip("sqlalchemy")
 
@@ -40,7 +51,7 @@ def place(tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
     folder = tmp_path_factory.mktemp("cookbook")
     make_place(folder, Path(resolve_model_path(EMBEDDED)))
     command = [sys.executable, str(ROOT / "serve.py"), "port=0", f"state_dir={folder / 'state'}"]
-    command += [f"base_models=[{PUBLIC_NAME}={EMBEDDED}]"]
+    command += [f"base_models=[{PUBLIC_NAME}={EMBEDDED},{folder / LOCAL}]"]
     variables = {**os.environ, "RLT_API_KEY": KEY, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables)
@@ -63,9 +74,32 @@ def test_a_recipe_runs_to_its_end(place, name):
     if recipe.after and not (folder / "runs" / recipe.after / "checkpoints.jsonl").exists():
         run_recipe(recipe.after, RECIPES[recipe.after], folder, variables)
     rows = run_recipe(name, recipe, folder, variables)
-    logger.info("%s: python %s: %.0f s", name, " ".join(recipe.command(name)), time.monotonic() - began)
+    logger.info("%s: python %s: %.0f s", name, " ".join(recipe.command(name, folder)), time.monotonic() - began)
     assert len(rows) >= recipe.steps, rows
     assert "Traceback" not in (folder / "server.log").read_text()
+
+
+LOOP = Recipe(
+    "rl_loop",
+    (
+        *("batch_size=2", "group_size=2", "max_tokens=16", "max_steps=3", "save_every=1"),
+        "loss_fn=importance_sampling",
+    ),
+    3,
+)
+
+
+def test_a_loop_that_is_killed_goes_on_from_its_last_state(place):
+    """The recipe keeps a state before its second step, and is killed then. Its metrics are added to."""
+    folder, variables = place
+    kept, end = folder / "runs" / "loop" / "checkpoints.jsonl", time.monotonic() + RUN_S
+    with start_recipe("loop", LOOP, folder, variables) as killed:
+        while not (kept.exists() and kept.read_text().endswith("\n")) and time.monotonic() < end:
+            assert killed.poll() is None, (folder / "loop.log").read_text()[-3000:]
+            time.sleep(0.05)
+        killed.kill()
+    steps = [row["step"] for row in run_recipe("loop", LOOP, folder, variables)]
+    assert (steps[0], steps[-2:], steps.count(0)) == (0, [1, 2], 1), steps
 
 
 LEARNING = Recipe(

@@ -268,11 +268,12 @@ sys.stdout.write(json.dumps([losses, list(sample.tokens), info.tokenizer_id]))
 
 
 @pytest.mark.slow
-def test_the_sdk_trains_the_embedded_model_that_is_served_by_default(tmp_path):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_sdk_trains_the_embedded_model_that_is_served_by_default(version, tmp_path):
     with served(tmp_path / "state") as address:
         variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         variables |= {"TINKER_BASE_URL": address, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
-        command = [environment_of(VERSIONS[0]), "-c", SDK_PROGRAM, EMBEDDED]
+        command = [environment_of(version), "-c", SDK_PROGRAM, EMBEDDED]
         ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
     losses, tokens, folder = json.loads(ended.stdout)

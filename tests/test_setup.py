@@ -1,6 +1,9 @@
 """The scripts and the pinned lists."""
 
+import fcntl
 import re
+import signal
+import socket
 import subprocess
 from importlib.metadata import distribution
 
@@ -212,3 +215,21 @@ def test_the_environment_of_another_device_is_kept_unless_it_is_asked_for(projec
     code, said = project.set_up(SETUP_DEVICE="cpu")
     assert (code, project.installed()) == (0, BASE_CPU), said
     assert "making .venv" in said
+
+
+def test_a_set_up_that_is_asked_to_stop_leaves_no_installer_and_no_lock(project):
+    """An index that takes a connection and says nothing; then one that answers."""
+    project.index.offer("cpu", "pytorch/cpu")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(100)
+        nowhere = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        with project.start(PIP_INDEX_URL=nowhere, UV_DEFAULT_INDEX=nowhere) as process:
+            connection, _ = silent.accept()
+            process.terminate()
+            said, _ = process.communicate(timeout=20)  # which the installer would hold open
+        connection.close()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    with (project.folder / ".venv.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    code, said = project.set_up()
+    assert (code, said.startswith("setup: making .venv")) == (0, True), said

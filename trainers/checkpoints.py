@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from backends.state import load_full_weights, load_training_state, training_state
 from rlt.runs.durable import flush, read_json, rename
-from rlt.runs.folder import SAVING
+from rlt.runs.folder import BEFORE, SAVING
 from rlt.runs.manifest import seal, sums
 from rlt.survival.kill_points import kill_point
 
@@ -94,7 +94,8 @@ class AtomicCheckpoints(Base):
         if self.args.should_save:
             seal(aside / name, of_ranks)
             if (output_dir / name).exists():  # the same step, saved by an earlier life of the run
-                rename(output_dir / name, aside / "before")
+                rename(output_dir / name, aside / BEFORE)
+                kill_point("replacing")
             rename(aside / name, output_dir / name)
             shutil.rmtree(aside, ignore_errors=True)
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)

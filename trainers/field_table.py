@@ -24,7 +24,7 @@ def build_table() -> dict[str, dict[str, list[str]]]:
 
 
 def main() -> None:
-    TABLE.write_text(json.dumps(build_table(), indent=0, sort_keys=True) + "\n")
+    TABLE.write_text(json.dumps(build_table(), indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

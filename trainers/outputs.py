@@ -40,7 +40,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         numbers = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in logs.items()}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 1), **numbers}) + "\n")
 
 

@@ -89,7 +89,7 @@ def read_all(folder: Path) -> tuple[list[Result], list[Result]]:
     Raises:
         Refused: there is none.
     """
-    found = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
     found = [one for one in found if one.seed < settings.SEEDS["tuning"]]
     if not found:
         raise Refused(f"{folder} holds no result of a seed below {settings.SEEDS['tuning']}")

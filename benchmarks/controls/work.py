@@ -164,7 +164,7 @@ class Seed:
         return sum(lengths) * settings.BATCH
 
     def logged(self, folder: Path) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
     def learn(self, folder: Path, source: Path, model: Path | str, *overrides: str) -> Path:
         whole = ["eval_size=0", "eval_steps=null", "load_best_model_at_end=false", "save_steps=1000"]
@@ -179,7 +179,7 @@ class Seed:
         place = self.stage("evaluate_tiny", folder / "evaluation", source, *asked)
         by_question = {row["question"]: row for row in rows.read(source)}
         answers = pandas.read_parquet(place / "answers.parquet").to_dict("records")
-        accuracy = json.loads((place / EVALUATION).read_text())["accuracy"]
+        accuracy = json.loads((place / EVALUATION).read_text(encoding="utf-8"))["accuracy"]
         of_task = {
             f"accuracy of {task}": finite_mean(a for q, a in accuracy.items() if by_question[q]["task"] == task)
             for task in sorted({row["task"] for row in by_question.values()})

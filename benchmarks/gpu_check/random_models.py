@@ -104,5 +104,5 @@ def write_rows(path: Path, count: int, trace_tokens: int) -> str:
 
     asked = [{"question": f"{number} {words(20)}", "solution": words(24)} for number in range(count)]
     rows = [{**row, "reasoning_trace": words(trace_tokens)} for row in asked]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

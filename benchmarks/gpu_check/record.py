@@ -13,7 +13,7 @@ import torch
 def write_atomically(path: Path, value: Any) -> None:
     """A reader finds the whole of the old or of the new file."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1))
+    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(aside, path)
 
 

@@ -53,8 +53,8 @@ def run_part(name: str, out: Path, device: str, limit: float, kernels: str) -> d
         with log.open("wb") as said:
             code = exit_code(command, said, environment(device, folder, kernels), limit)
         seconds, text = time.monotonic() - start, log.read_text(errors="replace")
-        measured = json.loads(figures.read_text()) if figures.exists() else {}
-    with (out / "log.txt").open("a") as whole:
+        measured = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
+    with (out / "log.txt").open("a", encoding="utf-8") as whole:
         whole.write(f"=== {name}\n{text}\n")
     status = "timeout" if code is None else "failed" if code else "ok"
     result = {"status": status, "seconds": round(seconds, 1), **measured}

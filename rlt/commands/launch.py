@@ -216,7 +216,7 @@ def start_ranks(plans: dict[int, Plan], devices: int, machines: Machines, server
         if weights is not None:
             environment[WEIGHTS_VARIABLE] = weights
         for number, plan in plans.items():
-            (Path(folder) / f"plan-{number}.json").write_text(plan.to_json())
+            (Path(folder) / f"plan-{number}.json").write_text(plan.to_json(), encoding="utf-8")
         environment[RANK_SECRETS_VARIABLE] = json.dumps(plans[machines.most].secrets)
         environment["TMPDIR"] = folder  # where libraries leave files when a rank is killed
         command = [sys.executable, *RANK, folder, str(os.getpid())]

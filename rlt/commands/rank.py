@@ -31,7 +31,7 @@ def read_plan(folder: Path) -> Plan:
     file = folder / f"plan-{machines}.json"
     if not file.is_file():
         raise Refused(f"{machines} machines are left, and the batch does not divide: the same command continues")
-    plan = Plan(**json.loads(file.read_text()))
+    plan = Plan(**json.loads(file.read_text(encoding="utf-8")))
     secrets = json.loads(os.environ.pop(RANK_SECRETS_VARIABLE, "{}"))
     return replace(plan, config={**plan.config, **secrets})
 

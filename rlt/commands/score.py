@@ -29,7 +29,7 @@ from omegaconf import MissingMandatoryValue
 from rlt.data.files import read_file, readable
 from rlt.errors import Refused, fail, usage
 from rlt.generation.seeds import request_seed
-from rlt.places import CFGS
+from rlt.places import CFGS, looked_in
 from rlt.planning.checks import check_types
 from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, read_overrides
 from rlt.planning.machine import check_models_exist
@@ -96,7 +96,7 @@ def checked(config: dict[str, Any]) -> ScoreSettings:
     if settings.dtype not in DTYPES:
         raise Refused(f"dtype={settings.dtype}: use {' or '.join(DTYPES)}")
     if not Path(settings.input).is_file():
-        raise Refused(f"input={settings.input} does not exist")
+        raise Refused(f"input={settings.input} does not exist{looked_in(settings.input)}")
     for path in (Path(settings.output), ranking_file(Path(settings.output))):
         if path.exists():
             raise Refused(f"output={settings.output}: {path} exists and would be overwritten: name another file")

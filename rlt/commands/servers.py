@@ -43,7 +43,7 @@ def serve(devices: int, arguments: list[str]) -> int:
     with owned_folder(SERVE) as folder, Watchdog() as watchdog:
         watchdog.watch(Path(folder))
         file = Path(folder) / "plan.json"
-        file.write_text(plan.to_json())
+        file.write_text(plan.to_json(), encoding="utf-8")
         servers = servers_of(plan, devices, 0, file, Path(folder), watchdog)
         return serve_until_stopped(servers, config["vllm_server_timeout"])
 

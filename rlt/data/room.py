@@ -21,8 +21,8 @@ def free_bytes() -> int:
     if limit != resource.RLIM_INFINITY:
         free.append(limit - psutil.Process().memory_info().vms)
     most, taken = (CGROUP / f"memory.{name}" for name in ("max", "current"))
-    if most.is_file() and (text := most.read_text().strip()).isdigit():
-        free.append(int(text) - int(taken.read_text()))
+    if most.is_file() and (text := most.read_text(encoding="utf-8").strip()).isdigit():
+        free.append(int(text) - int(taken.read_text(encoding="utf-8")))
     return max(0, min(free))
 
 

@@ -23,7 +23,7 @@ from rlt.data.files import SUFFIXES, columns_of, read_file, readable
 from rlt.data.generator import GENERATED_ROWS, GENERATOR, generated_rows, task_and_options
 from rlt.data.room import Room
 from rlt.errors import Refused
-from rlt.places import LOCAL_STARTS, MARKER, PREPARED
+from rlt.places import LOCAL_STARTS, MARKER, PREPARED, looked_in
 
 REQUIRED = ("question", "solution")
 OPTIONAL = ("system", "teacher_system_prompt", "student_system_prompt", "id", "task", "metadata")
@@ -317,4 +317,4 @@ def _inspect_files(source: str) -> None:
     elif path.is_file():
         _check_columns(columns_of(path), source)
     elif path.suffix in SUFFIXES or source.count("/") != 1 or source.startswith(LOCAL_STARTS):
-        raise Refused(f"{source} does not exist")
+        raise Refused(f"{source} does not exist{looked_in(source)}")

@@ -11,7 +11,7 @@ import xxhash
 
 from rlt.errors import Refused
 from rlt.formats import FORMATS
-from rlt.places import PREPARED
+from rlt.places import PREPARED, looked_in
 from rlt.runs.durable import read_json, write_whole
 
 MANIFEST = "inputs.json"
@@ -167,7 +167,7 @@ def files_of(source: Source) -> list[Path]:
         return _readable(found, f"{source.path} is a folder without a file of {', '.join(SUFFIXES)}")
     if _on_hub(source):
         return []
-    return _readable([path], f"{source.path} does not exist")
+    return _readable([path], f"{source.path} does not exist{looked_in(source.path)}")
 
 
 def _readable(paths: list[Path], otherwise: str) -> list[Path]:

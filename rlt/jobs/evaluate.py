@@ -109,7 +109,7 @@ def check_comparable(config: dict) -> None:
     file = Path(other) / CONFIG
     if not file.is_file():
         raise Refused(f"compare_with={other} holds no {CONFIG}: name the output folder of an evaluation")
-    check_same_way(config, yaml.safe_load(file.read_text()))
+    check_same_way(config, yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def check_same_way(config: dict, other: dict) -> None:
@@ -138,7 +138,7 @@ def check_common_question(other: str | None, rows: list[dict]) -> None:
 
 def compared(other: str, questions: Iterable[str]) -> set[str]:
     """The questions that the evaluation to compare with has answered too."""
-    return set(json.loads((Path(other) / EVALUATION).read_text())["accuracy"]) & set(questions)
+    return set(json.loads((Path(other) / EVALUATION).read_text(encoding="utf-8"))["accuracy"]) & set(questions)
 
 
 def check_apart(config: dict, rows: list[dict], learned: list[dict], must_be_there: bool = False) -> None:
@@ -228,7 +228,7 @@ def sum_up(settings: EvaluateSettings, answers: list[dict], folder: Path, left_o
     result = {"questions": len(by_question), "left_out": left_out}
     result |= {"figures": {k: vars(v) for k, v in figures.items()}, "accuracy": accuracy}
     if settings.compare_with:
-        other = json.loads((Path(settings.compare_with) / EVALUATION).read_text())
+        other = json.loads((Path(settings.compare_with) / EVALUATION).read_text(encoding="utf-8"))
         result["difference"] = vars(paired_difference(other["accuracy"], accuracy))
         result["compared"] = len(compared(settings.compare_with, accuracy))
     write_whole(folder / EVALUATION, json.dumps(result, indent=1))

@@ -44,7 +44,7 @@ def last_words(folder: Path, rank: int | str) -> Path:
 def keep_last_words(file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Why this rank ends, also where its log cannot be written."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
     sys.stderr.write(text)
 
 

@@ -22,6 +22,8 @@ class LossyFile(io.FileIO):
 def speak_on() -> None:
     """Standard output and errors of this process no longer end it."""
     sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.BufferedWriter(LossyFile(number, "w", closefd=False)), line_buffering=True)
+        io.TextIOWrapper(
+            io.BufferedWriter(LossyFile(number, "w", closefd=False)), "utf-8", "backslashreplace", line_buffering=True
+        )
         for number in (1, 2)
     )

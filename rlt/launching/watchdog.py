@@ -5,6 +5,7 @@ loaders) is not asked. So a process of its own waits for the launcher's end, whi
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         command = [sys.executable, "-m", __name__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         assert self.process.stdin is not None
         self.pipe = self.process.stdin
         return self
@@ -37,7 +38,7 @@ class Watchdog:
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # it was ended, which is no reason to end a run
-            self.pipe.write(line)
+            self.pipe.write(os.fsencode(line))
             self.pipe.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -53,7 +54,7 @@ class Watchdog:
 
 def main() -> None:
     watched: list[str] = []
-    for line in sys.stdin:
+    for line in map(os.fsdecode, sys.stdin.buffer):
         if line.strip() == DONE:
             return
         if line.startswith(FORGET):

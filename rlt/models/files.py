@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+from rlt.durable import read_json
 from rlt.errors import Refused
 
 POINTER = b"version https://git-lfs"  # how a pointer begins, which stands for a file that git-lfs has yet to fetch
@@ -30,6 +31,21 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     if size < whole:
         raise Refused(f"{path} is cut short ({size} of {whole} bytes): copy or download it again")
     return {name: entry["shape"] for name, entry in entries.items()}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder that was written here holds a model as it was written, as far as its files can say: a power cut
+    leaves them empty or cut short."""
+    files = [path for path in folder.glob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    try:
+        for path in weights:
+            tensor_shapes(path)
+        sizes = [path.stat().st_size for path in files]
+    except (Refused, FileNotFoundError):  # the latter: another process has begun to make it anew
+        return False
+    settings = [read_json(path) for path in files if path.suffix == ".json"]
+    return bool(weights) and None not in settings and 0 not in sizes
 
 
 def model_settings(folder: Path) -> dict:

@@ -9,9 +9,11 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
+from rlt.durable import flush_all, read_json, rename
 from rlt.errors import Refused
 from rlt.models.embedded import CACHE_REMEDY, cache_folder, embedded_model_path, is_embedded, locked
-from rlt.places import LOCAL_STARTS
+from rlt.models.files import is_whole
+from rlt.places import LOCAL_STARTS, looked_in
 
 MERGED = "merged"
 WHOLE = "whole"  # in the cache: folders of links
@@ -33,7 +35,7 @@ def resolve_model_path(name: str) -> str:
     if path.is_dir():
         return str(merged_model_path(path) if is_adapter(path) else whole_model_path(path))
     if name.startswith(LOCAL_STARTS):
-        raise Refused(f"model path {name} does not exist")
+        raise Refused(f"model path {name} does not exist{looked_in(name)}")
     return name
 
 
@@ -80,7 +82,7 @@ def adapter_base(folder: Path) -> str:
         Refused: it names none, or its weights are missing.
     """
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, RecursionError):
         base = None
     if not base or not isinstance(base, str):
@@ -110,9 +112,10 @@ def merged_model_path(folder: Path, trust_remote_code: bool = False) -> Path:
                 aside = folder / f"{MERGED}.partial"
                 shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: whoever writes has the lock
                 _merge(folder, aside, trust_remote_code)
-                (aside / MADE_FROM).write_text(json.dumps(adapter))
+                (aside / MADE_FROM).write_text(json.dumps(adapter), encoding="utf-8")
+                flush_all(aside)
                 shutil.rmtree(merged, ignore_errors=True)
-                os.rename(aside, merged)
+                rename(aside, merged)
     return merged
 
 
@@ -123,8 +126,8 @@ def _adapter_sums(folder: Path) -> dict[str, str]:
 
 
 def _is_of(merged: Path, adapter: dict[str, str]) -> bool:
-    made_from = merged / MADE_FROM
-    return made_from.is_file() and json.loads(made_from.read_text()) == adapter
+    """Whether it was made from this adapter, and is as it was written: else it is made anew."""
+    return read_json(merged / MADE_FROM) == adapter and is_whole(merged)
 
 
 def _merge(folder: Path, into: Path, trust_remote_code: bool) -> None:

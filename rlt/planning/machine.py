@@ -21,7 +21,7 @@ from rlt.errors import Refused
 from rlt.models.embedded import GGUF_FILES, is_embedded
 from rlt.models.files import check_files
 from rlt.models.paths import MERGED, adapter_base, is_adapter
-from rlt.places import KEY_VARIABLE, LOCAL_STARTS
+from rlt.places import KEY_VARIABLE, LOCAL_STARTS, looked_in
 from rlt.planning.memory import GIB, parameters
 from rlt.prompts.styles import load_format
 from rlt.runs.folder import MARKER, PACKED, is_complete
@@ -52,7 +52,9 @@ def ask_nvidia_smi(*arguments: str) -> list[str]:
         return []
     command = ["nvidia-smi", *arguments]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         logger.warning("nvidia-smi did not answer within %s s: no GPU is seen", NVIDIA_SMI_TIMEOUT_S)
         return []
@@ -150,7 +152,7 @@ def check_models_exist(named: dict[str, str]) -> None:
                 raise Refused(f"{key}={name}: the folder holds no model (no config.json)")
             continue
         if name.startswith(LOCAL_STARTS) or name.count("/") != 1:
-            raise Refused(f"{key}={name}: model path does not exist")
+            raise Refused(f"{key}={name}: model path does not exist{looked_in(name)}")
         _check_hub(key, name, "models")
 
 

@@ -25,7 +25,7 @@ RESERVE = 0.92  # of a GPU's memory: the rest is its context and what lies betwe
 def memory_profiles() -> dict[str, dict]:
     """The settings of each profile, by name."""
     files = [path for path in (CFGS / "memory_cfg").glob("*.yaml") if path.stem != "auto"]
-    return {path.stem: yaml.safe_load(path.read_text()) for path in files}
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
 
 
 def with_memory_profile(

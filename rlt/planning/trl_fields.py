@@ -45,4 +45,4 @@ def typed_settings(config: dict[str, Any]) -> Any:
 @cache
 def read_table() -> dict[str, dict[str, list[str]]]:
     """{`Profile.config`: {field: admitted types}}, and under "choices" {field: admitted values}."""
-    return json.loads(TABLE.read_text())
+    return json.loads(TABLE.read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ def check_versions(requirements: Path) -> list[str]:
     """
     wrong = []
     group = BASE
-    for line in requirements.read_text().splitlines():
+    for line in requirements.read_text(encoding="utf-8").splitlines():
         if line.startswith(GROUP):
             group = line.removeprefix(GROUP)
         pin = PIN.match(line)

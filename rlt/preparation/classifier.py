@@ -30,7 +30,7 @@ def check_classifier(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise Refused(f"toxicity_model={folder}: use svm, or the folder of a sequence classifier (with config.json)")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = str((config.get("architectures") or [None])[0])
     if not kind.endswith("ForSequenceClassification"):
         raise Refused(f"toxicity_model={folder} holds {kind}, which is no sequence classifier")
@@ -63,7 +63,7 @@ class Classifier:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.tokenizer = tokenizer
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.by_label = by_label(config)
         harmless = [int(n) for n, label in config.get("id2label", {}).items() if str(label).lower() in HARMLESS]
         self.harmless = None if self.by_label else harmless[0]

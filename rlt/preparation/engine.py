@@ -217,7 +217,7 @@ def _run_on_slurm(step: TaskStep, logs: Path, tasks: int, settings: PrepareSetti
 
     noted = job_file(step.place, step.pass_name)
     if noted.is_file():
-        _wait_for_job(noted.read_text(), step, tasks, asked)
+        _wait_for_job(noted.read_text(encoding="utf-8"), step, tasks, asked)
     if _refused(step, tasks) or not missing_tasks(step.place, step.pass_name, tasks):
         return
     assert settings.slurm_partition is not None  # the plan refuses it
@@ -250,7 +250,9 @@ def job_file(place: Place, pass_name: str) -> Path:
 def cancel_jobs(place: Place) -> None:
     """Of a stage whose results nobody wants: its jobs, if it has any, write no more."""
     for noted in (place.folder / "jobs").glob("*"):
-        subprocess.run(["scancel", noted.read_text()], capture_output=True, timeout=COMMAND_LIMIT_S, check=False)
+        subprocess.run(
+            ["scancel", noted.read_text(encoding="utf-8")], capture_output=True, timeout=COMMAND_LIMIT_S, check=False
+        )
 
 
 def _wait_for_job(job: str, step: TaskStep, tasks: int, asked: Callable[[], bool]) -> None:
@@ -287,7 +289,13 @@ def _outside_of_a_job() -> Iterator[None]:
 def _in_queue(job: str) -> bool:
     """Whether Slurm still has a job to run, or runs it; a queue that does not answer now is asked again."""
     try:
-        found = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+        found = subprocess.run(
+            ["squeue", "-h", "-j", job],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMMAND_LIMIT_S,
+        )
     except subprocess.TimeoutExpired:
         return True
     if found.returncode and "Invalid job id" not in found.stderr:

@@ -13,7 +13,7 @@ EVERY_S = 0.5
 def _noted(folder: Path, pass_name: str) -> int:
     total = 0
     for path in folder.glob(f"{pass_name}-*"):
-        text = path.read_text() if path.is_file() else ""
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         total += int(text) if text.isdigit() else 0
     return total
 

@@ -221,7 +221,7 @@ class ProgressNote:
     def __call__(self, count: int) -> None:
         if (now := time.monotonic()) - self.noted > SECONDS_BETWEEN_NOTES:
             self.noted = now
-            self.path.write_text(str(count))
+            self.path.write_text(str(count), encoding="utf-8")
 
 
 def key_values(settings: PrepareSettings, keys: tuple[str, ...]) -> dict[str, Any]:

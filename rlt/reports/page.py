@@ -86,8 +86,7 @@ def sections(folder: Path) -> list[str]:
 
 def card(folder: Path) -> str:
     path = folder / CARD
-    return (
-        f"<details open><summary>data card</summary><pre>{html.escape(path.read_text())}</pre></details>"
-        if path.is_file()
-        else ""
-    )
+    if not path.is_file():
+        return ""
+    text = html.escape(path.read_text(encoding="utf-8"))
+    return f"<details open><summary>data card</summary><pre>{text}</pre></details>"

@@ -63,8 +63,9 @@ def main(descriptor: int, trainer: int) -> None:
     end_with(trainer)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer's, which may still have a step to finish
+    # Ended first where the machine runs out of memory.
     with contextlib.suppress(OSError):  # not every container allows it
-        Path("/proc/self/oom_score_adj").write_text("1000")  # ended first where the machine runs out of memory
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     warm_up()
     control = socket.socket(fileno=descriptor)
     control.send(READY)
@@ -105,7 +106,7 @@ def warm_up() -> None:
 
 
 def limit_itself() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     for limit, most in {resource.RLIMIT_AS: pages * resource.getpagesize() + ROOM_BYTES, **LIMITS}.items():
         hard = resource.getrlimit(limit)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -97,7 +97,7 @@ def _prepare_wandb(config: dict[str, Any], folder: Path) -> None:
         os.environ["WANDB__DISABLE_META"] = "true"  # the machine's description, which has the command line in it
     os.environ |= {
         "WANDB_DIR": str(folder),
-        "WANDB_RUN_ID": id_file.read_text().strip(),
+        "WANDB_RUN_ID": id_file.read_text(encoding="utf-8").strip(),
         "WANDB_RESUME": "allow",
         "WANDB_SILENT": "true",
     }
@@ -160,7 +160,7 @@ def _prepare_mlflow(config: dict[str, Any], folder: Path) -> None:
     os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
     os.environ.setdefault("MLFLOW_TAGS", json.dumps({"mlflow.note.content": run_question(config)}))
     if (id_file := folder / MLFLOW_RUN).is_file():
-        os.environ["MLFLOW_RUN_ID"] = id_file.read_text().strip()
+        os.environ["MLFLOW_RUN_ID"] = id_file.read_text(encoding="utf-8").strip()
 
 
 def log_figures(config: dict[str, Any], figures: dict[str, float]) -> None:

@@ -1,57 +1,15 @@
-"""Files that a power cut leaves whole: the old content or the new one, on the disk before anything relies on it.
-
-A rename is seen at once, but it and the file's bytes reach the disk when the system likes: after a cut a name may stand
-for an empty file. So a file is flushed before it gets its name, and its folder after.
-"""
+"""A run's files, whole after a power cut (rlt/durable.py): what they add up to, and their lines."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
 
-
-def flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_all(folder: Path) -> None:
-    """A folder and all that is below it."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
-        flush(path)
-    flush(folder)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A place to write to, whose content then is the file's; nothing is changed where writing fails."""
-    aside = path.with_name(f"{path.name}.tmp")
-    try:
-        yield aside
-        flush(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    flush(path.parent)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The old content or the new one, never half of it."""
-    with written_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def rename(old: Path, new: Path) -> None:
-    """A folder whose content has been flushed gets its name."""
-    os.rename(old, new)
-    flush(new.parent)
+from rlt.durable import flush as flush
+from rlt.durable import flush_all as flush_all
+from rlt.durable import read_json as read_json
+from rlt.durable import rename as rename
+from rlt.durable import write_whole as write_whole
+from rlt.durable import written_whole as written_whole
 
 
 def digest(path: Path) -> str:
@@ -62,14 +20,6 @@ def digest(path: Path) -> str:
 
 def as_json_lines(rows: list[dict]) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
-
-
-def read_json(path: Path) -> Any | None:
-    """What a JSON file holds; None where it is not there, or was cut short."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError are ValueErrors
-        return None
 
 
 def read_json_lines(path: Path) -> list[dict]:

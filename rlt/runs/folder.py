@@ -36,6 +36,7 @@ LEARNED = "training_rows.json"  # how many rows a run trains on, and their sum
 CHECKPOINTS = "checkpoint-*"
 CACHE = ".cache"  # packed rows as a trainer maps them into memory
 SAVING = ".saving"  # a checkpoint is written below it, then renamed
+BEFORE = "before"  # beside a folder that is to replace one of its name: that one, for the moment between two names
 PARTS = "parts"  # of a job: rows as they were made, and what they were made from
 TRACES = "traces.parquet"  # of a collection: what is kept
 TRACES_AS_LINES = "traces.jsonl"
@@ -139,7 +140,8 @@ def check_output(config: dict[str, Any]) -> None:
     if config.get("stage") is not None:
         return  # a preparation's report only reads it
     folder = Path(config["output_dir"])
-    begun = any(folder.glob(CHECKPOINTS))  # and no longer in need of the checkpoint that it began with
+    # Once it has begun it is no longer in need of the checkpoint that it began with.
+    begun = any(folder.glob(CHECKPOINTS)) or (folder / SAVING / BEFORE).is_dir()
     if config["resume_from"] is not None and not begun and not Path(config["resume_from"]).is_dir():
         raise Refused(f"resume_from={config['resume_from']} is not a checkpoint folder")
     if folder.exists() and not folder.is_dir():

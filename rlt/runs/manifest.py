@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rlt.runs.durable import digest, flush_all, read_json, rename
-from rlt.runs.folder import CHECKPOINTS
+from rlt.runs.folder import BEFORE, CHECKPOINTS, SAVING
 
 MANIFEST = "manifest.json"  # the size and the SHA-256 of every other file
 DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
@@ -36,7 +36,7 @@ def seal(folder: Path, elsewhere: dict[str, dict] | None = None) -> None:
     elsewhere = elsewhere or {}
     here = sums(folder, [path for path in files if str(path.relative_to(folder)) not in elsewhere])
     noted = dict(sorted({**here, **elsewhere}.items()))
-    (folder / MANIFEST).write_text(json.dumps(noted, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(noted, indent=1), encoding="utf-8")
     flush_all(folder)
 
 
@@ -64,9 +64,18 @@ def _damages(folder: Path, noted: dict) -> Iterator[str]:
                 yield f"{name} has other bytes than were written"
 
 
+def was_to_replace(new: Path, folder: Path) -> bool:
+    """Whether a process was killed when it had taken a name from an older folder, and a newer one, which is sealed, was
+    yet to get it."""
+    return (new.parent / BEFORE).is_dir() and new.is_dir() and not folder.exists()
+
+
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run that is whole. Newer ones that are not are set aside: they would count among those
     that are kept, and crowd out whole ones."""
+    for new in (Path(output_dir) / SAVING).glob(CHECKPOINTS):
+        if was_to_replace(new, folder := Path(output_dir) / new.name):
+            rename(new, folder)
     found = [p for p in Path(output_dir).glob(CHECKPOINTS) if p.name.removeprefix("checkpoint-").isdigit()]
     for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         if (damage := damage_of(folder)) is None:

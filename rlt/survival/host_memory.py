@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
 
 def resident_bytes() -> int:
     """What the process holds of the machine's memory; 0 where the system does not say."""
-    return int(_STATM.read_text().split()[1]) * 4096 if _STATM.exists() else 0
+    return int(_STATM.read_text(encoding="utf-8").split()[1]) * 4096 if _STATM.exists() else 0
 
 
 class ReturnFreedMemory(TrainerCallback):

@@ -44,7 +44,9 @@ class Processes:
         """What each rank says of its beginning."""
         self._holder = owned_folder(SERVICE)
         self.folder = Path(self._holder.name)
-        (self.folder / SPEC).write_text(json.dumps({**self.spec, "procs": self.procs, "limit_s": self.limit_s}))
+        (self.folder / SPEC).write_text(
+            json.dumps({**self.spec, "procs": self.procs, "limit_s": self.limit_s}), encoding="utf-8"
+        )
         command = [sys.executable, "-m", __name__, str(self.folder), str(os.getpid())]
         with socket.socket(socket.AF_UNIX) as door, (self.folder / LOG).open("wb") as log:
             door.bind(str(self.folder / SOCKET))
@@ -146,7 +148,7 @@ def main() -> None:
     from rlt.launching.environment import Machines, rank_environment
     from rlt.launching.watchdog import Watchdog
 
-    spec = json.loads((folder / SPEC).read_text())
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     environment = rank_environment("ddp", spec["procs"], spec["on_cpu"], Machines())
     environment["TMPDIR"] = str(folder)  # where libraries leave files when a rank is killed
     command = [sys.executable, "-m", "rlt.worker_groups.rank", str(folder), str(os.getpid())]

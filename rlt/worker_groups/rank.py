@@ -81,7 +81,7 @@ def main() -> None:
     from backends.roll_call import leave_group, open_store_on_loopback
     from rlt.worker_groups.messages import pack, receive, send
 
-    spec = json.loads((folder / SPEC).read_text())
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     store = open_store_on_loopback(spec["limit_s"])
     worker = Worker(spec["backend"], spec["arguments"])
     with socket.socket(socket.AF_UNIX) as end:

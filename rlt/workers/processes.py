@@ -38,7 +38,7 @@ def _begin(make_worker: Callable[[], Worker], parent: int, scratch: Path, device
     except SystemExit:  # the server was killed while this process began: nobody is left to be told
         os._exit(1)
     tempfile.tempdir = str(scratch)
-    (scratch / PID).write_text(str(os.getpid()))
+    (scratch / PID).write_text(str(os.getpid()), encoding="utf-8")
     if device is not None:
         os.environ[VISIBLE] = device
     worker = make_worker()
@@ -93,7 +93,7 @@ class _Process:
         """What it executes may end within some seconds."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         with suppress(FileNotFoundError, psutil.NoSuchProcess):
-            process = psutil.Process(int((self.scratch / PID).read_text()))
+            process = psutil.Process(int((self.scratch / PID).read_text(encoding="utf-8")))
             end = time.monotonic() + within_s
             if process.ppid() != os.getpid():  # it ended, and its number is another's
                 return

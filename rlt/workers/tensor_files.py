@@ -15,8 +15,8 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from rlt.durable import flush, rename, written_whole
 from rlt.errors import Refused
-from rlt.runs.durable import flush, written_whole
 
 S3 = "s3://"
 PULLED = "pulled"  # below a process's folder for temporary files: what it reads of other machines
@@ -102,4 +102,5 @@ def _pull(system: Any, name: str, size: int, path: Path) -> None:
         while (start := file.tell()) < size:
             file.write(system.cat_file(name, start=start, end=min(size, start + BLOCK)))
             file.flush()
-    aside.rename(path)
+    flush(aside)
+    rename(aside, path)

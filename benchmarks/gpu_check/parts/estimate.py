@@ -24,7 +24,7 @@ FACTOR = 1.5  # either way
 def longest_prompt(rows: Path, vocabulary: int) -> int:
     """Tokens of the longest teacher's prompt."""
     tokenizer, style = tokenizer_of(vocabulary), load_format("stratos")
-    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    read = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     prompts = [render_teacher_prompt(tokenizer, style, row["question"], row["solution"]) for row in read]
     return max(map(len, prompt_token_ids(tokenizer, prompts)))
 

@@ -98,7 +98,7 @@ def transfer_environment(way: str, url: str) -> dict[str, str]:
 
 def main() -> None:
     end_with(int(sys.argv[3]))
-    config = json.loads(Path(sys.argv[1]).read_text())["config"]
+    config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["config"]
     on_cpu = device_type() == "cpu"
     dtype = "auto" if not on_cpu else "bfloat16" if uses_bfloat16(config["bf16"]) else "float32"
     arguments = server_arguments(config, resolve_model_path(config["model_name_or_path"]), on_cpu, dtype)

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlt.durable import written_whole
 from rlt.errors import Refused
 
 if TYPE_CHECKING:
@@ -32,17 +33,15 @@ def _wait(model: "TrainingClient", work: Coroutine[Any, Any, Any]) -> None:
 
 
 async def _fetch(model: "TrainingClient", route: str, folder: Path) -> None:
-    """Each file aside, and renamed when it is whole."""
+    """Each file has its name once it is whole."""
     urls = (await model.connection.ask("GET", route)).json()["urls"]
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in urls.items():
-        aside = folder / f"{name}.part"
         async with model.connection.http.stream("GET", url, timeout=READ_S) as answer:
             answer.raise_for_status()
-            with aside.open("wb") as file:
+            with written_whole(folder / name) as aside, aside.open("wb") as file:
                 async for part in answer.aiter_bytes():
                     file.write(part)
-        aside.rename(folder / name)
 
 
 def push_folder(

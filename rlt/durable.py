@@ -1,0 +1,61 @@
+"""Files that a power cut leaves whole: the old content or the new one, on the disk before anything relies on it.
+
+A rename is seen at once, but it and the file's bytes reach the disk when the system likes: after a cut a name may stand
+for an empty file. So a file is flushed before it gets its name, and its folder after.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_all(folder: Path) -> None:
+    """A folder and all that is below it."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        flush(path)
+    flush(folder)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place to write to, whose content then is the file's; nothing is changed where writing fails."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The old content or the new one, never half of it."""
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def rename(old: Path, new: Path) -> None:
+    """A file or a folder whose content has been flushed gets its name."""
+    os.rename(old, new)
+    flush(new.parent)
+
+
+def read_json(path: Path) -> Any | None:
+    """What a JSON file holds; None where it is not there, or was cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError are ValueErrors
+        return None
