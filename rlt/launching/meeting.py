@@ -173,7 +173,7 @@ def check_same(folder: Path, drawn: str) -> None:
 
 def _holds(file: Path, text: str) -> bool:
     try:
-        return file.read_text() == text
+        return file.read_text(encoding="utf-8") == text
     except OSError:  # not there, or not yet
         return False
 

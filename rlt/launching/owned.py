@@ -41,7 +41,7 @@ class Owner:
 
 
 def this_process() -> Owner:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     started = started_at(os.getpid())
     assert started is not None  # it runs
     return Owner(os.uname().nodename, boot, os.readlink("/proc/self/ns/pid"), os.getpid(), started)
@@ -50,9 +50,10 @@ def this_process() -> Owner:
 def started_at(pid: int) -> int | None:
     """When a process began, in clock ticks since the boot; None where there is none that runs."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the third on (proc_pid_stat(5))
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    words = said.rpartition(")")[2].split()  # from the third on (proc_pid_stat(5))
     return None if words[0] in ENDED else int(words[19])
 
 
