@@ -21,7 +21,7 @@ LIBRARY_WITH_A_HOLE = """
 import re
 from types import SimpleNamespace
 
-grader = SimpleNamespace(sympy_numeric_eq=None)
+grader = SimpleNamespace(sympy_numeric_eq=None, sympy_solve_and_compare=None)
 LatexExtractionConfig = LatexNormalizationConfig = SimpleNamespace
 
 def parse(text, *_, **__):

@@ -5,7 +5,7 @@ of the one they stand beside (`half of 12`, `12 over 5`, `5 hours 30 minutes`), 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from unicodedata import normalize
@@ -79,7 +79,7 @@ UNIT = (
 ASIDE = r"(?:\s*\((?P<aside>[^()\d]+)\))?"
 AMOUNT = re.compile(
     rf"{LEAD}(?P<currency>{CURRENCY}){SIGN}{CURRENCY}{NUMBER}{SCALE}{PERCENT}"
-    rf"(?P<unit>{UNIT})?{ASIDE}\s*[.!]?"
+    rf"(?P<unit>{UNIT})?{ASIDE}\s*\.?"
 )
 WORD = re.compile(r"[^\W\d_]+")
 # ½ and its like; superscripts have the same kind of plain form, and are not meant.
@@ -120,11 +120,13 @@ def read_amount(text: str) -> Amount | None:
         if found["whole"] and part >= 1:  # `1 234/5` may be 1234/5
             return None
         return _amount(sign * scale * (int(found["whole"] or 0) + part), "fraction", unit)
-    plain = Decimal(re.sub("[, ]", "", found["plain"]))
-    amount = _amount(sign * scale * Fraction(plain), "decimal", unit)
-    if amount.kind == "whole" or scale > 1:
+    plain = re.sub("[, ]", "", found["plain"])
+    amount = _amount(sign * scale * Fraction(Decimal(plain)), "decimal", unit)
+    mantissa, _, exponent = plain.casefold().partition("e")
+    if scale > 1 or (amount.kind == "whole" and not exponent):
         return amount
-    return Amount(amount.value, "decimal", f"{'-' if sign < 0 else ''}{plain:f}", unit)
+    power = rf" \times 10^{{{int(exponent)}}}" if exponent else ""
+    return replace(amount, formula=f"{'-' if sign < 0 else ''}{mantissa}{power}")
 
 
 def _amount(value: Fraction, kind: str, unit: str) -> Amount:

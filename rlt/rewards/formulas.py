@@ -165,7 +165,7 @@ def _is_changed(before: str, behind: str, follows: bool) -> bool:
     Args:
         before: the text up to it, from the formula before it where it `follows` one.
     """
-    if re.search(rf"{GOES_ON}\s*$", before) or re.match(rf"\s*{GOES_ON}", behind) or OF.search(before):
+    if re.search(rf"(?:{GOES_ON}\s*|[)}}}}])$", before) or re.match(rf"\s*{GOES_ON}", behind) or OF.search(before):
         return True
     words = WORD.findall(before.casefold())
     if follows and (not before.strip() or (len(words) == 1 and words[0] in ALONE)):
@@ -225,15 +225,24 @@ def _library() -> tuple[Any, Any]:
     normalization = LatexNormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
     only_latex = [LatexExtractionConfig(normalization_config=normalization)]
     unlimited: Any = None
-    stock = grader.sympy_numeric_eq
+    numeric_eq, solve_and_compare = grader.sympy_numeric_eq, grader.sympy_solve_and_compare
 
     def exact(a, b, float_rounding: int, numeric_precision: int) -> bool:
-        return stock(a, b, float_rounding, numeric_precision) and not _differ(a, b)
+        return numeric_eq(a, b, float_rounding, numeric_precision) and not _differ(a, b)
 
-    # Replaced, because no option of `verify` is exact: it compares numbers by this function, those in sets and
-    # equations too.
-    grader.sympy_numeric_eq = exact
+    def solved(gold, pred, float_rounding: int, numeric_precision: int) -> bool:
+        return solve_and_compare(gold, pred, float_rounding, numeric_precision) and _has_solutions(gold)
+
+    # Replaced, because no option of `verify` is exact: it compares numbers by the first, those in sets and equations
+    # too; by the second any two equations without a solution would be equal.
+    grader.sympy_numeric_eq, grader.sympy_solve_and_compare = exact, solved
     return lambda text: parse(text, only_latex, parsing_timeout=unlimited), verify
+
+
+def _has_solutions(relation: Any) -> bool:
+    from sympy import Eq, solve
+
+    return not isinstance(relation, Eq) or bool(solve(relation, relation.free_symbols))
 
 
 def _differ(a: Any, b: Any) -> bool:
