@@ -58,6 +58,7 @@ class Servers:
         self.urls = [self._url(number) for number in range(len(self.devices))]
         self.closing, self.given_up = threading.Event(), threading.Event()
         self.processes: dict[int, subprocess.Popen] = {}
+        self.ready: set[int] = set()  # ids of processes that have answered
         self.watching: list[threading.Thread] = []
         self.lock = threading.Lock()  # no server starts once they are being closed
         self.failed: int | None = None
@@ -138,6 +139,8 @@ class Servers:
         while not has_ended(process.pid):
             time.sleep(WATCH_S)
             was_ready |= (does_answer := answers(self.urls[number]))
+            if was_ready:
+                self.ready.add(process.pid)
             if not was_ready or (does_answer and not is_stopped(process.pid)):
                 well = time.monotonic()
             elif time.monotonic() - well > HUNG_S:
@@ -156,7 +159,8 @@ class Servers:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 if process.returncode is None:
-                    os.kill(process.pid, signal.SIGTERM)
+                    # One that still loads has nothing to finish, and would hear nothing for as long as that takes.
+                    os.kill(process.pid, signal.SIGTERM if process.pid in self.ready else signal.SIGKILL)
         give_up = time.monotonic() + END_LIMIT_S
         for thread in self.watching:
             thread.join(max(0.0, give_up - time.monotonic()))
