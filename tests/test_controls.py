@@ -27,16 +27,22 @@ LIMIT_S = 120
 def test_no_run_sees_a_question_that_is_evaluated_and_all_seeds_answer_the_same(tmp_path):
     for seed in (0, 1):
         rows.write_questions(tmp_path, seed)
-    evaluated = {row["question"] for row in rows.read(tmp_path / "evaluate.jsonl")}
+    evaluated = {rows.problem_of(row) for row in rows.read(tmp_path / "evaluate.jsonl")}
     assert len(evaluated) == 2 * settings.SIZES["evaluate"]
     for seed in (0, 1):
         roles = {role: rows.read(tmp_path / str(seed) / f"{role}.jsonl") for role in rows.ROLES}
-        seen = [row["question"] for mine in roles.values() for row in mine]
+        seen = [rows.problem_of(row) for mine in roles.values() for row in mine]
         assert len(seen) == len(set(seen))
         assert not evaluated & set(seen)
         for role, mine in roles.items():
             assert set(Counter(row["task"] for row in mine).values()) == {settings.SIZES[role]}
             assert all(measures.worked_of(row) == row["reasoning_trace"] for row in mine)
+
+
+def test_equations_in_another_letter_and_other_words_are_one_problem():
+    asked = [{"question": f"Solve for {v}: 8*{v} = 64", "metadata": {"equation": f"8*{v} = 64"}} for v in "hx"]
+    assert rows.problem_of(asked[0]) == rows.problem_of(asked[1]) == "8*x = 64"
+    assert rows.problem_of({"question": "Simplify 2/4", "metadata": "{}"}) == "Simplify 2/4"
 
 
 def test_every_set_has_the_same_tokens_and_small_ones_are_repeated():
@@ -76,15 +82,19 @@ def test_intervals_over_seeds_by_hand():
 
 
 def test_the_correlation_by_hand():
-    r = over_seeds.correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0])
+    x, y = [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]
+    r = over_seeds.correlation(x, y, [0, 1, 2, 3])
     assert r.mean == pytest.approx(0.8)
     assert r.low <= 0.8 <= r.high
+    assert over_seeds.correlation(x, y, [5] * 4).low == pytest.approx(0.8)  # of one seed no other can be drawn
 
 
 def some_results(folder, commit="abc"):
     for seed in range(3):
         for arm, accuracy in (("base", 0.0), ("warm-up", 0.1), ("rl", 0.2 + 0.1 * seed)):
             figures = {"accuracy": accuracy, "reward": accuracy - 1, "right steps of answers": 0.5}
+            if arm in ("warm-up", "rl"):
+                figures[measures.EVERY_QUESTION] = 0.5 + 0.1 * (arm == "rl")
             records.write(folder, arm, seed, commit, figures)
 
 
@@ -95,6 +105,9 @@ def test_tables_come_from_the_results_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "9 results at commit abc, seeds 0, 1, 2." in done.stdout
+    lacking = sum(len(arms.seeds_of(arm)) for arm in arms.ARMS) - 9
+    assert f"INCOMPLETE: {lacking} of the plan's results are not there yet." in done.stdout
+    assert "| `warm-up`, every question once | 3 | +0.100 [+0.100, +0.100] |" in done.stdout
     assert "| **`warm-up`** | 3 | +0.200 [-0.048, +0.448] | +2.00 | +0.100, +0.200, +0.300 |" in done.stdout
     assert "| reward | 6 | +1.000 [+1.000, +1.000] |" in done.stdout
     assert (tmp_path / tables.TABLES).read_text() == done.stdout
@@ -124,12 +137,19 @@ def test_seeds_for_tuning_stand_in_no_table(tmp_path):
     assert "0.900" not in tables.write(tmp_path)
 
 
+def test_runs_of_other_settings_or_another_commit_have_another_folder(tmp_path, monkeypatch):
+    before = records.place_of(tmp_path, "abc")
+    assert records.place_of(tmp_path, "abd") != before == records.place_of(tmp_path, "abc")
+    monkeypatch.setattr(settings, "RL_STEPS", 1)
+    assert records.place_of(tmp_path, "abc") != before
+
+
 def test_the_plan_names_every_arm_with_its_seeds():
     plan = (ROOT / "benchmarks" / "controls" / "PLAN.md").read_text()
     for name in arms.ARMS:
         last = arms.seeds_of(name)[-1]
         assert f"| `{name}` | 0 to {last} |" in plan
-    assert f"({settings.TRAINED_TOKENS:,}," in plan
+    assert f"\n({settings.TRAINED_TOKENS:,}, end of turn included)" in plan
 
 
 @pytest.mark.parametrize(
@@ -138,6 +158,7 @@ def test_the_plan_names_every_arm_with_its_seeds():
         ([], "name a folder for the runs"),
         (["--out", "x", "--arms", "magic"], "invalid choice: 'magic'"),
         (["--out", "x", "--seeds", "-1"], "from 0 on"),
+        (["--out", "x", "--seeds", "1", "100"], "those from 100 on are for tuning"),
         (["--tables", "--results", "nowhere"], "holds no result"),
     ],
 )

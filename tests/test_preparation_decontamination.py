@@ -61,7 +61,11 @@ def asked_with_tools(number: int, question: str) -> dict:
 
 def test_rows_that_share_an_instruction_with_items_are_kept_and_the_items_are_found(tmp_path):
     """The instruction of function-calling sets (BFCL) is the same in thousands of training rows."""
-    items = [f"Which town lies between the {n}th and the {n + 1}th bridge of river number {n * 7}?" for n in range(20)]
+    items = [
+        f"Which town lies between the {n}th and the {n + 1}th bridge of river number {n * 7}, where one walks {n * 3} "
+        f"miles from mill {n * 11} to the ford of village {n * 5} and then turns back for {n * 2} of them again?"
+        for n in range(20)
+    ]
     path = tmp_path / "calls.jsonl"
     rows = [{"question": f"{TOOLS}[] {item}"} for item in items]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

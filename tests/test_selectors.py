@@ -20,7 +20,8 @@ END = "<|end_of_explanation|>"
 
 
 def trace(question: int, name: str, reward: float, likelihood: float, rsr: float, tokens: int = 10) -> dict:
-    scores = {"reward": reward, "likelihood": likelihood, "rsr": rsr, "student_tokens": tokens, "matched": True}
+    scores = {"reward": reward, "likelihood": likelihood, "rsr": rsr, "matched": True}
+    scores |= {"student_tokens": 20 + tokens, "trained_tokens": tokens}
     texts = {"reasoning_trace": f"trace {name}", "completion": f"trace {name}{END}"}
     return {"question_id": question, "question": f"q{question}", "solution": "s", **texts, **scores}
 
@@ -66,7 +67,7 @@ def test_a_budget_ends_with_the_first_text_that_is_too_much():
 
 
 @pytest.mark.parametrize(("by", "names"), [("reward", "a"), ("rsr", "cd"), ("likelihood", "bd")])
-def test_selections_have_equally_many_tokens_of_the_same_questions(by, names):
+def test_selections_have_as_many_trained_tokens_from_the_first_question_on(by, names):
     config = replace(CONFIG, select=by, select_student_tokens=45)
     selection = select(rank(ROWS, by), config)
     assert "".join(row["reasoning_trace"][-1] for row in selection.kept) == names  # the reward's second has 50 tokens
@@ -78,9 +79,9 @@ def test_selections_have_equally_many_tokens_of_the_same_questions(by, names):
 
 def test_rows_of_several_completions_are_taken_apart():
     row = {"question": "q", "solution": "s", "completions": [f"one{END}", f"two{END}", "three"]}
-    row |= {"rsr": [2.0, 1.0, 0.5], "match_reward": [0.0, 0.0, -1.0], "student_tokens": [5, 6, 7]}
+    row |= {"rsr": [2.0, 1.0, 0.5], "match_reward": [0.0, 0.0, -1.0], "trained_tokens": [5, 6, 7]}
     (best,), _ = select_scored([row], load_format("stratos"), "rsr", 0, 6, "rows")
-    assert best["reasoning_trace"] == "two" and best["student_tokens"] == 6 and "completions" not in best
+    assert best["reasoning_trace"] == "two" and best["trained_tokens"] == 6 and "completions" not in best
 
 
 BAD = [

@@ -54,7 +54,7 @@ def test_ranks_are_those_of_one_row_at_a_time_and_log_probs_keep_every_digit(tin
             assert torch.equal(log_probs[row], plain[row])
 
 
-def of(tokenizer, student, ranked: bool) -> TeacherReward:
+def of(tokenizer, student, ranked: bool, config=PAPER) -> TeacherReward:
     model = load_frozen(student, torch.float32)
     plain, both = lasting_log_probs(512), lasting_ranked_log_probs(512)
 
@@ -65,16 +65,20 @@ def of(tokenizer, student, ranked: bool) -> TeacherReward:
         return both(model, sequences, counted, temperature)
 
     asked = and_ranks if ranked else None
-    return TeacherReward(tokenizer, load_format("stratos"), PAPER, 0.7, log_probs, log_probs, None, asked)
+    return TeacherReward(tokenizer, load_format("stratos"), config, 0.7, log_probs, log_probs, None, asked)
 
 
 def test_the_figures_are_of_the_explanation_and_the_reward_keeps_every_digit(tokenizer, tiny_student):
     with_ranks = of(tokenizer, tiny_student, True).score([ROW] * 3, TEXTS)
     without = of(tokenizer, tiny_student, False).score([ROW] * 3, TEXTS)
-    for one, other in zip(with_ranks, without, strict=True):
+    plain = of(tokenizer, tiny_student, False, replace(PAPER, unbias_student_log_probs_temp=1.0)).score(
+        [ROW] * 3, TEXTS
+    )
+    assert plain[0].reward != without[0].reward  # PAPER's student is read at 0.7, the figures at 1
+    for one, other, at_1 in zip(with_ranks, without, plain, strict=True):
         figures = {name: one.parts[name] for name in ("rsr", "likelihood")}
         assert replace(one, parts={k: v for k, v in one.parts.items() if k not in figures}).as_dict() == other.as_dict()
-        thought = one.log_probs[0][: len(one.log_probs[1])]
+        thought = at_1.log_probs[0][: len(one.log_probs[1])]
         assert figures["likelihood"] == pytest.approx(thought.mean().item(), nan_ok=True)
     # A random model of 49,152 tokens ranks nearly every token above 100.
     assert with_ranks[0].parts["rsr"] == pytest.approx(-100 / with_ranks[0].parts["likelihood"], rel=0.3)

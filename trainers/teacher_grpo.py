@@ -184,7 +184,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self._log_reuse(1 - len(anew) / len(sequences))
             asked = (batch.readings[row] for row in anew)
             return [Rider(r.teacher.ids, r.teacher_counted, self.temperature) for r in asked]
-        if which == "reference" and self.student is None and self.reward.student_ranked is None:
+        if which == "reference" and self.student is None:
             temperature = self.reward.student_temperature
             return [Rider(r.student.ids, r.student_counted, temperature) for r in batch.readings]
         return []

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import records
+import settings
 import tables
 from arms import ARMS, seeds_of
 
@@ -27,20 +28,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="of runs; gigabytes while a seed is at work")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="those of the plan, if none are named")
-    parser.add_argument("--results", type=Path, default=records.RESULTS)
+    parser.add_argument("--results", type=Path, help="folder; by default results beside this file, in DIR for tuning")
     parser.add_argument("--tables", action="store_true", help="of the results that are there; nothing runs")
     options = parser.parse_args()
     if options.out is None and not options.tables:
         parser.error("name a folder for the runs, --out DIR, or ask for --tables")
     if any(seed < 0 for seed in options.seeds or []):
         parser.error("--seeds: from 0 on")
-    results = options.results.absolute()
+    tuning = [seed for seed in options.seeds or [] if seed >= settings.SEEDS["tuning"]]
+    if tuning and len(tuning) < len(options.seeds):
+        parser.error(f"--seeds: those from {settings.SEEDS['tuning']} on are for tuning, and run by themselves")
     out = options.out and options.out.absolute()
+    results = (options.results or (out / "tuning" if tuning else records.RESULTS)).absolute()
     os.chdir(ROOT)
     try:
         if not options.tables:
             work(out, results, options.arms, options.seeds)
-        sys.stdout.write(tables.write(results))
+        if not tuning:
+            sys.stdout.write(tables.write(results))
     except Refused as error:
         fail(error)
 
@@ -53,9 +58,12 @@ def work(out: Path, results: Path, arms: list[str], seeds: list[int] | None) -> 
     planned = {arm: seeds if seeds is not None else list(seeds_of(arm)) for arm in arms}
     for seed in sorted({seed for mine in planned.values() for seed in mine}):
         asked = [arm for arm in arms if seed in planned[arm] and not records.is_there(results, arm, seed, commit)]
-        its = Seed(out, seed) if asked else None
+        its = Seed(records.place_of(out, commit), seed) if asked else None
         for arm in asked:
-            records.write(results, arm, seed, commit, its.figures(arm))
+            figures = its.figures(arm)
+            if records.commit_of_code() != commit:
+                raise Refused(f"the code changed while {arm} of seed {seed} was run: run it again, from a work tree")
+            records.write(results, arm, seed, commit, figures)
         if its is not None:
             shutil.rmtree(its.folder)
 

@@ -38,6 +38,7 @@ class Arm:
         teacher: a name of `TEACHERS`, where there is one.
         of: traces that are sampled of each question; the best by the reward is taken.
         edit: of each trace, with its question.
+        whole: a second student learns from every question once, whatever the number of tokens.
     """
 
     words: str
@@ -45,6 +46,7 @@ class Arm:
     teacher: str = ""
     of: int = 1
     edit: Callable[[str, str], str] | None = None
+    whole: bool = False
 
 
 # By the reward that trained them from the warm-up on; None: the warm-up itself.
@@ -58,9 +60,9 @@ TEACHERS: dict[str, str | None] = {
 }
 ARMS = {
     "base": Arm("the model as it was published", "base"),
-    "warm-up": Arm("the warm-up teacher's explanations", teacher="warm-up"),
+    "warm-up": Arm("the warm-up teacher's explanations", teacher="warm-up", whole=True),
     "best-of-n": Arm(f"its best of {settings.BEST_OF} by the reward", teacher="warm-up", of=settings.BEST_OF),
-    "rl": Arm("explanations of the teacher trained with the reward", teacher="rl"),
+    "rl": Arm("explanations of the teacher trained with the reward", teacher="rl", whole=True),
     "random": Arm("of one trained with permuted rewards", teacher="random"),
     "worked": Arm("the generator's worked solutions", "worked"),
     "solution-only": Arm("of a teacher trained with r_SS alone", teacher="solution-only"),
@@ -70,8 +72,10 @@ ARMS = {
     "answer-first": Arm("of `rl`, the last sentence first", teacher="rl", edit=answer_first),
     "answer-only": Arm("of `rl`, the last sentence alone", teacher="rl", edit=answer_only),
     "student-grpo": Arm("its own answers, checked", "grpo", teacher="rl"),
-    "opd-warm-up": Arm("the warm-up teacher's distribution over its own samples", "opd", teacher="warm-up"),
-    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples", "opd", teacher="rl"),
+    "opd-warm-up": Arm(
+        "the warm-up teacher's distribution over its own samples, and right solutions", "opd", "warm-up"
+    ),
+    "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, and right solutions", "opd", "rl"),
 }
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
 

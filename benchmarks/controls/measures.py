@@ -8,6 +8,7 @@ from statistics import mean
 from rlt.data.worked import worked_solution
 from rlt.estimates import finite_mean
 
+EVERY_QUESTION = "accuracy, every question once"  # of a student that learns from all of them, whatever their tokens
 DIVISION = re.compile(r"(\d+) ?[/÷:] ?(\d+) ?= ?(\d+)")
 
 

@@ -46,11 +46,13 @@ def paired(before: dict[int, float], after: dict[int, float]) -> Difference:
     return Difference(estimate, estimate.mean / spread if spread else nan, len(seeds))
 
 
-def correlation(x_N: Sequence[float], y_N: Sequence[float]) -> Estimate:
-    """Pearson's, with the percentile bootstrap's interval over sets."""
-    x_N, y_N = np.asarray(x_N, dtype=float), np.asarray(y_N, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(x_N), size=(RESAMPLES, len(x_N)))
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw of one set alone has none
-        resampled = [np.corrcoef(x_N[draw], y_N[draw])[0, 1] for draw in draws]
+def correlation(x_N: Sequence[float], y_N: Sequence[float], seeds_N: Sequence[int]) -> Estimate:
+    """Pearson's, with the percentile bootstrap's interval over seeds: sets of one seed share questions and models."""
+    x_N, y_N, seeds_N = np.asarray(x_N, dtype=float), np.asarray(y_N, dtype=float), np.asarray(seeds_N)
+    of_seed = [np.flatnonzero(seeds_N == seed) for seed in np.unique(seeds_N)]
+    draws = np.random.default_rng(0).integers(0, len(of_seed), size=(RESAMPLES, len(of_seed)))
+    picked = [np.concatenate([of_seed[place] for place in draw]) for draw in draws]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw of equal values has none
+        resampled = [np.corrcoef(x_N[some], y_N[some])[0, 1] for some in picked]
         low, high = np.nanpercentile(resampled, [2.5, 97.5])
         return Estimate(float(np.corrcoef(x_N, y_N)[0, 1]), float(low), float(high))

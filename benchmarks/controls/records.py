@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ class Result:
     def made_from(self) -> str:
         """What results of one table share."""
         return json.dumps([self.commit, self.settings], sort_keys=True)
+
+
+def place_of(out: Path, commit: str) -> Path:
+    """Where runs of this commit and these settings are: what another made is not taken for theirs."""
+    digest = sha256(json.dumps(settings.copied(), sort_keys=True).encode()).hexdigest()[:8]
+    return out / f"{commit}-{digest}"
 
 
 def commit_of_code() -> str:

@@ -1,6 +1,7 @@
 """What the matrix' runs read: questions of two generator tasks, and sets of rows of the same number of tokens."""
 
 import json
+import re
 from itertools import chain, cycle
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from rlt.data.sources import load_rows
 from rlt.errors import Refused
 from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
-from rlt.prompts.rendering import student_answer
+from rlt.prompts.examples import trained_tokens
 from rlt.prompts.styles import load_format
+from rlt.runs.folder import ALL_TRACES
 
 SPARE = 5  # times as many are drawn, because small tasks repeat themselves
 ROLES = ("format", "warmup", "teach", "collect")
+LETTER = re.compile("[a-z]")
 KNOWN = ("question", "solution", "task", "metadata")
 
 
@@ -33,16 +36,23 @@ def _draw(role: str, seed: int, taken: set[str]) -> list[dict]:
     drawn, size = [], settings.SIZES[role]
     for task in settings.FORMAT_TASKS if role == "format" else settings.TASKS:
         rows = load_rows(task, seed=seed, size=SPARE * size).rows
-        new = list({row["question"]: row for row in rows if row["question"] not in taken}.values())[:size]
-        taken |= {row["question"] for row in new}
+        new = list({problem_of(row): row for row in rows if problem_of(row) not in taken}.values())[:size]
+        taken |= {problem_of(row) for row in new}
         drawn.append(new)
     return list(chain.from_iterable(zip(*drawn, strict=True)))
+
+
+def problem_of(row: dict) -> str:
+    """What two questions share that ask the same: 8*h = 64 and 8*x = 64, in whatever words."""
+    metadata = row["metadata"]
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    return LETTER.sub("x", metadata["equation"]) if "equation" in metadata else row["question"]
 
 
 def explanations(folder: Path) -> list[dict]:
     """The best explanation of each question of a collection by its reward, as it was sampled; where nothing was
     written, a full stop."""
-    table = pandas.read_parquet(folder / "all" / "traces.parquet").sort_values(["question_id", "rank"])
+    table = pandas.read_parquet(folder / ALL_TRACES).sort_values(["question_id", "rank"])
     rows = table.drop_duplicates("question_id").to_dict("records")
     return [{**row, "reasoning_trace": row["reasoning_trace"].strip() or "."} for row in rows]
 
@@ -57,7 +67,7 @@ def to_tokens(given: list[dict], budget: int) -> list[dict]:
     tokenizer, style = load_tokenizer(str(embedded_model_path(settings.MODEL))), load_format("stratos")
     total, kept = 0, []
     for row in cycle(given):
-        total += len(tokenizer.encode(student_answer(style, row["reasoning_trace"], row["solution"])))
+        total += trained_tokens(tokenizer, style, row["reasoning_trace"], row["solution"])
         if total > budget:
             return kept
         kept.append(row)

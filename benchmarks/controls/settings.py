@@ -6,7 +6,7 @@ MODEL = "embedded/smollm2-135m-instruct"
 # Of one step each, that has to be found: what divides what.
 TASKS = (
     "reasoning_gym/fraction_simplification/max_value:12/min_factor:2/max_factor:9/styles:[plain]",
-    "reasoning_gym/simple_equations/min_terms:1/max_terms:1/max_value:12",
+    "reasoning_gym/simple_equations/min_terms:1/max_terms:1/max_value:20",
 )
 # On which answering in sections is learned.
 FORMAT_TASKS = ("reasoning_gym/leg_counting/min_animals:2/max_animals:2/max_instances:5",)
@@ -17,7 +17,10 @@ NOVICE_STEPS, READER_STEPS, WARMUP_STEPS, RL_STEPS = 10, 8, 6, 20
 BEST_OF = 8
 TRAINED_TOKENS = 10_000  # of each student
 EXPLANATION_TOKENS, ANSWER_TOKENS = 96, 160  # at most
-TEACHER_RATE, STUDENT_RATE = 2e-5, 1e-4
+TEACHER_RATE, STUDENT_RATE, DISTILLED_RATE = 2e-5, 1e-4, 3e-5
+BATCH = 32  # completions of a step of GRPO and of distillation
+ANSWERS = 2  # to each question that is evaluated
+OPD_LEARNS_SOLUTION = True  # behind thoughts that come to it: what holds a distilled student to its format
 SEEDS = {"primary": range(8), "other": range(3), "tuning": 100}  # seeds from there on are for tuning
 
 

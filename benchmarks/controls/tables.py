@@ -1,11 +1,12 @@
 """Tables and a figure, made of the results that are there and of nothing else."""
 
 from collections import defaultdict
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 
 import records
-from arms import ARMS, PRIMARY
+from arms import ARMS, PRIMARY, seeds_of
+from measures import EVERY_QUESTION
 from over_seeds import Difference, correlation, paired, t_interval
 from records import Result
 
@@ -21,6 +22,8 @@ MEASURES = {
     "position of the answer": "position of the answer",
     "tokens of explanations": "tokens, explanations",
     "tokens of answers": "tokens, answers",
+    "questions": "questions",
+    "steps": "steps",
     "entropy": "entropy",
 }
 FEWEST_SETS = 3  # of which a correlation is made
@@ -49,15 +52,18 @@ def figure_of(results: list[Result], name: str) -> dict[str, BySeed]:
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
-def differences(results: list[Result], of: str = "rl") -> dict[str, Difference]:
-    """Accuracy of one arm's students minus that of every other's."""
-    found = figure_of(results, "accuracy")
+def differences(results: list[Result], of: str = "rl", name: str = "accuracy") -> dict[str, Difference]:
+    """A figure of one arm's students minus that of every other's."""
+    found = figure_of(results, name)
     return {arm: paired(values, found[of]) for arm, values in found.items() if of in found and arm != of}
 
 
 def _heading(results: list[Result]) -> list[str]:
     seeds = sorted({one.seed for one in results})
-    return [f"{len(results)} results at commit {results[0].commit}, seeds {', '.join(map(str, seeds))}."]
+    lines = [f"{len(results)} results at commit {results[0].commit}, seeds {', '.join(map(str, seeds))}."]
+    there = {(one.arm, one.seed) for one in results}
+    lacking = sum((arm, seed) not in there for arm in ARMS for seed in seeds_of(arm))
+    return lines if not lacking else [*lines, f"INCOMPLETE: {lacking} of the plan's results are not there yet."]
 
 
 def _arms(results: list[Result]) -> list[str]:
@@ -74,29 +80,34 @@ def _arms(results: list[Result]) -> list[str]:
 def _differences(results: list[Result]) -> list[str]:
     heads = ("accuracy of `rl` minus", "seeds", "mean, 95 % t-interval", "effect size", "by seed")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    found = figure_of(results, "accuracy")
-    for arm, one in differences(results).items():
-        by_seed = [f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in sorted(found["rl"].keys() & found[arm])]
-        named = f"**`{arm}`**" if arm in PRIMARY else f"`{arm}`"
-        effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
-        cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, ", ".join(by_seed)]
-        lines.append(f"| {' | '.join(cells)} |")
+    for name, suffix in (("accuracy", ""), (EVERY_QUESTION, ", every question once")):
+        found = figure_of(results, name)
+        for arm, one in differences(results, name=name).items():
+            shared = sorted(found["rl"].keys() & found[arm])
+            by_seed = ", ".join(f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in shared)
+            named = f"**`{arm}`**" if arm in PRIMARY and not suffix else f"`{arm}`{suffix}"
+            effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
+            cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, by_seed]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def sets_of(results: list[Result], name: str) -> list[tuple[str, float, float]]:
-    """Of every set of explanations that a teacher wrote, unedited: its arm, the figure, the student's accuracy."""
+def sets_of(results: list[Result], name: str) -> list[Result]:
+    """Every set of explanations that a teacher wrote, unedited, which has the figure."""
     as_written = [one for one in results if ARMS[one.arm].kind == "traces" and ARMS[one.arm].edit is None]
-    return [(one.arm, one.figures[name], one.figures["accuracy"]) for one in as_written if name in one.figures]
+    return [one for one in as_written if isfinite(one.figures.get(name, nan))]
 
 
 def _correlations(results: list[Result]) -> list[str]:
     lines = ["| over all sets of explanations | sets | correlation with the student's accuracy |", "|---|---|---|"]
     for name in ("reward", "rsr", "right steps of explanations"):
-        found = [one for one in sets_of(results, name) if isfinite(one[1])]
-        if len(found) >= FEWEST_SETS:
-            r = correlation([x for _, x, _ in found], [y for _, _, y in found])
-            lines.append(f"| {MEASURES[name]} | {len(found)} | {r.signed} |")
+        every = sets_of(results, name)
+        sampled = [one for one in every if ARMS[one.arm].of == 1]  # the others were chosen by the reward
+        for words, found in ((MEASURES[name], every), (f"{MEASURES[name]}, without `best-of-n`", sampled)):
+            if len(found) >= FEWEST_SETS and (found is every or len(found) < len(every)):
+                x, y = ([one.figures[key] for one in found] for key in (name, "accuracy"))
+                r = correlation(x, y, [one.seed for one in found])
+                lines.append(f"| {words} | {len(found)} | {r.signed} |")
     return lines
 
 
@@ -130,9 +141,9 @@ def draw(path: Path, results: list[Result]) -> None:
     left.set(title="Students by what they learned from", ylabel="held-out accuracy", ylim=(0, None))
     left.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=8)
     sets = sets_of(results, "reward")
-    for arm in dict.fromkeys(one[0] for one in sets):
-        mine = [one for one in sets if one[0] == arm]
-        right.scatter([x for _, x, _ in mine], [y for _, _, y in mine], label=arm, s=18)
+    for arm in dict.fromkeys(one.arm for one in sets):
+        mine = [one.figures for one in sets if one.arm == arm]
+        right.scatter([its["reward"] for its in mine], [its["accuracy"] for its in mine], label=arm, s=18)
     right.set(title="Sets of explanations", xlabel="mean reward", ylabel="student's held-out accuracy")
     if sets:
         right.legend(frameon=False, fontsize=8)

@@ -19,16 +19,16 @@ from arms import ARMS, TEACHERS, Arm
 from rlt.estimates import bootstrap, finite_mean
 from rlt.jobs.child import run_child
 from rlt.jobs.pipeline import Stage, configuration_of
-from rlt.runs.folder import EVALUATION, METRICS, is_complete
+from rlt.runs.folder import ALL_TRACES, EVALUATION, METRICS, is_complete
 
-SHORT = ["max_prompt_length=384", "report_to=null"]
+SHORT = ["max_prompt_length=384"]
 EXPLAINING = ["temperature=1.0", f"max_completion_length={settings.EXPLANATION_TOKENS}"]
+ANSWERING = ["temperature=1.0", f"max_completion_length={settings.ANSWER_TOKENS}"]
 LOGGED = ["logging_steps=1", "save_steps=1000", "eval_size=0", "eval_steps=null"]
-BATCH = 32  # completions of a step of GRPO and of distillation
 
 
 class Seed:
-    """One seed's runs below `out`."""
+    """One seed's runs below `out`, a folder of one commit of the code and one copy of the settings."""
 
     def __init__(self, out: Path, seed: int):
         self.out, self.seed, self.folder = out, seed, out / str(seed)
@@ -81,18 +81,15 @@ class Seed:
 
     def explained(self, teacher: str, of: int) -> Path:
         """A collection: so many explanations of each question, none filtered out before it is read."""
-        return self.stage(
-            "collect_tiny",
-            self.folder / "explained" / f"{teacher}-{of}",
-            "collect.jsonl",
-            *SHORT,
-            *EXPLAINING,
-            f"model_name_or_path={self.teacher(teacher)}",
-            f"student_model={self.reader}",
-            f"traces_per_question={of}",
-            "min_format_rate=0",
-            "questions_at_once=192",
-        )
+        folder = self.folder / "explained" / f"{teacher}-{of}"
+        models = [f"model_name_or_path={self.teacher(teacher)}", f"student_model={self.reader}"]
+        asked = [f"traces_per_question={of}", "min_format_rate=0", "questions_at_once=192"]
+        try:
+            self.stage("collect_tiny", folder, "collect.jsonl", *SHORT, *EXPLAINING, *models, *asked)
+        except SystemExit:  # a teacher that has lost its format keeps no trace, and is learned from all the same
+            if not (folder / ALL_TRACES).is_file():
+                raise
+        return folder
 
     def taught(self, arm: Arm, folder: Path) -> dict[str, Any]:
         """A student of explanations, or of worked solutions, and what is measured of these."""
@@ -102,15 +99,28 @@ class Seed:
             explained = rows.explanations(self.explained(arm.teacher, arm.of))
             read, of_teacher = rows.as_rows(explained), self.of_explanations(arm, explained)
         if arm.edit is not None:
+            of_teacher = {}  # which are of the texts as they were sampled
             read = [{**row, "reasoning_trace": arm.edit(row["reasoning_trace"], row["question"])} for row in read]
-        rows.write(folder / "rows.jsonl", rows.to_tokens(read, settings.TRAINED_TOKENS))
-        self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
+        learned = rows.to_tokens(read, settings.TRAINED_TOKENS)
+        rows.write(folder / "rows.jsonl", learned)
+        student = self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
+        whole = self.of_every_question(folder / "whole", read) if arm.whole else {}
         texts, ways = [row["reasoning_trace"] for row in read], [measures.worked_of(row) for row in read]
         return {
             **of_teacher,
+            **whole,
+            "rows": len(learned),
+            "questions": len({row["question"] for row in learned}),
+            "steps": self.logged(student)[-1]["step"],
             "right steps of explanations": measures.right_steps(texts, ways),
             "position of the answer": measures.answer_position(texts, [row["solution"] for row in read]),
         }
+
+    def of_every_question(self, folder: Path, read: list[dict]) -> dict[str, float]:
+        """Accuracy of a student that learns from every row once."""
+        rows.write(folder / "rows.jsonl", read)
+        student = self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
+        return {measures.EVERY_QUESTION: self.answered(student, folder)["accuracy"]}
 
     def of_explanations(self, arm: Arm, explained: list[dict]) -> dict[str, float]:
         """Mean reward, RSR and length as they were sampled, and the entropy of a teacher that GRPO trained."""
@@ -125,15 +135,16 @@ class Seed:
 
     def by_itself(self, arm: Arm, folder: Path) -> dict[str, Any]:
         """The novice trained by GRPO, until it has sampled as many tokens as the teacher had."""
-        wanted = self.sampled(self.teacher(arm.teacher))
+        wanted = self.sampled(self.teacher(arm.teacher), settings.RL_STEPS)
         given = [f"model_name_or_path={self.novice}", "warmup_run=null", f"learning_rate={settings.TEACHER_RATE}"]
-        given += [f"train_batch_size={BATCH}", "per_device_train_batch_size=8", "lr_scheduler_type=constant"]
+        given += [f"train_batch_size={settings.BATCH}", "per_device_train_batch_size=8", "lr_scheduler_type=constant"]
         return {"sampled tokens": self.until("grpo_verifier_tiny", folder / "student", "teach.jsonl", given, wanted)}
 
     def on_policy(self, arm: Arm, folder: Path) -> dict[str, Any]:
         """The novice distilled on its own samples, until it has sampled as many tokens as other students train on."""
         given = [f"model_name_or_path={self.novice}", f"teacher_model={self.teacher(arm.teacher)}", "warmup_run=null"]
-        given += [f"train_batch_size={BATCH}", "lr_scheduler_type=constant"]
+        given += [f"train_batch_size={settings.BATCH}", "lr_scheduler_type=constant"]
+        given += [f"learning_rate={settings.DISTILLED_RATE}", f"learns_solution={settings.OPD_LEARNS_SOLUTION}"]
         wanted = settings.TRAINED_TOKENS
         return {"sampled tokens": self.until("student_opd_tiny", folder / "student", "collect.jsonl", given, wanted)}
 
@@ -142,14 +153,15 @@ class Seed:
         steps, done = 0, 0.0
         while done < tokens:
             steps += max(1, int((tokens - done) / max(done / steps, 1) * 0.9)) if steps else 2
-            self.stage(run, folder, source, *given, *LOGGED, *SHORT, *EXPLAINING, f"max_steps={steps}")
-            done = self.sampled(folder)
+            self.stage(run, folder, source, *given, *LOGGED, *SHORT, *ANSWERING, f"max_steps={steps}")
+            done = self.sampled(folder, steps)
         without_checkpoints(folder)
         return done
 
-    def sampled(self, folder: Path) -> float:
-        """Tokens that a run's policy has sampled."""
-        return sum(one.get("completions/mean_length", 0.0) * BATCH for one in self.logged(folder))
+    def sampled(self, folder: Path, steps: int) -> float:
+        """Tokens that a run's policy has sampled in its first steps; a life that was killed may have logged more."""
+        lengths = [one.get("completions/mean_length", 0.0) for one in self.logged(folder) if one["step"] <= steps]
+        return sum(lengths) * settings.BATCH
 
     def logged(self, folder: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -161,7 +173,7 @@ class Seed:
 
     def answered(self, model: Path | str, folder: Path) -> dict[str, Any]:
         """Figures of two answers to each question that no run has seen."""
-        asked = ["samples_per_question=2", "pass_at=[1]", "questions_at_once=160"]
+        asked = [f"samples_per_question={settings.ANSWERS}", "pass_at=[1]", "questions_at_once=160"]
         asked += [f"max_completion_length={settings.ANSWER_TOKENS}", f"model_name_or_path={model}", *SHORT]
         source = self.out / "questions" / "evaluate.jsonl"
         place = self.stage("evaluate_tiny", folder / "evaluation", source, *asked)
@@ -185,6 +197,7 @@ class Seed:
         """A run in a process of its own, unless it is complete; a folder of other settings is refused."""
         source = self.questions / source if isinstance(source, str) else source
         place = [f"output_dir={folder}", f"seed={self.seed}", f"dataset_id_or_path={source}", "dataset_size=null"]
+        place.append("report_to=null")
         its = Stage(str(folder), str(folder), [run, *place, *overrides])
         if not is_complete(configuration_of(its, [], devices=1)):
             run_child(["train.py", *its.arguments])

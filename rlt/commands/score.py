@@ -35,7 +35,9 @@ from rlt.planning.configuration import REWARDS, as_dict, check_reward_names, rea
 from rlt.planning.machine import check_models_exist
 from rlt.planning.ranges import check_ranges
 from rlt.planning.reward_checks import check_reward, check_reward_options
-from rlt.prompts.styles import load_format
+from rlt.prompts.examples import trained_tokens
+from rlt.prompts.rendering import split_completion
+from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.runs.durable import write_whole, written_whole
 from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts
 from rlt.traces.ranking import check_select, ranks, sources_of, summary, table, worth
@@ -317,8 +319,8 @@ def score_file(settings: ScoreSettings) -> str:
             scored = terms([row] * len(answers), answers, readings, reward.score_readings(readings), seeds)
             scored = [s.as_dict() for s in scored]
             if settings.report_rsr:
-                sizes = [len(reading.student.ids) for reading in readings]
-                scored = [{**one, "student_tokens": size} for one, size in zip(scored, sizes, strict=True)]
+                sizes = sizes_of(row, answers, readings, tokenizers[1] or tokenizers[0], reward.style)
+                scored = [{**one, **size} for one, size in zip(scored, sizes, strict=True)]
             named = {name: [s[name] for s in scored] for name in scored[0]}
             if row.get("completions") is not None:
                 each = [{"question": row["question"], **one} for one in scored]
@@ -336,6 +338,14 @@ def score_file(settings: ScoreSettings) -> str:
     found = summary(ranked)
     write_whole(ranking_file(output), json.dumps(found, indent=1))
     return said + table(found)
+
+
+def sizes_of(row: dict, answers: list[str], readings, tokenizer, style: ReasoningFormat) -> list[dict[str, int]]:
+    """Of each answer: tokens that the student reads, and those that it would be trained on."""
+    traces = [split_completion(style, answer)[0].strip() for answer in answers]
+    trained = [trained_tokens(tokenizer, style, trace, row["solution"]) for trace in traces]
+    read = [len(reading.student.ids) for reading in readings]
+    return [{"student_tokens": a, "trained_tokens": b} for a, b in zip(read, trained, strict=True)]
 
 
 def best_index(rewards: list[float], places: list[int]) -> int | None:

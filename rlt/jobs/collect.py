@@ -16,6 +16,7 @@ from pathlib import Path
 from rlt.data.sources import KNOWN, Rows
 from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
+from rlt.prompts.examples import trained_tokens
 from rlt.prompts.rendering import prompt_token_ids, split_completion
 from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
@@ -179,7 +180,8 @@ def answer(
     for number, text, ids, score, reading, tokens in columns:
         known = {key: value for key, value in rows[number].items() if key in KNOWN and key != "reasoning_trace"}
         trace = split_completion(style, text)[0].strip()
-        sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids)}
+        trained = trained_tokens(scorer.reward.student_tokenizer, style, trace, rows[number]["solution"])
+        sizes = {"tokens": len(ids), "student_tokens": len(reading.student.ids), "trained_tokens": trained}
         written = {"completion": text, "reasoning_trace": trace, "matched": reading.matched, "token_scores": tokens}
         made.append({"question_id": number, **known, **written, **sizes, **score.as_dict()})
     return made

@@ -17,6 +17,12 @@ def example(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
     }
 
 
+def trained_tokens(tokenizer, style: ReasoningFormat, trace: str, solution: str) -> int:
+    """How many tokens a student is trained on by a row: of its answer, with the end of turn."""
+    answer = f"{student_answer(style, trace, solution)}{tokenizer.eos_token}"
+    return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
 def teacher_example(tokenizer, style: ReasoningFormat, row: dict) -> dict[str, list[int]]:
     """A teacher learns to explain.
 

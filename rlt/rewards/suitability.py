@@ -17,7 +17,7 @@ def rank_surprisal_ratio(log_probs_T: torch.Tensor, ranks_T: torch.Tensor) -> fl
     Source: arXiv 2601.14249, RSR = sum min(rank, 100) / sum -log p, where the likeliest token has rank 1.
 
     Args:
-        log_probs_T: in nats. The paper reads them at temperature 1; a reward's pass gives them at the reward's.
+        log_probs_T: in nats, at temperature 1 as in the paper.
         ranks_T: of the same tokens among the whole vocabulary.
 
     Returns:

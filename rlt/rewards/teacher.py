@@ -160,8 +160,8 @@ class TeacherReward:
     Args:
         tokenizer: the teacher's.
         student_tokenizer: the student's, with its own chat template; None: the teacher's serves both.
-        student_ranked: is asked in the place of `student_log_probs`; parts then tell how well the explanation suits
-            the student (`suitability.py`).
+        student_ranked: is asked for log-probs and ranks at temperature 1; parts then tell how well the explanation
+            suits the student (`suitability.py`).
     """
 
     def __init__(
@@ -205,15 +205,15 @@ class TeacherReward:
         teacher = self.teacher_log_probs(
             [r.teacher.ids for r in readings], [r.teacher_counted for r in readings], self.teacher_temperature
         )
-        asked = [r.student.ids for r in readings], [r.student_counted for r in readings], self.student_temperature
-        if self.student_ranked is None:
-            student = self.student_log_probs(*asked)
-            return [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
-        student, ranks = self.student_ranked(*asked)
+        asked = [r.student.ids for r in readings], [r.student_counted for r in readings]
+        student = self.student_log_probs(*asked, self.student_temperature)
         scored = [self._combine(r, t, s) for r, t, s in zip(readings, teacher, student, strict=True)]
+        if self.student_ranked is None:
+            return scored
+        log_probs, ranks = self.student_ranked(*asked, 1.0)
         return [
             replace(one, parts={**one.parts, **suitability(r, s, ranked)})
-            for one, r, s, ranked in zip(scored, readings, student, ranks, strict=True)
+            for one, r, s, ranked in zip(scored, readings, log_probs, ranks, strict=True)
         ]
 
     def read(self, rows: list[dict], completions: list[str]) -> list[Reading]:

@@ -72,7 +72,7 @@ CONTINUABLE = frozenset(
 UNTIL_COMPLETE = frozenset(
     {
         *("min_format_rate", "min_reward_quantile", "keep_per_question", "max_student_length"),
-        *("near_duplicate_similarity", "compare_with", "pass_at", "stages"),
+        *("near_duplicate_similarity", "select", "select_student_tokens", "compare_with", "pass_at", "stages"),
     }
 )
 # And a preparation does again whatever stage another value of these concerns.

@@ -17,7 +17,7 @@ from rlt.prompts.styles import ReasoningFormat
 from rlt.traces.ranking import check_columns, worth
 from rlt.traces.selection import Budget, rank
 
-FIGURES = ("reward", "likelihood", "rsr", "match_reward", "student_tokens")
+FIGURES = ("reward", "likelihood", "rsr", "match_reward", "student_tokens", "trained_tokens")
 
 
 def one_by_one(row: dict, style: ReasoningFormat) -> Iterator[dict]:
@@ -41,7 +41,8 @@ def select_scored(
     Args:
         rows: with `question`, `solution`, `completion` or `completions`, and their scores.
         seed: of select=random.
-        student_tokens: questions come in their order until the next trace would be too much; None: all of them.
+        student_tokens: that a student is trained on; questions come in their order until the next trace would be too
+            much; None: all of them.
         place: where the rows stand, for messages.
 
     Raises:
@@ -49,15 +50,15 @@ def select_scored(
     """
     each: list[dict[str, Any]] = [one for row in rows for one in one_by_one(row, style)]
     check_columns(each, select, place)
-    if student_tokens is not None and any(row.get("student_tokens") is None for row in each):
-        raise Refused(f"select_student_tokens={student_tokens}: {place} has rows without 'student_tokens'")
+    if student_tokens is not None and any(row.get("trained_tokens") is None for row in each):
+        raise Refused(f"select_student_tokens={student_tokens}: {place} has rows without 'trained_tokens'")
     dropped: Counter[str] = Counter()
     kept, budget = [], Budget(student_tokens)
     for _, members in groupby(rank(each, select, seed), key=lambda row: normalised(row["question"])):
         known = [row for row in sorted(members, key=itemgetter("rank")) if math.isfinite(worth(row, select, seed, 0))]
         good = [row for row in known if row["matched"]]
         reason = f"questions without a trace in the format that has a finite {select}" if not good else None
-        reason = reason or budget.against(good[0]["student_tokens"] if student_tokens is not None else 0)
+        reason = reason or budget.against(good[0]["trained_tokens"] if student_tokens is not None else 0)
         if reason is None:
             kept.append(good[0])
         else:

@@ -1,6 +1,7 @@
 """From scored completions to a student's rows: ranked within each question, filtered, and every loss counted.
 
-A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `matched` (its format), `student_tokens`.
+A scored row has `question`, `solution`, `reasoning_trace`, `reward`, `matched` (its format), `student_tokens` (that a
+student reads) and `trained_tokens` (that it learns).
 """
 
 from collections import Counter, defaultdict
@@ -54,8 +55,8 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     """Filter ranked rows: finite reward, format, length, reward quantile, near-duplicates, best of each question, and
     as many tokens as are asked for.
 
-    With `select_student_tokens` the questions come in their order until the next trace would be too much, so that all
-    selectors choose for the same questions.
+    With `select_student_tokens` the questions come in their order until the next trace would be too much: sets of all
+    selectors have as many trained tokens, and where traces are longer fewer questions.
 
     Args:
         rows: ranked by `config.select`, those of a question in order of their rank.
@@ -74,7 +75,9 @@ def select(rows: list[dict], config: TraceConfig) -> Selection:
     budget = Budget(config.select_student_tokens)
     for row in rows:
         siblings = of_question[normalised(row["question"])]
-        reason = _reason_against(row, siblings, seen, least, config) or budget.against(row["student_tokens"])
+        reason = _reason_against(row, siblings, seen, least, config)
+        if reason is None and config.select_student_tokens is not None:
+            reason = budget.against(row["trained_tokens"])
         if reason is not None:
             dropped[reason] += 1
             continue
