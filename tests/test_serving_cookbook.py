@@ -1,6 +1,6 @@
 """Recipes of tinker-cookbook, unchanged, train the embedded model through `serve.py` to their end.
 
-    pytest -m slow tests/test_serving_cookbook.py        # five minutes on two cores, without a hub and without a GPU
+    pytest -m slow tests/test_serving_cookbook.py        # ten minutes on two cores, without a hub and without a GPU
 
 Each one's command and seconds are in the log (`-s` shows them).
 """
