@@ -94,13 +94,15 @@ def tiny_run(tiny_teacher, tiny_student):
     return [*TINY_RUN, f"model_name_or_path={tiny_teacher}", f"student_model={tiny_student}", "use_vllm=false"]
 
 
-def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    script: str, *arguments: str, limit_s: float = RUN_TIMEOUT_S, **environment: str
+) -> subprocess.CompletedProcess:
     """Run an entry point for real, in a process of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=RUN_TIMEOUT_S,
+        timeout=limit_s,
         check=False,
         env={**os.environ, **environment},
     )

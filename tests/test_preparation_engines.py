@@ -12,7 +12,9 @@ from rlt.preparation.evaluation_sets import items_of
 from rlt.preparation.run import StageResult, results_of
 from rlt.preparation.stages import STAGES
 
+LIMIT_S = 900  # each of thirteen stages starts processes that import what it needs
 EXACT, NEAR, CONTAMINATED = 40, 60, 30  # rows that are dropped
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S)]
 ON = {
     "two processes": ["engine_workers=2"],
     "ray": ["engine=ray", "engine_workers=2", "engine_memory_gb=1"],
@@ -50,23 +52,19 @@ def written(results: list[StageResult]) -> StageResult:
 
 
 def check(arguments: list[str], engine: str, output, alone: str, **environment: str) -> None:
-    done = launch("prepare.py", *arguments, *ON[engine], f"output_dir={output}", **environment)
+    done = launch("prepare.py", *arguments, *ON[engine], f"output_dir={output}", limit_s=LIMIT_S, **environment)
     assert done.returncode == 0, done.stderr
     assert ids_hash(written(results_of(output))) == alone
 
 
-@pytest.mark.slow
 def test_two_processes_keep_the_rows_that_one_keeps(arguments, alone, tmp_path):
     check(arguments, "two processes", tmp_path / "out", alone)
 
 
-@pytest.mark.slow
 def test_ray_keeps_the_rows_that_one_process_keeps(arguments, alone, tmp_path):
     check(arguments, "ray", tmp_path / "out", alone)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(slurm_here.missing()), reason="needs Debian's slurmctld, slurmd, slurm-client and munge")
 def test_slurm_keeps_the_rows_that_one_process_keeps(arguments, alone, tmp_path):
     with slurm_here.slurm(tmp_path / "slurm") as environment:

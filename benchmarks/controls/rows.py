@@ -14,6 +14,7 @@ from rlt.models.embedded import embedded_model_path
 from rlt.models.loading import load_tokenizer
 from rlt.prompts.examples import trained_tokens
 from rlt.prompts.styles import load_format
+from rlt.runs.folder import ALL_TRACES
 
 SPARE = 5  # times as many are drawn, because small tasks repeat themselves
 ROLES = ("format", "warmup", "teach", "collect")
@@ -51,7 +52,7 @@ def problem_of(row: dict) -> str:
 def explanations(folder: Path) -> list[dict]:
     """The best explanation of each question of a collection by its reward, as it was sampled; where nothing was
     written, a full stop."""
-    table = pandas.read_parquet(folder / "all" / "traces.parquet").sort_values(["question_id", "rank"])
+    table = pandas.read_parquet(folder / ALL_TRACES).sort_values(["question_id", "rank"])
     rows = table.drop_duplicates("question_id").to_dict("records")
     return [{**row, "reasoning_trace": row["reasoning_trace"].strip() or "."} for row in rows]
 

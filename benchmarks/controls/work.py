@@ -19,7 +19,7 @@ from arms import ARMS, TEACHERS, Arm
 from rlt.estimates import bootstrap, finite_mean
 from rlt.jobs.child import run_child
 from rlt.jobs.pipeline import Stage, configuration_of
-from rlt.runs.folder import EVALUATION, METRICS, is_complete
+from rlt.runs.folder import ALL_TRACES, EVALUATION, METRICS, is_complete
 
 SHORT = ["max_prompt_length=384"]
 EXPLAINING = ["temperature=1.0", f"max_completion_length={settings.EXPLANATION_TOKENS}"]
@@ -81,18 +81,15 @@ class Seed:
 
     def explained(self, teacher: str, of: int) -> Path:
         """A collection: so many explanations of each question, none filtered out before it is read."""
-        return self.stage(
-            "collect_tiny",
-            self.folder / "explained" / f"{teacher}-{of}",
-            "collect.jsonl",
-            *SHORT,
-            *EXPLAINING,
-            f"model_name_or_path={self.teacher(teacher)}",
-            f"student_model={self.reader}",
-            f"traces_per_question={of}",
-            "min_format_rate=0",
-            "questions_at_once=192",
-        )
+        folder = self.folder / "explained" / f"{teacher}-{of}"
+        models = [f"model_name_or_path={self.teacher(teacher)}", f"student_model={self.reader}"]
+        asked = [f"traces_per_question={of}", "min_format_rate=0", "questions_at_once=192"]
+        try:
+            self.stage("collect_tiny", folder, "collect.jsonl", *SHORT, *EXPLAINING, *models, *asked)
+        except SystemExit:  # a teacher that has lost its format keeps no trace, and is learned from all the same
+            if not (folder / ALL_TRACES).is_file():
+                raise
+        return folder
 
     def taught(self, arm: Arm, folder: Path) -> dict[str, Any]:
         """A student of explanations, or of worked solutions, and what is measured of these."""
