@@ -488,11 +488,11 @@ def test_a_run_that_is_killed_in_every_stage_leaves_the_same_bytes(seed, tmp_pat
             time.sleep(0.001)
         time.sleep(draw.uniform(0, seconds[name]))
         killed += process.poll() is None
-        followers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        followers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.communicate(timeout=LIMIT_S)
-        psutil.wait_procs([psutil.Process(pid) for pid in followers if psutil.pid_exists(pid)], timeout=10)
-        assert not [pid for pid in followers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        _, left = psutil.wait_procs(followers, timeout=10)
+        assert not [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert killed >= len(names) // 2
     assert launch("prepare.py", *arguments, f"output_dir={tmp_path / 'killed' / 'out'}").returncode == 0
     straight, after = (bytes_below(tmp_path / folder / "out" / "stages") for folder in ("straight", "killed"))
