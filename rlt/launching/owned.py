@@ -74,7 +74,7 @@ def owned_folder(prefix: str, place: Path | str | None = None) -> tempfile.Tempo
     for top in {Path(place or tempfile.gettempdir()), Path(tempfile.gettempdir()), SHARED_MEMORY}:
         sweep(top)
     folder = tempfile.TemporaryDirectory(prefix=prefix, dir=place)
-    (Path(folder.name) / OWNER).write_text(json.dumps(asdict(this_process())))
+    (Path(folder.name) / OWNER).write_text(json.dumps(asdict(this_process())), encoding="utf-8")
     return folder
 
 
