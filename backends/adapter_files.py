@@ -5,8 +5,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from rlt.durable import flush_all, rename
 from rlt.errors import Refused
-from rlt.runs.durable import flush_all, rename
 
 
 def export_adapter(model: PeftModel, inner: str, folder: Path) -> Path:

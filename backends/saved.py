@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backends.gather import Tensors
+from rlt.durable import rename
 from rlt.errors import Refused
-from rlt.runs.durable import rename
 from rlt.runs.folder import BEFORE, SAVING
 from rlt.runs.manifest import damage_of, seal, was_to_replace
 from rlt.survival.kill_points import kill_point

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,28 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError are ValueErrors
         return None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def as_json_lines(rows: list[dict]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file that a run wrote, one per line, up to the first line that is not whole; none where there is
+    no file."""
+    found: list[dict] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return found
+        if not isinstance(row, dict):
+            return found
+        found.append(row)
+    return found

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from conftest import ROOT, config_of, launch, spawn_ranks
 
+from rlt.durable import read_json_lines, write_whole, written_whole
 from rlt.errors import Refused
 from rlt.launching.environment import free_port
-from rlt.runs.durable import read_json_lines, write_whole, written_whole
 from rlt.runs.folder import MARKER, is_complete
 from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal, sums
 from rlt.runs.parts import Parts

@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from backends.state import load_full_weights, load_training_state, training_state
-from rlt.runs.durable import flush, read_json, rename
+from rlt.durable import flush, read_json, rename
 from rlt.runs.folder import BEFORE, SAVING
 from rlt.runs.manifest import seal, sums
 from rlt.survival.kill_points import kill_point

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from torch.utils.data import DataLoader
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.planning.curriculum import Phase
-from rlt.runs.durable import read_json, write_whole
 
 logger = logging.getLogger("rlt")
 

@@ -23,12 +23,12 @@ from trl.trainer.utils import use_adapter
 
 from backends.collective import is_sharded
 from backends.roll_call import slowest
+from rlt.durable import read_json
 from rlt.logprobs import Divergence, TeacherHead, token_divergences, token_hidden_states
 from rlt.models.residence import resident
 from rlt.prompts.distillation import Completion, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import ReasoningFormat
-from rlt.runs.durable import read_json
 from rlt.survival.kill_points import kill_point
 from trainers.configs import DistillationConfig
 from trainers.generation import SeededGeneration

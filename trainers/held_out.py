@@ -9,10 +9,10 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from rlt.durable import as_json_lines, read_json_lines, write_whole
 from rlt.errors import Refused
 from rlt.estimates import finite_mean, paired_bootstrap
 from rlt.reports.result import held_out_result, measure_of
-from rlt.runs.durable import as_json_lines, read_json_lines, write_whole
 from rlt.runs.folder import EVALUATIONS
 from rlt.survival.kill_points import kill_point
 

@@ -15,9 +15,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from rlt.durable import as_json_lines, read_json_lines, write_whole, written_whole
 from rlt.generation.seeds import request_seed
 from rlt.reports.curves import draw_curves
-from rlt.runs.durable import as_json_lines, read_json_lines, write_whole, written_whole
 from rlt.runs.folder import COMPLETIONS, CURVES, METRICS
 from rlt.runs.learned import write_held_out, write_training_rows
 from trainers.tracking import log_completions

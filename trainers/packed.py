@@ -13,11 +13,11 @@ import numpy
 import torch
 from datasets import Dataset
 
+from rlt.durable import digest
 from rlt.errors import Refused
 from rlt.preparation.split import TRAIN, VALIDATION
 from rlt.preparation.tokenizers import fingerprint_of
 from rlt.preparation.tokens import CHAT, TEACHER
-from rlt.runs.durable import digest
 from rlt.runs.folder import PACKED, PREPARED, TOKENIZER, TOKENS
 from rlt.schema import SFTSettings, StudentSettings
 from rlt.tokens.bins import best_fit_decreasing

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from rlt.durable import write_whole
 from rlt.runs.dashboard import PROJECT, run_question, run_title
-from rlt.runs.durable import write_whole
 from rlt.runs.folder import MLFLOW_RUN
 from rlt.runs.hidden import hide_secrets
 from rlt.runs.trackers import trackers_of

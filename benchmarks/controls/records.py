@@ -10,9 +10,9 @@ from typing import Any
 
 import settings
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.places import ROOT
-from rlt.runs.durable import read_json, write_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CODE = ("rlt", "trainers", "backends", "cfgs", "train.py", "benchmarks/controls/*.py")  # what runs are made of

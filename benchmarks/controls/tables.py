@@ -10,8 +10,8 @@ from measures import EVERY_QUESTION
 from over_seeds import Difference, correlation, paired, t_interval
 from records import Result
 
+from rlt.durable import write_whole
 from rlt.estimates import Estimate
-from rlt.runs.durable import write_whole
 
 TABLES, FIGURE = "tables.md", "tables.png"
 MEASURES = {

@@ -27,6 +27,7 @@ import hydra
 from omegaconf import MissingMandatoryValue
 
 from rlt.data.files import read_file, readable
+from rlt.durable import write_whole, written_whole
 from rlt.errors import Refused, fail, usage
 from rlt.generation.seeds import request_seed
 from rlt.places import CFGS, looked_in
@@ -38,7 +39,6 @@ from rlt.planning.reward_checks import check_reward, check_reward_options
 from rlt.prompts.examples import trained_tokens
 from rlt.prompts.rendering import split_completion
 from rlt.prompts.styles import ReasoningFormat, load_format
-from rlt.runs.durable import write_whole, written_whole
 from rlt.schema import REWARD_PARTS, RewardOptions, TeacherRewardConfig, own_keys, pick, picked_parts
 from rlt.traces.ranking import check_select, ranks, sources_of, summary, table, worth
 from rlt.traces.scored import select_scored

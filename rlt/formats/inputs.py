@@ -9,10 +9,10 @@ from typing import Any
 
 import xxhash
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.formats import FORMATS
 from rlt.places import PREPARED, looked_in
-from rlt.runs.durable import read_json, write_whole
 
 MANIFEST = "inputs.json"
 PACKAGED = "corpus/"  # a source of the default runs, made of packages that are installed (corpora.py)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlt.data.sources import KNOWN, Rows
+from rlt.durable import as_json_lines, write_whole, written_whole
 from rlt.generation.seeds import request_seed
 from rlt.planning.plan import Plan
 from rlt.prompts.examples import trained_tokens
@@ -21,7 +22,6 @@ from rlt.prompts.rendering import prompt_token_ids, split_completion
 from rlt.prompts.styles import ReasoningFormat, load_format
 from rlt.reports.result import traces_sentence
 from rlt.runs.dashboard import log_figures
-from rlt.runs.durable import as_json_lines, write_whole, written_whole
 from rlt.runs.folder import ALL_TRACES, CARD, PARTS, TRACES, TRACES_AS_LINES, mark_complete
 from rlt.runs.learned import check_held_out, write_held_out
 from rlt.runs.parts import Parts

@@ -16,6 +16,7 @@ import yaml
 
 from rlt.data.sources import say_dropped
 from rlt.data.splits import check_disjoint
+from rlt.durable import write_whole, written_whole
 from rlt.errors import Refused
 from rlt.estimates import Estimate, bootstrap, paired_difference, pass_at_k
 from rlt.generation.seeds import request_seed
@@ -24,7 +25,6 @@ from rlt.prompts.rendering import prompt_token_ids, render_question
 from rlt.prompts.styles import load_format
 from rlt.reports.result import evaluation_difference, evaluation_heading
 from rlt.runs.dashboard import log_figures
-from rlt.runs.durable import write_whole, written_whole
 from rlt.runs.folder import ANSWERS, CONFIG, EVALUATION, EVALUATION_PICTURE, mark_complete
 from rlt.runs.learned import learned_rows, lineage, rows_of
 from rlt.runs.parts import Parts

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlt.durable import digest, read_json, write_whole
 from rlt.errors import Refused
 from rlt.jobs.child import run_child
 from rlt.launching.lifetime import PREEMPTED
 from rlt.planning.configuration import as_value, compose_config, quoted
 from rlt.planning.plan import Plan
 from rlt.planning.resolve import resolve
-from rlt.runs.durable import digest, read_json, write_whole
 from rlt.runs.folder import (
     ALL_TRACES,
     EVALUATION,

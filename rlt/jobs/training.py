@@ -8,13 +8,13 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from backends.roll_call import RollCall, is_one_of_several
+from rlt.durable import flush
 from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
 from rlt.models.loading import quiet_libraries
 from rlt.models.paths import MERGED, merged_model_path
 from rlt.planning.plan import Plan
 from rlt.reports.model_card import write_model_card
-from rlt.runs.durable import flush
 from rlt.runs.folder import mark_complete
 from rlt.runs.hub import make_repository, push
 from rlt.runs.manifest import damage_of, last_checkpoint

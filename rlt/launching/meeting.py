@@ -19,9 +19,9 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
+from rlt.durable import write_whole
 from rlt.errors import Refused
 from rlt.launching.environment import Machines, route_to
-from rlt.runs.durable import write_whole
 from rlt.runs.folder import MEETING
 
 SILENCE_S = 30  # after which a machine counts as gone

@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlt.durable import read_json
 from rlt.launching.lifetime import SHARED_MEMORY
-from rlt.runs.durable import read_json
 
 PREFIX = "rlt-"
 LAUNCH, SERVE, WEIGHTS = (f"{PREFIX}{name}-" for name in ("launch", "serve", "weights"))

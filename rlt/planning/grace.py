@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from rlt.runs.durable import read_json_lines
+from rlt.durable import read_json_lines
 from rlt.runs.folder import METRICS
 from rlt.schema import Training
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlt.durable import digest, read_json, write_whole, written_whole
 from rlt.formats.inputs import MANIFEST, parse_sources
 from rlt.formats.record import Record, texts_of
 from rlt.preparation.pii import Pii
 from rlt.preparation.run import StageResult
 from rlt.preparation.shards import read_shard
 from rlt.preparation.stages import STAGES as BY_NAME
-from rlt.runs.durable import digest, read_json, write_whole, written_whole
 from rlt.runs.folder import CARD, FUNNEL, PREPARED
 from rlt.schema import PrepareSettings
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from rlt.durable import written_whole
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record
 from rlt.preparation.evaluation_sets import file_of, items_of
 from rlt.preparation.ledger import Counts
 from rlt.preparation.overlap import Index, has_choices, streams_of
 from rlt.preparation.stage import Pass, Stage, Task, write_judged
-from rlt.runs.durable import written_whole
 
 REASONS = ("holds an evaluation item", "variant of a row that holds an evaluation item")
 REPORTED = 0.2  # share of an item, from which a row that is kept is noted

@@ -25,12 +25,12 @@ import psutil
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from rlt.durable import write_whole
 from rlt.errors import Refused
 from rlt.launching.lifetime import end_with, stop_signals
 from rlt.preparation.ledger import Counts, read_counts
 from rlt.preparation.stage import Pass, Place, ProgressNote, Task
 from rlt.preparation.stages import STAGES
-from rlt.runs.durable import write_whole
 from rlt.schema import PrepareSettings
 
 POLL_S = 1.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlt.runs.durable import read_json
+from rlt.durable import read_json
 
 
 class LedgerError(AssertionError):

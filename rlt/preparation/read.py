@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import xxhash
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.formats import FORMATS, Format, apply, apply_to_group, find_format, tells
 from rlt.formats.columns import Options, Row, Unfit
@@ -28,7 +29,6 @@ from rlt.formats.trees import unfolded
 from rlt.preparation.ledger import Counts
 from rlt.preparation.shards import read_shard, shard, writing
 from rlt.preparation.stage import Pass, Stage, Task
-from rlt.runs.durable import read_json, write_whole
 
 BLOCK = 1000  # rows
 PARTS = 256  # of a file whose rows depend on one another

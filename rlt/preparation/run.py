@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.formats.inputs import check_inputs, fingerprint, keep_to_inputs, parse_sources
 from rlt.preparation.engine import Stopped, cancel_jobs, counts_file, read_counts, run_pass
@@ -23,7 +24,6 @@ from rlt.preparation.progress import bar
 from rlt.preparation.stage import Pass, Place, Stage, key_values
 from rlt.preparation.stages import STAGES as BY_NAME
 from rlt.preparation.stages import stages_of
-from rlt.runs.durable import read_json, write_whole
 from rlt.runs.folder import MARKER, STAGES
 from rlt.schema import PrepareSettings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from rlt.runs.durable import written_whole
+from rlt.durable import written_whole
 
 SUFFIX = ".jsonl.zst"
 LEVEL = 3  # of zstd

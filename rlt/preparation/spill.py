@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rlt.durable import written_whole
 from rlt.formats.record import Dropped
-from rlt.runs.durable import written_whole
 
 BLOCK = 2**21  # bytes that a writer holds before it sorts and writes them
 VERDICT = np.dtype([("row", "<u4"), ("reason", "<u1"), ("score", "<f4")])

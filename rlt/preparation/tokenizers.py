@@ -7,11 +7,11 @@ from typing import Any
 
 import orjson
 
+from rlt.durable import flush_all
 from rlt.formats.record import texts_of
 from rlt.preparation.shards import read_shard
 from rlt.preparation.split import TRAIN
 from rlt.preparation.stage import Task
-from rlt.runs.durable import flush_all
 from rlt.runs.folder import TOKENIZER
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"

@@ -14,13 +14,13 @@ from typing import Any
 
 import orjson
 
+from rlt.durable import written_whole
 from rlt.errors import Refused
 from rlt.formats.record import Dropped, Record, texts_of
 from rlt.preparation.ledger import Counts
 from rlt.preparation.shards import shard, writing
 from rlt.preparation.split import TRAIN, sides
 from rlt.preparation.stage import Pass, Stage, Task
-from rlt.runs.durable import written_whole
 from rlt.runs.folder import PREPARED
 
 Row = dict[str, Any]

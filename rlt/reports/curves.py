@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rlt.runs.durable import read_json_lines, written_whole
+from rlt.durable import read_json_lines, written_whole
 from rlt.runs.folder import METRICS
 
 PANELS = (  # of a run's logs; after them one for each of several reward functions

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from rlt.data.sources import BENCHMARK, GENERATOR
+from rlt.durable import read_json_lines, write_whole
 from rlt.estimates import bootstrap, paired_bootstrap
 from rlt.models.embedded import is_embedded
 from rlt.places import LOCAL_STARTS
 from rlt.planning.configuration import as_value, compose_config, options
 from rlt.reports.result import measure_of
 from rlt.runs.dashboard import run_question
-from rlt.runs.durable import read_json_lines, write_whole
 from rlt.runs.folder import CONFIG, EVALUATIONS, HELD_OUT, METRICS, MODEL_CARD, run_in
 from rlt.runs.hidden import holds_secret
 from rlt.runs.learned import lineage

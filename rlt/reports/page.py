@@ -5,6 +5,7 @@ import html
 import os
 from pathlib import Path
 
+from rlt.durable import write_whole
 from rlt.errors import Refused
 from rlt.reports.comparison import comparison
 from rlt.reports.completion_table import completion_table
@@ -13,7 +14,6 @@ from rlt.reports.curves import draw_curves
 from rlt.reports.result import summary
 from rlt.reports.safe import policy, readable
 from rlt.reports.tables import configuration, evaluation
-from rlt.runs.durable import write_whole
 from rlt.runs.folder import CARD, run_in, saved_configuration
 from rlt.schema import profile_of
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from rlt.durable import read_json, read_json_lines
 from rlt.estimates import Estimate, finite_mean, paired_bootstrap
-from rlt.runs.durable import read_json, read_json_lines
 from rlt.runs.folder import ALL_TRACES, EVALUATION, EVALUATIONS, MARKER, TRACES, run_in
 
 WIDTH, HEIGHT, MARGIN = 320, 34, 8  # pixels of a drawn interval

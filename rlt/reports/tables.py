@@ -5,10 +5,10 @@ from pathlib import Path
 
 import yaml
 
+from rlt.durable import read_json
 from rlt.estimates import Estimate
 from rlt.planning.configuration import compose_config, options
 from rlt.reports.frames import frame_of
-from rlt.runs.durable import read_json
 from rlt.runs.folder import ANSWERS, EVALUATION, run_in
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlt.durable import write_whole
 from rlt.errors import Refused
 from rlt.places import CFGS
-from rlt.runs.durable import write_whole
 from rlt.runs.folder import MLFLOW, MLFLOW_RUN, TENSORBOARD, TRACKIO, WANDB, WANDB_RUN
 from rlt.runs.hidden import hide_secrets, is_secret
 from rlt.runs.reach import why_unreachable

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
+from rlt.durable import read_json, write_whole
 from rlt.errors import Refused
 from rlt.places import MARKER as MARKER  # written last, with what was done
 from rlt.places import PREPARED as PREPARED  # of a preparation: the rows that other runs read
-from rlt.runs.durable import read_json, write_whole
 from rlt.runs.hidden import hide_secrets
 from rlt.schema import profile_of, renamed
 

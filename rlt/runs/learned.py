@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rlt.data.sources import Rows, load_rows
 from rlt.data.splits import hold_out, questions_of
+from rlt.durable import as_json_lines, read_json, read_json_lines, write_whole
 from rlt.errors import Refused
 from rlt.places import LOCAL_STARTS
 from rlt.prompts.styles import load_format
-from rlt.runs.durable import as_json_lines, read_json, read_json_lines, write_whole
 from rlt.runs.folder import ALL_TRACES, HELD_OUT, LEARNED, saved_configuration
 from rlt.schema import profile_of
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rlt.runs.durable import digest, flush_all, read_json, rename
+from rlt.durable import digest, flush_all, read_json, rename
 from rlt.runs.folder import BEFORE, CHECKPOINTS, SAVING
 
 MANIFEST = "manifest.json"  # the size and the SHA-256 of every other file

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlt.durable import as_json_lines, read_json, read_json_lines, write_whole
 from rlt.errors import Refused
 from rlt.prompts.styles import ReasoningFormat
-from rlt.runs.durable import as_json_lines, read_json, read_json_lines, write_whole
 from rlt.runs.folder import PARTS
 
 SOURCES = "sources.json"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlt.runs.durable import written_whole
+from rlt.durable import written_whole
 
 ROWS_OF_A_GROUP = 1024
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlt.data.sources import Rows
-from rlt.runs.durable import write_whole
+from rlt.durable import write_whole
 from rlt.traces.selection import Selection
 
 RANKED_BY = {

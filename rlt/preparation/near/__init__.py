@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlt.durable import read_json, write_whole, written_whole
 from rlt.errors import Refused
 from rlt.preparation.ledger import Counts
 from rlt.preparation.near.bands import (
@@ -35,7 +36,6 @@ from rlt.preparation.near.verify import EDGE, verified
 from rlt.preparation.order import Order
 from rlt.preparation.spill import VERDICT, Verdicts, spilled, spilling
 from rlt.preparation.stage import CorpusStage, Pass, Task
-from rlt.runs.durable import read_json, write_whole, written_whole
 from rlt.runs.folder import STAGES
 
 PARTS = 256  # of the tokens: one at a time is held in memory

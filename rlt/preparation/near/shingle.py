@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from rlt.durable import written_whole
 from rlt.formats.record import Record, turns_of
 from rlt.preparation.order import ORDER, Order
 from rlt.preparation.words import Hashes, shingles, words
-from rlt.runs.durable import written_whole
 
 WORDS = 5
 INFO = np.dtype(
