@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from math import isnan, sqrt
 
+import pandas
 import pytest
 from conftest import ROOT
 
@@ -70,6 +71,11 @@ def test_right_steps_and_the_position_of_the_answer_by_hand():
     assert measures.right_steps(texts, worked) == pytest.approx(1 / 3)  # the last row has no step to be right
     assert measures.answer_position(["xx4/11", "14/11", "4/11 is it"], ["4/11"] * 3) == pytest.approx(0 / 2)
     assert measures.answer_position(["xx 4/11.."], ["4/11"]) == pytest.approx(3 / 9)
+
+
+def test_an_answer_that_a_table_lacks_is_not_in_the_format():
+    table = pandas.DataFrame({"answer": ["4/11", None, "", float("nan")]})
+    assert measures.in_format(row["answer"] for row in table.to_dict("records")) == 2 / 4
 
 
 def test_intervals_over_seeds_by_hand():

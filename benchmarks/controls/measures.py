@@ -32,6 +32,11 @@ def answer_position(texts: Iterable[str], solutions: Iterable[str]) -> float:
     return finite_mean(places)
 
 
+def in_format(answers: Iterable[object]) -> float:
+    """Share of answers that stand between their tags; a table has None or NaN where there is none."""
+    return mean(float(isinstance(answer, str)) for answer in answers)
+
+
 def worked_of(row: dict) -> str:
     """The worked solution of a generator's row."""
     metadata = row["metadata"]

@@ -58,6 +58,15 @@ class Seed:
         source = self.questions / "warmup.jsonl"
         return self.learn(self.folder / "reader", source, self.novice, f"max_steps={settings.READER_STEPS}")
 
+    @cached_property
+    def beginner(self) -> Path:
+        """The novice after a share of the tokens that others train on, of the warm-up teacher's explanations: what a
+        student that learns from its own samples needs, since a novice has next to no answers and loses its format."""
+        read = rows.as_rows(rows.explanations(self.explained("warm-up", 1)))
+        folder = self.folder / "beginner"
+        rows.write(folder / "rows.jsonl", rows.to_tokens(read, settings.BEGINNING_TOKENS))
+        return self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
+
     def teacher(self, name: str) -> Path:
         """A teacher of `TEACHERS`; `mismatched` has the next seed's student of the reward."""
         folder, reward = self.folder / "teachers" / name, TEACHERS[name]
@@ -134,34 +143,39 @@ class Seed:
         return found | ({"entropy": logged[-1]} if TEACHERS[arm.teacher] and logged else {})
 
     def by_itself(self, arm: Arm, folder: Path) -> dict[str, Any]:
-        """The novice trained by GRPO, until it has sampled as many tokens as the teacher had."""
-        wanted = self.sampled(self.teacher(arm.teacher), settings.RL_STEPS)
-        given = [f"model_name_or_path={self.novice}", "warmup_run=null", f"learning_rate={settings.TEACHER_RATE}"]
-        given += [f"train_batch_size={settings.BATCH}", "per_device_train_batch_size=8", "lr_scheduler_type=constant"]
-        return {"sampled tokens": self.until("grpo_verifier_tiny", folder / "student", "teach.jsonl", given, wanted)}
+        """The beginner trained by GRPO, until it has sampled as many tokens as the teacher had."""
+        wanted = self.sampled(self.teacher(arm.teacher), settings.RL_STEPS, settings.BATCH)
+        given = [f"learning_rate={settings.TEACHER_RATE}"]
+        return self.until("grpo_verifier_tiny", folder / "student", "teach.jsonl", given, wanted, settings.BATCH)
 
     def on_policy(self, arm: Arm, folder: Path) -> dict[str, Any]:
-        """The novice distilled on its own samples, until it has sampled as many tokens as other students train on."""
-        given = [f"model_name_or_path={self.novice}", f"teacher_model={self.teacher(arm.teacher)}", "warmup_run=null"]
-        given += [f"train_batch_size={settings.BATCH}", "lr_scheduler_type=constant"]
-        given += [f"learning_rate={settings.DISTILLED_RATE}", f"learns_solution={settings.OPD_LEARNS_SOLUTION}"]
-        wanted = settings.TRAINED_TOKENS
-        return {"sampled tokens": self.until("student_opd_tiny", folder / "student", "collect.jsonl", given, wanted)}
+        """The beginner distilled on its own samples, until both together are as many tokens as others train on."""
+        given = [f"teacher_model={self.teacher(arm.teacher)}", f"learning_rate={settings.DISTILLED_RATE}"]
+        given.append(f"learns_solution={settings.OPD_LEARNS_SOLUTION}")
+        wanted = settings.TRAINED_TOKENS - settings.BEGINNING_TOKENS
+        return self.until(
+            "student_opd_tiny", folder / "student", "collect.jsonl", given, wanted, settings.DISTILLED_BATCH
+        )
 
-    def until(self, run: str, folder: Path, source: str, given: list[str], tokens: float) -> float:
-        """A run that goes on, a step each time, until it has sampled so many tokens; how many it has."""
+    def until(
+        self, run: str, folder: Path, source: str, given: list[str], tokens: float, batch: int
+    ) -> dict[str, float]:
+        """A run of the beginner that goes on, some steps each time, until it has sampled so many tokens; how many it
+        has, in how many steps."""
+        given = [*given, f"model_name_or_path={self.beginner}", "warmup_run=null", "lr_scheduler_type=constant"]
+        given += [f"train_batch_size={batch}", "per_device_train_batch_size=8"]
         steps, done = 0, 0.0
         while done < tokens:
             steps += max(1, int((tokens - done) / max(done / steps, 1) * 0.9)) if steps else 2
             self.stage(run, folder, source, *given, *LOGGED, *SHORT, *ANSWERING, f"max_steps={steps}")
-            done = self.sampled(folder, steps)
+            done = self.sampled(folder, steps, batch)
         without_checkpoints(folder)
-        return done
+        return {"sampled tokens": done, "steps": steps}
 
-    def sampled(self, folder: Path, steps: int) -> float:
+    def sampled(self, folder: Path, steps: int, batch: int) -> float:
         """Tokens that a run's policy has sampled in its first steps; a life that was killed may have logged more."""
         lengths = [one.get("completions/mean_length", 0.0) for one in self.logged(folder) if one["step"] <= steps]
-        return sum(lengths) * settings.BATCH
+        return sum(lengths) * batch
 
     def logged(self, folder: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -190,7 +204,7 @@ class Seed:
             **of_task,
             "right steps of answers": measures.right_steps([row["text"] for row in answers], ways),
             "tokens of answers": finite_mean(row["tokens"] for row in answers),
-            "format rate of answers": finite_mean(float(row["answer"] is not None) for row in answers),
+            "format rate of answers": measures.in_format(row["answer"] for row in answers),
         }
 
     def stage(self, run: str, folder: Path, source: Path | str, *overrides: str) -> Path:
