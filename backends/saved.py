@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backends.gather import Tensors
-from rlt.durable import rename
+from rlt.durable import disk_errors, rename
 from rlt.errors import Refused
 from rlt.runs.folder import BEFORE, SAVING
 from rlt.runs.manifest import damage_of, seal, was_to_replace
@@ -97,7 +97,8 @@ def write(root: Path, name: str, saved: Saved, overwrite: bool) -> Path:
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     try:
         (aside / NEW).mkdir(parents=True)
-        _fill(aside / NEW, saved)
+        with disk_errors(aside):
+            _fill(aside / NEW, saved)
         kill_point("saving")
         seal(aside / NEW)
         if folder.exists():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -46,6 +47,24 @@ def write_whole(path: Path, text: str) -> None:
     """The old content or the new one, never half of it."""
     with written_whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Where PyTorch's writer of archives fails, the system's reason, if there is one.
+
+    Of a full disk it says `unexpected pos 640 vs 576` or `basic_ios::clear: iostream error`.
+
+    Raises:
+        OSError: of a write below the folder that is tried after a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError:
+        with TemporaryFile(dir=folder) as tried:
+            tried.write(bytes(2**20))
+            os.fsync(tried.fileno())
+        raise
 
 
 def rename(old: Path, new: Path) -> None:

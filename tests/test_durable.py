@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from conftest import ROOT, config_of, launch, spawn_ranks
 
-from rlt.durable import read_json_lines, write_whole, written_whole
+from rlt.durable import disk_errors, read_json_lines, write_whole, written_whole
 from rlt.errors import Refused
 from rlt.launching.environment import free_port
 from rlt.runs.folder import MARKER, is_complete
@@ -127,6 +127,30 @@ def test_the_old_content_stays_where_writing_fails(tmp_path):
         raise RuntimeError
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+WRITES_TOO_MUCH = """
+import resource, sys, torch
+from pathlib import Path
+from rlt.durable import disk_errors
+folder, by_path = Path(sys.argv[1]), sys.argv[2] == "path"
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+with disk_errors(folder):
+    with (folder / "state").open("wb") as file:
+        torch.save(torch.ones(10**6), folder / "state" if by_path else file)
+"""
+
+
+@pytest.mark.parametrize("way", ["path", "file"])
+def test_what_torch_cannot_write_is_named_by_the_system(way, tmp_path):
+    command = [sys.executable, "-c", WRITES_TOO_MUCH, str(tmp_path), way]
+    ended = subprocess.run(command, cwd=ROOT, timeout=120, check=False, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="of something else"), disk_errors(tmp_path):
+        raise RuntimeError("of something else")
 
 
 @pytest.mark.parametrize("damage", [lambda f: os.truncate(f, 0), lambda f: os.truncate(f, 30), flip_a_bit])

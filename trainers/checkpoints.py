@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from backends.state import load_full_weights, load_training_state, training_state
-from rlt.durable import flush, read_json, rename
+from rlt.durable import disk_errors, flush, read_json, rename
 from rlt.runs.folder import BEFORE, SAVING
 from rlt.runs.manifest import seal, sums
 from rlt.survival.kill_points import kill_point
@@ -73,6 +73,10 @@ class AtomicCheckpoints(Base):
 
     def _save_checkpoint(self, model, trial) -> None:
         output_dir = Path(self.args.output_dir)
+        with disk_errors(output_dir):
+            self._save_aside(output_dir, model, trial)
+
+    def _save_aside(self, output_dir: Path, model, trial) -> None:
         aside = output_dir / SAVING
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
@@ -111,8 +115,7 @@ class AtomicCheckpoints(Base):
         # Overridden because `Trainer` writes them in the form of a sharding, and reads no other.
         state = training_state(self.model_wrapped, self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
-            with open(os.path.join(output_dir, TRAINING_STATE), "wb") as file:  # of a path, a full disk is not named
-                torch.save(state, file)
+            torch.save(state, os.path.join(output_dir, TRAINING_STATE))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from backends.roll_call import RollCall, is_one_of_several
-from rlt.durable import flush
+from rlt.durable import disk_errors, flush
 from rlt.errors import Refused
 from rlt.launching.lifetime import PREEMPTED
 from rlt.models.loading import quiet_libraries
@@ -99,7 +99,8 @@ def finish(trainer, plan: Plan, repository: str | None = None) -> None:
     settings: Training = plan.settings
     kill_point("finishing")
     folder = Path(settings.output_dir)
-    trainer.save_model(str(folder))  # together with all ranks
+    with disk_errors(folder):
+        trainer.save_model(str(folder))  # together with all ranks
     if not trainer.is_world_process_zero():
         return
     trainer.processing_class.save_pretrained(str(folder))
