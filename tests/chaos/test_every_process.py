@@ -1,6 +1,6 @@
 """SIGKILL of each process of a served run in each of its phases: nothing of it is left half a minute after its end.
 
-Processes that a run replaces are killed one after the other in one run; three servers an hour are replaced.
+Processes whose end a run survives are killed one after the other in one run; three servers an hour are replaced.
 """
 
 import os
@@ -27,13 +27,13 @@ ROW = "2. SIGKILL of each process of a served run in its phases"
 Kill = tuple[str, str, int]  # a process, a phase, and for which time that begins
 # Steps apart, in this order: 2 micro-batches a step; held-out questions are read before the first and after the 20th.
 PHASES = {"loading": 0, "generation": 4, "scoring": 7, "saving": 10, "backward": 26, "evaluation": 2}
-REPLACED, ENDS_THE_RUN = ("api", "engine", "worker", "checker", "watchdog"), ("launcher", "rank")
+SURVIVED, ENDS_THE_RUN = ("api", "engine", "worker", "checker", "watchdog"), ("launcher", "rank")
 
 
 def kills_of(turn: int) -> list[Kill]:
-    """Each process that is replaced in another phase; over as many turns as there are phases, each in each."""
+    """Each process that a run survives in another phase; over as many turns as there are phases, each in each."""
     phases = list(PHASES)
-    taken = {phases[(turn + place) % len(phases)]: kind for place, kind in enumerate(REPLACED)}
+    taken = {phases[(turn + place) % len(phases)]: kind for place, kind in enumerate(SURVIVED)}
     return [(taken[phase], phase, times) for phase, times in PHASES.items() if phase in taken]
 
 
@@ -153,5 +153,5 @@ def test_nothing_is_left(name, tiny_teacher, tmp_path):
 
 def test_each_process_is_killed_once_in_each_phase():
     kills = [kill for run in RUNS.values() for kill in run]
-    assert {*NAMES, *WORDS} == {*REPLACED}
-    assert Counter(kills) == Counter((kind, *phase) for kind in (*REPLACED, *ENDS_THE_RUN) for phase in PHASES.items())
+    assert {*NAMES, *WORDS} == {*SURVIVED}
+    assert Counter(kills) == Counter((kind, *phase) for kind in (*SURVIVED, *ENDS_THE_RUN) for phase in PHASES.items())

@@ -105,11 +105,16 @@ class Disk:
     aside: Path
 
     def variables(self, taken: int, error: int) -> dict[str, str]:
-        state, self.failed = self.aside / "state", self.aside / "failed"
+        state = self.aside / "state"
         state.write_bytes(struct.pack("4q", 0, taken, error, 0))
         self.failed.unlink(missing_ok=True)
         names = {"FULL_STATE": state, "FULL_FAILED": self.failed, "FULL_UNDER": self.under, "LD_PRELOAD": self.library}
         return {name: str(value) for name, value in names.items()}
+
+    @property
+    def failed(self) -> Path:
+        """Where the paths of changes that failed are written."""
+        return self.aside / "failed"
 
     def changes(self) -> int:
         return self._state()[0]
@@ -129,6 +134,15 @@ def library(tmp_path_factory):
     return built
 
 
+def code_of(launcher: subprocess.Popen) -> int:
+    """Exit status of a launcher, which is ended at its limit."""
+    try:
+        return launcher.wait(240)
+    finally:
+        if launcher.poll() is None:
+            launcher.kill()
+
+
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
 def test_whichever_change_is_the_first_to_fail(error, library, tiny_run, straight, tmp_path):
@@ -136,7 +150,7 @@ def test_whichever_change_is_the_first_to_fail(error, library, tiny_run, straigh
     folder = tmp_path / "run"
     whole = Disk(library, folder, tmp_path)
     launcher = start(*run_of(tiny_run, folder), stderr=tmp_path / "log", **whole.variables(2**62, error))
-    assert launcher.wait(240) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert code_of(launcher) == 0, (tmp_path / "log").read_text()[-3000:]
     assert_ends_as(folder, straight)
     moments = random.Random(error).sample(range(whole.changes()), MOMENTS)
     longest = max(the_disk_fails_after(taken, error, library, tiny_run, straight, tmp_path) for taken in moments)
@@ -150,7 +164,7 @@ def the_disk_fails_after(taken: int, error: int, library: Path, tiny_run, straig
     place.mkdir()
     its = Disk(library, place / "run", place)
     launcher = start(*run_of(tiny_run, its.under), stderr=place / "log", **its.variables(taken, error))
-    code = launcher.wait(240)
+    code = code_of(launcher)
     took, said = time.monotonic() - its.failed_s(), (place / "log").read_text()
     failed = its.failed.read_text().split()
     if code == 0:
@@ -159,6 +173,6 @@ def the_disk_fails_after(taken: int, error: int, library: Path, tiny_run, straig
         assert code != 75 and os.strerror(error) in said, (taken, failed, said[-3000:])
         assert took < END_LIMIT_S, (taken, took, said[-3000:])
     again = start(*run_of(tiny_run, its.under), stderr=place / "again")
-    assert again.wait(240) == 0, (taken, failed, (place / "again").read_text()[-3000:])
+    assert code_of(again) == 0, (taken, failed, (place / "again").read_text()[-3000:])
     assert_ends_as(its.under, straight)
     return 0.0 if code == 0 else took
