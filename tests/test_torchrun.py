@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT, RUN_TIMEOUT_S, config_of, launch
 from safetensors.torch import load_file
 from test_launch import reached, wait_until
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from rlt.commands.torchrun import FOLDER, PLAN, hear
 from rlt.errors import Refused
@@ -19,6 +20,13 @@ from rlt.launching.meeting import draw
 from rlt.planning.plan import make_plan
 
 STEPS = ["max_steps=2", "save_steps=1", "eval_size=0"]
+HOLDS_A_STORE = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -112,3 +120,15 @@ def test_a_rank_whose_output_folder_is_not_rank_0s_is_refused(tiny_run, tmp_path
     assert heard is not None and heard.config == {**plan.config, "hub_token": None}
     store.set(PLAN, "")
     assert hear(store) is None
+
+
+def test_a_peer_that_waits_for_rank_0_ends_by_its_limit_and_with_rank_0(monkeypatch):
+    monkeypatch.setattr("rlt.commands.torchrun.DEFAULT_LIMIT_S", 1)
+    with pytest.raises(Refused, match="rank 0 was not ready within 1 s"):
+        hear(HashStore())
+    monkeypatch.setattr("rlt.commands.torchrun.DEFAULT_LIMIT_S", 60)
+    rank_0 = subprocess.Popen([sys.executable, "-c", HOLDS_A_STORE], stdout=subprocess.PIPE, text=True)
+    peer = TCPStore("127.0.0.1", int(rank_0.stdout.readline()), is_master=False)
+    threading.Timer(0.5, rank_0.kill).start()
+    assert hear(peer) is None
+    assert rank_0.wait(10) == -signal.SIGKILL

@@ -7,6 +7,7 @@ starts torchrun restarts it too: `restarts`, servers and pipelines are for ./lau
 import json
 import logging
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +28,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": 
 PLAN = "plan"  # in the store: what rank 0 made of the command line; empty: there is nothing to run
 FOLDER = "folder"  # what rank 0 drew in the output folder
 PORT = "port"  # where ranks meet at rank 0
+LOOK_S = 0.2  # between two looks at the store
 
 logger = logging.getLogger("rlt")
 
@@ -143,19 +145,35 @@ def hear(store) -> Plan | None:
     """What rank 0 made of the command line, once it has prepared the run; None where there is nothing to run.
 
     Raises:
-        Refused: rank 0 has ended, or its output folder is not this machine's.
+        Refused: rank 0 took too long, or its output folder is not this machine's.
     """
-    from torch.distributed import DistError
+    from torch.distributed import DistNetworkError
 
     from rlt.launching.meeting import check_same
 
     try:
+        wait_for(PLAN, store)
         word = store.get(PLAN).decode()
         drawn = store.get(FOLDER).decode() if word else ""
-    except DistError:
-        raise Refused(f"rank 0 was not ready within {DEFAULT_LIMIT_S} s, or has ended") from None
+    except DistNetworkError:  # who ended rank 0, or rank 0 itself, has said why
+        logger.warning("rank 0 has ended: there is nothing to run")
+        return None
     if not word:
         return None
     plan = Plan(**json.loads(word))
     check_same(Path(plan.config["output_dir"]), drawn)
     return plan
+
+
+def wait_for(key: str, store) -> None:
+    """Return once the store has the key. A `get` would hold signals back until it returns: these are heard between two
+    looks.
+
+    Raises:
+        Refused: the key did not come in time.
+    """
+    until = time.monotonic() + DEFAULT_LIMIT_S
+    while not store.check([key]):
+        if time.monotonic() > until:
+            raise Refused(f"rank 0 was not ready within {DEFAULT_LIMIT_S} s")
+        time.sleep(LOOK_S)
