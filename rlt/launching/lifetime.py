@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ PREEMPTED = 75  # exit code of a run that was stopped and saved (EX_TEMPFAIL): t
 REFUSED = 78  # of a rank that can never work (EX_CONFIG), whose launcher makes 1 of it
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-TIDY_UP_S = 5.0
+TIDY_UP_S, POLL_S = 5.0, 0.02
 LAST_LINES = 15
 SHARED_MEMORY = Path("/dev/shm")
-SEGMENTS = ("psm_", "sem.mp-")  # as multiprocessing names them
+TRACKER = "multiprocessing.resource_tracker"  # in its command line
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -91,37 +92,65 @@ def has_ended(pid: int) -> bool:
 def end_group(process: subprocess.Popen) -> None:
     """End the group of a leader that was not yet waited for, so that the group's id cannot be another's."""
     if process.returncode is None:
+        _kill(_members(process.pid))
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # what was forked meanwhile
 
 
 def end_followers(process: subprocess.Popen) -> None:
-    """The same once the leader has ended: what it started may tidy up (shared memory, for one) before it is killed."""
-    segments = _tidy_up([other for other in _members(process.pid) if other.pid != process.pid])
+    """The same once the leader has ended: what it started may tidy up before it is killed."""
+    _ask_to_end(_members(process.pid))
     end_group(process)
-    for segment in segments:
-        segment.unlink(missing_ok=True)
 
 
 def end_abandoned(group: int) -> None:
     """A group whose launcher has ended, and cannot wait for its leader."""
     members = _members(group)
-    segments = _tidy_up(members)
-    for member in members:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    for segment in segments:
-        segment.unlink(missing_ok=True)
+    _ask_to_end(members)
+    _kill(members)
 
 
-def _tidy_up(processes: list[psutil.Process]) -> set[Path]:
-    """Ask them to end, and wait a little; the shared memory that they had."""
-    segments = set().union(*map(_segments_of, processes))
+def _ask_to_end(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(processes, TIDY_UP_S)
-    return segments
+    _wait_for(processes)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """Python's resource trackers go last, by themselves: they remove the shared memory of processes that were killed,
+    now or before, once none is left that has used it."""
+    trackers = [process for process in processes if _is_tracker(process)]
+    for process in processes:
+        if process not in trackers:
+            _kill_one(process)
+    _wait_for(trackers)
+    for process in trackers:
+        _kill_one(process)
+
+
+def _kill_one(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return any(TRACKER in word for word in process.cmdline())
+    return False
+
+
+def _wait_for(processes: list[psutil.Process]) -> None:
+    """Return once none of them runs, or after a while; an ended one may stay a zombie where nobody waits for it."""
+    give_up = time.monotonic() + TIDY_UP_S
+    while any(map(_runs, processes)) and time.monotonic() < give_up:
+        time.sleep(POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _members(group: int) -> list[psutil.Process]:
@@ -129,7 +158,7 @@ def _members(group: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):  # it has just ended, or is not ours
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group and _runs(process):
                 found.append(process)
     return found
 
@@ -147,12 +176,3 @@ def is_held(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):  # it has just ended
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False
-
-
-def _segments_of(process: psutil.Process) -> set[Path]:
-    """Python's shared memory and semaphores that a process has mapped."""
-    try:
-        mapped = (Path(region.path) for region in process.memory_maps())
-        return {path for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENTS)}
-    except psutil.Error:
-        return set()
