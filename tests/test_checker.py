@@ -136,6 +136,27 @@ def test_a_process_that_is_killed_or_held_is_replaced(verifier, monkeypatch, who
     assert len(processes()) == 2 and not before[1].is_running()
 
 
+def test_a_process_that_is_killed_while_it_starts_is_started_again(verifier, monkeypatch):
+    begun = []
+
+    def start_and_kill_the_first(*arguments, **options):
+        begun.append(popen(*arguments, **options))
+        if len(begun) == 1:
+            begun[0].kill()
+        return begun[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr("rlt.rewards.checker.subprocess.Popen", start_and_kill_the_first)
+    assert verifier.check_batch(["2"], [SOLUTION]) == [1.0]
+    assert len(begun) == 2
+
+
+def test_a_process_that_never_starts_ends_the_run(verifier, tmp_path):
+    (tmp_path / "library" / "math_verify.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(RuntimeError, match="ended 3 times while it started"):
+        verifier.check_batch(["2"], [SOLUTION])
+
+
 def test_both_processes_end_with_a_trainer_that_is_killed_while_it_waits(verifier):
     check = f"Verifier('math', limit_s=600).check({run('while True: pass')!r}, {SOLUTION})"
     program = f"from rlt.rewards.verifiers import Verifier; {check}"

@@ -20,6 +20,7 @@ from rlt.runs.hub import make_repository, push
 from rlt.runs.manifest import damage_of, last_checkpoint
 from rlt.schema import Training
 from rlt.survival.kill_points import kill_point
+from rlt.survival.standstill import EndStandstill
 from rlt.survival.stop_signals import StopOnSignal
 from trainers.build import build_trainer
 from trainers.checkpoints import newest
@@ -36,10 +37,12 @@ def run(plan: Plan, stop: StopOnSignal) -> None:
     repository = make_repository(plan.config) if trainer.is_world_process_zero() else None
     together = trainer.together = StopTogether(stop, settings.stop_grace_s)
     by_minutes = [SaveByMinutes(settings.save_minutes)] if settings.save_minutes else []
-    for callback in (together, *by_minutes, *([RollCall()] if is_one_of_several() else [])):
+    standstill = EndStandstill(trainer.args.ddp_timeout)
+    for callback in (together, standstill, *by_minutes, *([RollCall()] if is_one_of_several() else [])):
         trainer.add_callback(callback)
     checkpoint = agreed(lambda: starting_point(settings), trainer.is_world_process_zero())
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with standstill:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if together.stopped:
         if trainer.is_world_process_zero():
             step = trainer.state.global_step

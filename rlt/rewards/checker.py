@@ -20,6 +20,7 @@ from rlt.rewards.checker_process import LENGTH, READY, REPLY
 START_LIMIT_S = 120.0  # for imports, on a busy machine
 FORK_LIMIT_S = 10.0  # takes milliseconds
 END_LIMIT_S = 10.0
+STARTS = 3  # of the process in a row: one may be killed while it starts
 # What the process gets of the run's environment; keys and tokens stand in none of these.
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
@@ -49,11 +50,13 @@ class Checker:
         """
         if self._line is not None and self._said_ready and _has_word(self._line):
             self._replace_child()  # unasked: it has ended, or says what it should not
-        if not self._has_child():
+        for _ in range(STARTS):
+            if self._has_child():
+                return
             self._start_parent()
             self._replace_child()
-            if not self._has_child():
-                raise RuntimeError(f"the verifier's process forked no child within {FORK_LIMIT_S:.0f} s")
+        if not self._has_child():
+            raise RuntimeError(f"the verifier's process ended {STARTS} times while it started; what it said stands above")
 
     def ask(self, request: bytes, limit_s: float) -> float:
         """The score of an answer, 0 or 1.
@@ -129,11 +132,9 @@ class Checker:
         self._end = weakref.finalize(self, _end, process, self._control)
         self._control.settimeout(START_LIMIT_S)
         try:
-            ready = self._control.recv(len(READY))
+            self._control.recv(len(READY))  # nothing where it has ended, which the next to speak to it finds
         except TimeoutError:
             raise TimeoutError(f"the verifier's process was not ready within {START_LIMIT_S:.0f} s") from None
-        if ready != READY:
-            raise RuntimeError("the verifier's process ended while it started; what it said stands above")
 
 
 def environment() -> dict[str, str]:

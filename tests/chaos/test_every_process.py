@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,13 +55,16 @@ def victim(kind: str, launcher: psutil.Process) -> psutil.Process | None:
     if kind == "rank":
         ranks = ranks_of(launcher.pid)
         return psutil.Process(ranks[0]) if ranks else None
-    try:
-        for process in launcher.children(recursive=True):
-            if NAMES.get(kind, "none") in process.name() or WORDS.get(kind) in process.cmdline():
-                return process
-    except psutil.Error:  # one has just ended
-        pass
+    with suppress(psutil.NoSuchProcess):  # the launcher has just ended
+        return next((process for process in launcher.children(recursive=True) if is_kind(kind, process)), None)
     return None
+
+
+def is_kind(kind: str, process: psutil.Process) -> bool:
+    try:
+        return NAMES.get(kind, "none") in process.name() or WORDS.get(kind) in process.cmdline()
+    except psutil.Error:  # it has just ended, or was killed before and is a zombie
+        return False
 
 
 def is_held(process: psutil.Process) -> bool:
