@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from conftest import ROOT, config_of, launch, spawn_ranks
+from conftest import ROOT, build, config_of, launch, spawn_ranks
 
 from rlt.durable import disk_errors, read_json_lines, write_whole, written_whole
 from rlt.errors import Refused
 from rlt.launching.environment import free_port
-from rlt.runs.folder import MARKER, is_complete
+from rlt.runs.folder import MARKER, SAVING, is_complete
 from rlt.runs.manifest import DAMAGED, MANIFEST, damage_of, last_checkpoint, seal, sums
 from rlt.runs.parts import Parts
 from rlt.survival.stop_signals import StopOnSignal
@@ -174,6 +174,28 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda old, new: order.append((str(old), str(new))) or replace(old, new))
     write_whole(tmp_path / "marker", "x")
     assert order == [f"{tmp_path}/marker.tmp", (f"{tmp_path}/marker.tmp", f"{tmp_path}/marker"), str(tmp_path)]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_that_before_an_older_one_goes(
+    tiny_run, tmp_path, monkeypatch
+):
+    order, fsync, rename, rmtree = [], os.fsync, os.rename, shutil.rmtree
+    run = [*tiny_run, "eval_size=0", "max_steps=2", "save_steps=1", "save_total_limit=1", "use_vllm=false"]
+    trainer, _ = build(run, tmp_path)
+
+    def watch(module, name, note, call):
+        monkeypatch.setattr(module, name, lambda *a, **k: order.append(note(*a)) or call(*a, **k))
+
+    watch(os, "fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}"), fsync)
+    watch(os, "rename", lambda old, new, **_: (str(old), str(new)), rename)
+    watch(shutil, "rmtree", lambda folder, *_: ("removed", str(folder)), rmtree)
+    trainer.train()
+    new, aside = tmp_path / "checkpoint-2", tmp_path / SAVING / "checkpoint-2"
+    named = order.index((str(aside), str(new)))
+    files = {str(aside / path.relative_to(new)) for path in new.rglob("*") if path.is_file()}
+    assert files and files | {str(aside)} <= {*order[:named]}
+    assert order[named + 1] == str(tmp_path)
+    assert order.index(("removed", str(tmp_path / "checkpoint-1"))) > named + 1
 
 
 def apart(rank: int, folder: str, port: int) -> None:

@@ -1,12 +1,15 @@
 """Launchers of several machines: who is missing, or was started otherwise, is said before anything starts."""
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
+from backends.roll_call import open_store_on_loopback
 from rlt.launching.environment import Machines, free_port
 from rlt.launching.meeting import Meeting, draw
 
@@ -160,3 +163,16 @@ def test_a_stranger_is_sent_away_and_a_port_in_use_is_named():
         number = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"MASTER_PORT={number} cannot be had"):
             meeting(0, number)
+
+
+def test_the_store_of_one_machines_ranks_listens_on_the_loopback_alone(monkeypatch):
+    port = free_port()
+    for name in ("MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "")  # to be as before when this is over
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    store = open_store_on_loopback(10)
+    here = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [place.ip for place in here if place.port == port] == ["127.0.0.1"]
+    assert (os.environ["MASTER_ADDR"], os.environ["TORCHELASTIC_USE_AGENT_STORE"]) == ("127.0.0.1", "True")
+    del store

@@ -245,6 +245,17 @@ def test_places_that_a_controller_left_are_forgotten_by_a_run_of_one_process(pla
     assert not set(place) & os.environ.keys()
 
 
+def test_a_run_of_one_process_forgets_the_place_that_a_controller_left():
+    done = launch("train.py", "teacher_rlt_tiny", "dry_run=true", WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WORLD_SIZE=2 in the environment is ignored: this is a run of one process" in done.stderr
+
+
+@pytest.mark.parametrize("run", ["teacher_rlt_tiny", "teacher_rlt", "teacher_rlt_mono", "grpo_exact"])
+def test_importance_ratios_are_those_of_tokens(run):
+    assert config_of(f"run_cfg={run}")["vllm_importance_sampling_mode"] == "token_truncate"
+
+
 @pytest.mark.parametrize(("processes", "lines"), [("1", 0), ("8", 1)])
 def test_a_forgotten_place_is_said_where_it_named_others(processes, lines, monkeypatch, caplog):
     """vLLM and accelerate leave LOCAL_WORLD_SIZE=1 in the environment of what they start."""

@@ -16,6 +16,7 @@ from rlt.prompts.rendering import (
 )
 from rlt.prompts.spans import align_spans, common_ends, tokenize_with_spans, tokens_inside
 from rlt.prompts.styles import FORMATS, check_tags, load_format
+from rlt.prompts.tokenizers import check_tokenizer
 
 STYLE = load_format("stratos")
 
@@ -98,6 +99,8 @@ def test_a_tag_that_is_a_special_token_is_refused(tiny_teacher):
     own.add_special_tokens({"additional_special_tokens": [STYLE.explanation_tags[1]]})
     with pytest.raises(ValueError, match=r"the tag <\|end_of_explanation\|> is a special token of this tokenizer"):
         check_tags(STYLE, own)
+    with pytest.raises(ValueError, match="is a special token of this tokenizer"):
+        check_tokenizer(STYLE, own)  # which every run asks
 
 
 def test_a_system_prompt_that_a_template_trims_stays_where_it_is(tokenizer, monkeypatch):

@@ -8,12 +8,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, build, config_of
-from short_of_memory import Shortages, difference, install
+from short_of_memory import Shortages, difference, generate, install
 
 from rlt.launching.agent import run_ranks
 from rlt.launching.environment import rank_environment
 from rlt.planning.plan import make_plan
 from rlt.runs.folder import prepare_output
+from trainers.grpo import GRPOTrainer
 
 # Two prompts of eight completions in two micro-batches, some without a reward; every step has the same rows.
 RUN = [
@@ -134,3 +135,29 @@ def test_amid_a_pass_of_a_sharded_model_the_run_ends_with_one_line(sharding, cas
     said = (tmp_path / "logs/rank-1.log").read_text()
     assert f"error: out of memory {line}" in said
     assert "Traceback" not in said
+
+
+def test_a_scoring_pass_that_runs_out_of_memory_is_repeated_in_smaller_ones(
+    tiny_teacher, tmp_path, in_root, monkeypatch
+):
+    """Of the reference, which is read without gradients."""
+    found, thrown = [], []
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+
+    def throw(*_):
+        if not thrown:
+            thrown.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    for name in ("calm", "short"):
+        run = [*RUN, "max_steps=2", "beta=0.1", "learning_rate=1e-3", f"model_name_or_path={tiny_teacher}"]
+        trainer, _ = build(run, tmp_path / name)
+        if name == "short":
+            trainer.ref_model.model.layers[1].register_forward_hook(throw)
+        trainer.train()
+        kept = [{key: line[key] for key in ("loss", "kl", "grad_norm")} for line in trainer.state.log_history[:2]]
+        found.append(kept)
+        assert trainer._scoring_budget.recovered == len(thrown)
+    assert thrown and found[0][1]["kl"] > 0
+    for calm, short in zip(*found, strict=True):
+        assert short == pytest.approx(calm, rel=1e-5)

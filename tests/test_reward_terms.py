@@ -12,7 +12,7 @@ from test_reductions import PAPER
 from rlt.errors import Refused
 from rlt.generation.answering import write_answers
 from rlt.generation.decoding import Stops, decode, decode_many
-from rlt.models.loading import load_frozen
+from rlt.models.loading import load_frozen, load_tokenizer
 from rlt.planning.plan import make_plan
 from rlt.prompts.styles import load_format
 from rlt.rewards import TeacherReward
@@ -116,6 +116,14 @@ def test_an_answer_ends_with_its_tag_and_a_sentence_gives_its_result():
     assert answer_in(f" 12 {STYLE.solution_tags[1]} not 13", STYLE, "12") == "12"
     assert answer_in("So the answer is 12.", STYLE, "12") == "12"
     assert answer_in("x + 1", STYLE, "1 + x") == "x + 1" and answer_in("  ", STYLE, "12") is None
+
+
+def test_a_student_that_is_to_answer_has_tags_that_are_read(tiny_student):
+    own = load_tokenizer(tiny_student)
+    own.add_special_tokens({"additional_special_tokens": [STYLE.solution_tags[1]]})
+    with pytest.raises(Refused, match="is a special token of this tokenizer"):
+        AddedTerms(options_of(ANSWERS), STYLE, own, never)
+    AddedTerms(options_of(gate=GATE), STYLE, own, never)  # which asks it nothing
 
 
 def test_the_reward_grows_by_the_weighted_share_of_right_answers(tokenizer, scored):

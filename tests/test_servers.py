@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +17,13 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, config_of, launch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlt.generation.served.adapters import adapted_weights
 from rlt.generation.served.client import Server, ServerError
 from rlt.generation.served.engine import ServerEngine
+from rlt.generation.served.vllm_server import socket_folder
 from rlt.generation.served.weight_files import ChunkFiles, checksum, read_chunk
 from rlt.generation.served.weight_service import WeightService
 from rlt.generation.vllm_engine import VLLMEngine
@@ -199,6 +203,34 @@ def test_chunks_carry_all_weights_and_their_sums(tmp_path, monkeypatch):
     (tmp_path / "0.chunk").write_bytes(bytes(128))
     with pytest.raises(ValueError, match="sum to 0, sent were"):
         read_chunk(updates[0])
+
+
+def test_an_adapter_is_added_before_anything_is_rounded(tmp_path):
+    """1.0078125 + 0.0039 is nearer to 1.0078125 than to the next number of bfloat16; 0.0039, rounded by itself, is half
+    a step."""
+    weight = torch.tensor([[1.0078125]], dtype=torch.bfloat16)
+    save_file({"layer.weight": weight}, tmp_path / "model.safetensors")
+    factors = {"layer.lora_A": torch.tensor([[1.0]]), "layer.lora_B": torch.tensor([[0.0039]])}
+    assert dict(adapted_weights(str(tmp_path), factors)) == {"layer.weight": weight}
+    assert (weight + factors["layer.lora_B"].bfloat16()).item() == 1.015625
+
+
+def test_strangers_that_say_nothing_are_sent_away_and_weights_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlt.generation.served.weight_service.Handler.timeout", 0.5)
+    service = WeightService([], tmp_path, None, 1.0)
+    try:
+        place = service.http.server_address
+        assert place[0] == "127.0.0.1"  # where nobody else is to fetch them
+        strangers = [socket.create_connection(place, 10) for _ in range(20)]
+        assert requests.get(f"{service.url}/0.chunk", timeout=10).status_code in (401, 404)
+        assert [stranger.recv(1) for stranger in strangers] == [b""] * 20
+    finally:
+        service.close()
+
+
+def test_sockets_stand_in_a_launchers_folder_unless_its_name_is_too_long(tmp_path):
+    assert socket_folder(Path("/tmp/rlt-launch-x")) == "/tmp/rlt-launch-x"
+    assert socket_folder(Path("/scratch/" + "x" * 100)) == "/tmp"
 
 
 def test_chunks_are_fetched_with_the_key_where_memory_is_not_shared(tmp_path, monkeypatch):

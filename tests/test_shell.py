@@ -56,3 +56,19 @@ def test_a_script_works_through_a_link_of_a_link_from_another_folder(name, proje
 def test_a_script_looks_for_its_project_behind_links(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert text.count("BASH_SOURCE") == text.count('$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")') == 1
+
+
+@pytest.mark.parametrize(("code", "goes_back"), [(0, False), (1, False), (75, True), (143, True)])
+def test_a_slurm_job_goes_back_into_the_queue_where_its_run_was_stopped(code, goes_back, tmp_path):
+    programs, said = tmp_path / "bin", tmp_path / "said"
+    programs.mkdir()
+    (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {said}\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, **job, "PATH": f"{programs}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "scripts" / "slurm.sbatch"), "a_run"]
+    done = subprocess.run(command, env=environment, timeout=LIMIT_S, check=False)
+    assert done.returncode == code
+    assert ("requeue 7" in said.read_text().splitlines()) == goes_back

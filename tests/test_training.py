@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -487,3 +488,18 @@ def test_the_sft_loss_is_the_mean_over_the_counted_tokens(tiny_teacher, tmp_path
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_deterministic_asks_torch_for_algorithms_without_atomics(tiny_run, tmp_path, in_root, monkeypatch):
+    asked = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr("rlt.jobs.training.run", lambda *_: asked.append(torch.are_deterministic_algorithms_enabled()))
+    try:
+        for key in ("false", "true"):
+            run_plan(make_plan(config_of(*tiny_run, f"deterministic={key}", f"output_dir={tmp_path}")))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]

@@ -194,7 +194,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     import torch
 
     from rlt.models.devices import on
-    from rlt.models.loading import load_frozen, load_student
+    from rlt.models.loading import check_vocabulary, load_frozen, load_student
     from rlt.models.paths import resolve_model_path
     from rlt.rewards import TeacherReward
     from rlt.survival.readings import lasting_ranked_log_probs
@@ -204,6 +204,7 @@ def build_reward(settings: ScoreSettings, tokenizers: tuple[Any, Any]):
     paths = [resolve_model_path(getattr(settings, key)) for key in MODELS]
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     teacher = on(device, load_frozen(paths[0], **options))
+    check_vocabulary(teacher, tokenizers[0], paths[0])
     student = teacher if paths[0] == paths[1] else on(device, load_student(paths[1], tokenizers[1], **options))
     reward = TeacherReward(
         tokenizers[0],

@@ -56,7 +56,9 @@ class Checker:
             self._start_parent()
             self._replace_child()
         if not self._has_child():
-            raise RuntimeError(f"the verifier's process ended {STARTS} times while it started; what it said stands above")
+            raise RuntimeError(
+                f"the verifier's process ended {STARTS} times while it started; what it said stands above"
+            )
 
     def ask(self, request: bytes, limit_s: float) -> float:
         """The score of an answer, 0 or 1.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rlt.prompts.rendering import split_completion
-from rlt.prompts.styles import ReasoningFormat
+from rlt.prompts.styles import ReasoningFormat, check_tags
 from rlt.rewards.gate import gate_penalty, own_result
 from rlt.rewards.generated import answer_in, answer_prompt, drawn_share, kept_tokens
 from rlt.rewards.teacher import Reading, Scored
@@ -26,6 +26,9 @@ class AddedTerms:
         tokenizer: the student's.
         write: how the frozen student answers, with a seed for each answer.
         ddp_timeout: seconds that other ranks wait for this one.
+
+    Raises:
+        Refused: the student is to answer, and its tokenizer would leave a tag out of what it writes.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class AddedTerms:
     ):
         self.generated, self.gate = options.generated, options.gate
         self.style, self.tokenizer, self.write = style, tokenizer, write
+        if self.generated is not None:
+            check_tags(style, tokenizer)  # of what the student writes, for which its tags have to be read
         parts = {"answers": self.generated, "results": self.gate}
         self._verifiers = {
             name: Verifier(part.verifier, part.verifier_limit_s, ddp_timeout)

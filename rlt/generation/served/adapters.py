@@ -51,7 +51,7 @@ def adapter_tensors(
 
 
 def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of a base model, with an adapter added, from its safetensors files.
+    """Names and values of a base model, with an adapter added, from its safetensors files; rounded once.
 
     Args:
         model: a folder or a hub name.
@@ -70,7 +70,7 @@ def adapted_weights(model: str, factors: dict[str, torch.Tensor]) -> Iterator[tu
                 layer = name.removesuffix(".weight")
                 if f"{layer}{A}" in factors:
                     left -= {f"{layer}{A}", f"{layer}{B}"}
-                    value += (factors[f"{layer}{B}"] @ factors[f"{layer}{A}"]).to(value.dtype)
+                    value = (value.float() + factors[f"{layer}{B}"] @ factors[f"{layer}{A}"]).to(value.dtype)
                 names.add(name)
                 embedding = value if name.endswith("embed_tokens.weight") else embedding
                 yield name, value
