@@ -44,6 +44,13 @@ def test_every_part_is_ok_on_a_cpu(tmp_path):
     assert results["offload"]["worst_reward_gap"] < 1e-4
 
 
+def test_parts_that_are_named_alone_have_the_time_of_the_others():
+    assert runner.limit_of(list(PARTS), 530) == PARTS["attention"].limit_s
+    assert runner.limit_of(["update", "scoring"], 540) == 540 * 100 / 180
+    assert runner.limit_of(["scoring"], 240) == 240
+    assert runner.limit_of(["attention", "head"], 12) == 12
+
+
 def test_a_part_over_its_limit_is_ended_with_what_it_started(tmp_path):
     started = tmp_path / "pid"
     command = ["bash", "-c", f"sleep 100 & echo $! > {started}; wait"]

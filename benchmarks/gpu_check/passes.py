@@ -115,13 +115,20 @@ def one_pass(compute: Callable, model, batch: Batch, device: str, trained: bool)
     return mean.item()
 
 
-def measure(compute: Callable, model, layout: PassLayout, shape: Shape, device: str, trained: bool, rate: float):
-    """Seconds, tokens per second, share of the matrix rate, memory."""
+def measure(
+    compute: Callable, model, layout: PassLayout, shape: Shape, device: str, trained: bool, rate: float, note: Callable
+) -> dict[str, float]:
+    """Seconds, tokens per second, share of the matrix rate, memory.
+
+    Args:
+        note: is told the first pass's seconds at once: where the part is ended before the others, they say why.
+    """
     batch, compiled = batch_of(layout, shape.vocabulary), compilations()
     forget_peak(device)
     start = now(device)
     mean = one_pass(compute, model, batch, device, trained)
     first = now(device) - start
+    note(first_seconds=first, compilations=compilations() - compiled)
     seconds = median(
         [seconds_of(device, lambda: one_pass(compute, model, batch, device, trained)) for _ in range(REPEATS)]
     )
@@ -139,20 +146,24 @@ def measure(compute: Callable, model, layout: PassLayout, shape: Shape, device: 
 
 
 def measure_all(record: Record, sizes: Sizes, shapes: dict[str, Shape], device: str, trained: bool) -> None:
-    """Every shape and layout: first ours, then stock TRL's."""
+    """Every shape and layout, the smallest first, as the part may be ended: ours, then stock TRL's."""
     rate = matrix_rate(device, sizes.matrix)
     record.add(matrix_tflops=rate / 1e12)
-    for variant, compute in (("ours", ours), ("stock", padded)):
-        for name, shape in shapes.items():
+    for name, shape in shapes.items():
+        for variant, compute in (("ours", ours), ("stock", padded)):
+            start = now(device)
             model = model_of(variant, shape, device, trained)
-            for layout in sizes.passes:
-                key = f"{name}_{layout.name}"
+            record.add(**{f"{name}_{variant}_made_in_s": now(device) - start})
+            for layout in sorted(sizes.passes, key=raw_tokens):
+
+                def note(key=f"{name}_{layout.name}", variant=variant, **figures) -> None:
+                    record.add(**{key: {**record.values.get(key, {}), variant: figures}})
+
                 try:
-                    figures = measure(compute, model, layout, shape, device, trained, rate)
+                    note(**measure(compute, model, layout, shape, device, trained, rate, note))
                 except torch.cuda.OutOfMemoryError as error:
-                    figures = {"out_of_memory": str(error).partition("\n")[0]}
+                    note(out_of_memory=str(error).partition("\n")[0])
                     model.zero_grad()
-                record.add(**{key: {**record.values.get(key, {}), variant: figures}})
             del model
             forget_peak(device)
     judge(record, sizes, shapes)

@@ -32,8 +32,8 @@ def run_parts(names: list[str], out: Path, device: str) -> dict[str, dict]:
     deadline, results = time.monotonic() + TOTAL_LIMIT_S, {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part does not outlive it
     with tempfile.TemporaryDirectory() as kernels:
-        for name in names:
-            limit = min(PARTS[name].limit_s, deadline - time.monotonic())
+        for number, name in enumerate(names):
+            limit = limit_of(names[number:], deadline - time.monotonic())
             if limit < LEAST_S:
                 error = f"{TOTAL_LIMIT_S} s were over before it"
                 results[name] = {"status": "timeout", "seconds": 0.0, "error": error}
@@ -42,6 +42,12 @@ def run_parts(names: list[str], out: Path, device: str) -> dict[str, dict]:
             write_atomically(out / "results.json", results)
             sys.stderr.write(f"{name}: {results[name]['status']} after {results[name]['seconds']:.0f} s\n")
     return results
+
+
+def limit_of(names: list[str], left_s: float) -> float:
+    """Seconds for the first of the parts that are to be run: its own limit, and its share of time that none needs."""
+    own = PARTS[names[0]].limit_s
+    return min(left_s, max(own, left_s * own / sum(PARTS[name].limit_s for name in names)))
 
 
 def run_part(name: str, out: Path, device: str, limit: float, kernels: str) -> dict:

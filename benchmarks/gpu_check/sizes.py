@@ -85,7 +85,7 @@ CUDA = Sizes(
     estimate={"0.6b": QWEN3_06B, "1.7b": QWEN3_17B},
     train_tokens=4096,
     offload=QWEN3_06B,
-    update={"0.6b": QWEN3_06B, "1.7b": QWEN3_17B},
+    update={"0.6b": QWEN3_06B, "1.7b": QWEN3_17B, "7b": QWEN25_7B},
     scoring={"0.6b": QWEN3_06B, "1.7b": QWEN3_17B, "7b": QWEN25_7B},
     passes=(
         PassLayout("1x16384", 1, 1, 16_383),
