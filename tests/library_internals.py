@@ -13,7 +13,7 @@ from textwrap import dedent
 from conftest import ROOT
 
 OURS = ("rlt", "trainers", "backends")
-OF_PYTHON = {"_exit", "_typeshed"}  # of `os`, documented; of type checkers
+OF_PYTHON = {"_exit", "_current_frames", "_typeshed"}  # of `os` and `sys`, documented; of type checkers
 TABLE = ROOT / "docs" / "overrides.md"
 
 

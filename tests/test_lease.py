@@ -15,6 +15,7 @@ from conftest import ROOT
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 from test_launch import wait_until
 
 from rlt.errors import Refused
@@ -22,6 +23,7 @@ from rlt.generation.served import lease
 from rlt.generation.served.client import Server, ServerError
 from rlt.generation.served.guard import KeyGuard
 from rlt.generation.served.lease import LEASE_S, Hold, Lease, changes
+from rlt.generation.served.silence import SILENCE_S, Silence
 from rlt.launching import connection
 from rlt.launching.connection import keep_alive
 from rlt.launching.servers import Servers, answers
@@ -55,6 +57,59 @@ def test_the_first_that_changes_something_has_the_server_until_it_is_silent():
     assert server.refusal("a", changing=True) is not None
     server.let_go("b")
     assert server.refusal("a", changing=True) is None
+
+
+class Engine:
+    """What is asked of vLLM's."""
+
+    def __init__(self):
+        self.output_processor, self.stats = self, []
+
+    def update_scheduler_stats(self, stats: str) -> None:
+        self.stats.append(stats)
+
+
+def test_an_engine_is_silent_while_it_has_requests_says_nothing_and_takes_no_weights():
+    now, engine = Clock(), Engine()
+    silence = Silence(now)
+    assert silence.of(engine) == 0
+    now.s += 100
+    assert silence.of(engine) == 0  # nobody has asked for anything
+    with silence.asked():
+        now.s += 20
+        assert silence.of(engine) == 20
+        engine.update_scheduler_stats("a step")
+        now.s += 5
+        assert silence.of(engine) == 5 and engine.stats == ["a step"]
+        with silence.asked():
+            now.s += 4
+        assert silence.of(engine) == 9  # somebody else gave up
+        silence.answered()
+        assert silence.of(engine) == 0
+        silence.paused = True
+        now.s += 300
+        assert silence.of(engine) == 0
+        silence.paused = False
+        now.s += 31
+        assert silence.of(engine) == 31
+
+
+def test_a_server_is_ill_whose_engine_is_silent_and_well_again_after_it_spoke(monkeypatch):
+    monkeypatch.setenv("RLT_SERVER_KEY", KEY)
+    app, now = Starlette(routes=[Route("/health", lambda _: JSONResponse({}))]), Clock()
+    engine = app.state.engine_client = Engine()
+    app.add_middleware(KeyGuard)
+    client = TestClient(app)
+    assert client.get("/health").status_code == 200
+    guard = app.middleware_stack.app  # behind Starlette's own for errors
+    assert isinstance(guard, KeyGuard)
+    guard.silence = Silence(now)
+    with guard.silence.asked():
+        assert client.get("/health").status_code == 200
+        now.s += SILENCE_S + 1
+        assert client.get("/health").status_code == 503
+        engine.update_scheduler_stats("a step")
+        assert client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(

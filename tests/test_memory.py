@@ -86,8 +86,9 @@ def test_an_adapter_of_a_profile_learns_at_ten_times_the_rate_of_all_weights():
     assert profiled("teacher_rlt_mono", "memory_cfg=24gb")["learning_rate"] == own == 2e-5
 
 
-def test_a_rate_that_would_not_move_an_adapter_is_said(caplog):
-    make_plan(config_of(f"model_name_or_path={EMBEDDED}", "use_peft=true", "learning_rate=1e-6"))
+def test_a_rate_that_would_not_move_an_adapter_is_said(caplog, tmp_path):
+    keys = ["use_peft=true", "learning_rate=1e-6", f"output_dir={tmp_path}"]
+    make_plan(config_of(f"model_name_or_path={EMBEDDED}", *keys))
     assert "learning_rate=1e-06 with use_peft=true" in caplog.text
 
 

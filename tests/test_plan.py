@@ -245,8 +245,9 @@ def test_places_that_a_controller_left_are_forgotten_by_a_run_of_one_process(pla
     assert not set(place) & os.environ.keys()
 
 
-def test_a_run_of_one_process_forgets_the_place_that_a_controller_left():
-    done = launch("train.py", "teacher_rlt_tiny", "dry_run=true", WORLD_SIZE="2", RANK="0")
+def test_a_run_of_one_process_forgets_the_place_that_a_controller_left(tmp_path):
+    keys = ["teacher_rlt_tiny", "dry_run=true", f"output_dir={tmp_path}"]
+    done = launch("train.py", *keys, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WORLD_SIZE=2 in the environment is ignored: this is a run of one process" in done.stderr
 

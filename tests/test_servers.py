@@ -31,6 +31,11 @@ from rlt.launching.servers import Servers
 
 PROMPTS = [[100, 200, 300, 400]] * 3 + [[500, 600]] * 2
 SEEDS = [11, 12, 13, 7, 8]
+# In each process of a server: as a deadlock, it takes the main thread for as long as the process lives.
+STANDS_STILL = """
+import signal, time
+signal.signal(signal.SIGUSR2, lambda *_: time.sleep(10_000))
+"""
 
 
 def engine_of(kind, path: str, **options):
@@ -57,6 +62,8 @@ def server(tiny_run, tmp_path_factory):
         patch.chdir(ROOT)
         config = config_of(*tiny_run, "use_vllm=true", "max_prompt_length=48", "weight_transfer=files")
         (folder / "plan.json").write_text(json.dumps({"config": config}))
+        (folder / "sitecustomize.py").write_text(STANDS_STILL)
+        patch.setenv("PYTHONPATH", str(folder))
         servers = Servers([""], 1, folder, folder / "plan.json")
         patch.setenv("RLT_SERVER_KEY", servers.key)
         servers.start()
@@ -130,13 +137,18 @@ def test_a_server_that_is_killed_comes_back_with_the_weights_and_answers(served,
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_is_replaced(served, server, monkeypatch):
-    """Its engine is held, while vLLM's HTTP side answers on."""
+@pytest.mark.parametrize(
+    "stop",
+    [lambda engine: engine.suspend(), lambda engine: engine.send_signal(signal.SIGUSR2)],
+    ids=["held", "in a deadlock"],
+)
+def test_a_server_that_hangs_is_replaced(stop, served, server, monkeypatch):
+    """Its engine stands still, while vLLM's HTTP side answers on."""
     monkeypatch.setattr("rlt.launching.servers.HUNG_S", 3)
     before = served.generate_seeded(PROMPTS, SEEDS)
     held = server.processes[0]
     (engine,) = (p for p in psutil.Process(held.pid).children() if "EngineCore" in p.name())
-    engine.suspend()
+    stop(engine)
     assert served.generate_seeded(PROMPTS, SEEDS) == before
     assert server.processes[0].pid != held.pid
 

@@ -1,5 +1,5 @@
-"""The door of a server: a key, asked for at every path but the health check; one run at a time (lease.py); and paths
-that vLLM's server has not.
+"""The door of a server: a key, asked for at every path but the health check; one run at a time (lease.py); paths that
+vLLM's server has not; and a health check that knows a silent engine (silence.py).
 
 vLLM's own key guards generation only, and not the paths that take weights.
 """
@@ -15,9 +15,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from rlt.generation.served.client import END, HELD_CODE, HOLD, HOLDER_HEADER, LET_GO, TRANSFER
 from rlt.generation.served.lease import Lease, changes
+from rlt.generation.served.silence import SILENCE_S, Silence
 from rlt.places import KEY_VARIABLE, TRANSFER_VARIABLE
 
-OPEN = ("/health",)
+HEALTH, PAUSE, RESUME = "/health", "/pause", "/resume"
+OPEN = (HEALTH,)
 
 
 class KeyGuard:
@@ -27,7 +29,7 @@ class KeyGuard:
         self.app = app
         self.wanted = f"Bearer {os.environ[KEY_VARIABLE]}".encode()
         self.transfer = os.environ.get(TRANSFER_VARIABLE, "")
-        self.lease = Lease()
+        self.lease, self.silence = Lease(), Silence()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] in ("http", "websocket") and scope["path"] not in OPEN:
@@ -39,7 +41,26 @@ class KeyGuard:
             if answer is not None:
                 await answer(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        elif scope["type"] == "http" and self._is_silent(scope):
+            await PlainTextResponse("the engine says nothing", status_code=503)(scope, receive, send)
+            return
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self.app(scope, receive, send)
+            return
+
+        async def answer_with(message):
+            if message["type"] == "http.response.start":
+                self.silence.answered()
+                if scope["path"] in (PAUSE, RESUME) and message["status"] < 400:
+                    self.silence.paused = scope["path"] == PAUSE
+            await send(message)
+
+        with self.silence.asked():
+            await self.app(scope, receive, answer_with)
+
+    def _is_silent(self, scope: dict[str, Any]) -> bool:
+        engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+        return engine is not None and self.silence.of(engine) > SILENCE_S
 
     def _answer(self, scope: dict[str, Any], holder: str) -> Response | None:
         """To what is asked of the door itself, and to whom the server is not for; None: the server's to answer."""
