@@ -42,7 +42,7 @@ def test_the_place_is_named_and_after_the_limit_the_process_ends():
         training("step(0.05); waits_for_somebody()"), capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
     )
     assert done.returncode == 1
-    named, ended = "it stands in", "has not gone on for 2 s (ddp_timeout): this process ends"
+    named, ended = "it stands in", "has not gone on for 2 s: this process ends; set a larger ddp_timeout"
     assert done.stderr.count(named) == 1 and ended in done.stderr
     assert done.stderr.index(named) < done.stderr.index(ended) < done.stderr.rindex("in waits_for_somebody")
     assert time.monotonic() - began < 40  # not the minute that it would sleep

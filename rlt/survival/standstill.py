@@ -71,7 +71,10 @@ class EndStandstill(TrainerCallback):
         )
 
     def _end(self) -> None:
-        sys.stderr.write(f"the training has not gone on for {self.still_s:.0f} s (ddp_timeout): this process ends\n")
+        sys.stderr.write(
+            f"the training has not gone on for {self.still_s:.0f} s: this process ends; set a larger ddp_timeout if a "
+            "step or an evaluation takes longer\n"
+        )
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(1)
