@@ -22,6 +22,13 @@ def step(seconds):
     time.sleep(seconds)
     watch.on_step_end(None, None, None)
 
+def computes(seconds):
+    watch.on_step_begin(None, None, None)
+    ends = time.process_time() + seconds
+    while time.process_time() < ends:
+        pass
+    watch.on_step_end(None, None, None)
+
 def waits_for_somebody():
     watch.on_step_begin(None, None, None)
     print("waiting", flush=True)
@@ -42,7 +49,7 @@ def test_the_place_is_named_and_after_the_limit_the_process_ends():
         training("step(0.05); waits_for_somebody()"), capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
     )
     assert done.returncode == 1
-    named, ended = "it stands in", "has not gone on for 2 s: this process ends; set a larger ddp_timeout"
+    named, ended = "it stands in", "and only waited in 2 of them: this process ends; set a larger ddp_timeout"
     assert done.stderr.count(named) == 1 and ended in done.stderr
     assert done.stderr.index(named) < done.stderr.index(ended) < done.stderr.rindex("in waits_for_somebody")
     assert time.monotonic() - began < 40  # not the minute that it would sleep
@@ -53,6 +60,14 @@ def test_one_that_goes_on_is_left_alone():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 0
     assert "not gone on" not in done.stderr
+
+
+def test_one_that_computes_for_longer_than_the_limit_is_named_and_goes_on():
+    done = subprocess.run(
+        training("step(0.05); computes(4)"), capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0
+    assert "it stands in" in done.stderr and "in computes" in done.stderr
 
 
 def test_time_in_which_it_was_held_does_not_count():
@@ -84,4 +99,4 @@ def test_a_run_whose_reward_never_returns_ends(tiny_run, tmp_path, monkeypatch):
     keys = ["grpo_exact", model, "reward_functions=[endless_reward.endless]", "ddp_timeout=20", "report_to=null"]
     done = launch("train.py", *keys, "use_vllm=false", "bf16=false", "eval_size=0", f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 1
-    assert "has not gone on for 2" in done.stderr and "in endless" in done.stderr
+    assert "and only waited in 2" in done.stderr and "in endless" in done.stderr
