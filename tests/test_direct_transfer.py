@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import nccl_by_sockets
@@ -27,7 +28,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateI
 
 from rlt.errors import Refused
 from rlt.generation.served import client
-from rlt.generation.served.direct import PolicySource, ServerGroup, as_json
+from rlt.generation.served.direct import Abort, PolicySource, ServerGroup, as_json
 from rlt.generation.served.direct_engine import DirectEngine
 from rlt.generation.served.engine import ServerEngine
 from rlt.generation.served.weight_files import ChunkFiles
@@ -305,10 +306,36 @@ def test_handles_of_memory_travel_pickled_as_vllm_takes_them(monkeypatch):
     assert as_json({"names": []}) == {"names": []}
 
 
+def test_a_call_that_fails_late_ends_no_later_transfer():
+    """The sender fails first, and the call is left behind with its thread: it fails once its server is ended."""
+    began, ended, came = threading.Event(), threading.Event(), []
+
+    def left_behind(server):
+        began.set()
+        ended.wait(10)
+        raise client.ServerError("was ended")
+
+    group = ServerGroup([client.Server("http://127.0.0.1:9")])
+    with ThreadPoolExecutor(1) as pool:
+        with Abort(lambda: came.append("first")) as group.abort:
+            late = pool.submit(group._on_all, left_behind, group.servers)
+            assert began.wait(10)
+        with Abort(lambda: came.append("second")) as group.abort:
+            ended.set()
+            with pytest.raises(client.ServerError):
+                late.result(10)
+            assert came == []
+            for _ in range(2):
+                with pytest.raises(client.ServerError):
+                    group._on_all(left_behind, group.servers)
+    assert came == ["second"]  # once
+
+
 def test_what_stands_still_inside_a_library_ends_its_process():
     code = (
         "import time\nfrom rlt.launching.lifetime import ends_within\n"
         "with ends_within(0.2, 'short') as limit:\n    limit(0.2)\n"
+        "limit(0.2)\n"  # as from a thread that is late
         "time.sleep(0.5)\n"
         "with ends_within(60, 'sending') as limit:\n    limit(0.3)\n    time.sleep(60)\n"
     )

@@ -62,9 +62,10 @@ def ends_within(limit_s: float, what: str) -> Iterator[Callable[[float], None]]:
     with code 1, and its launcher does with it as with any that failed.
 
     Yields:
-        What sets another limit, from now on in seconds; for other threads, too.
+        What sets another limit, from now on in seconds; for other threads, too. Behind the block it sets none.
     """
     timers: list[threading.Timer] = []
+    inside, lock = threading.Event(), threading.Lock()
 
     def end(seconds: float) -> None:
         sys.stderr.write(f"{what} took longer than {seconds:.1f} s: this process ends\n")
@@ -72,14 +73,20 @@ def ends_within(limit_s: float, what: str) -> Iterator[Callable[[float], None]]:
         os._exit(1)
 
     def limit(seconds: float) -> None:
-        timers.append(threading.Timer(seconds, end, [seconds]))
-        timers[-1].daemon = True
-        timers[-1].start()
+        with lock:
+            if not inside.is_set():
+                return
+            timers.append(threading.Timer(seconds, end, [seconds]))
+            timers[-1].daemon = True
+            timers[-1].start()
 
+    inside.set()
     limit(limit_s)
     try:
         yield limit
     finally:
+        with lock:
+            inside.clear()
         for timer in timers:
             timer.cancel()
 

@@ -6,6 +6,7 @@ an update succeeds on all of them, or is made again (direct_engine.py).
 
 import base64
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -64,6 +65,33 @@ class PolicySource(WeightSource):
             yield name, value.detach().to(dtype, copy=True)  # what was gathered is given back behind it
 
 
+class Abort:
+    """Ends a transfer that a server has left: once at most, and only inside its `with` block.
+
+    vLLM leaves the thread of a call behind where the sender fails first. That call fails later, as its server is ended,
+    and the next transfer is not its to end.
+
+    Args:
+        act: blocks until the sender is freed, or is about to be.
+    """
+
+    def __init__(self, act: Callable[[], None] = lambda: None):
+        self._acts, self._lock = [act], threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            for act in self._acts:
+                act()
+            self._acts = []
+
+    def __enter__(self) -> "Abort":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._acts = []
+
+
 class ServerGroup:
     """All servers of a run behind the four calls of `VLLMWeightSyncClient`: each goes to all, and all have to succeed.
 
@@ -72,7 +100,7 @@ class ServerGroup:
 
     def __init__(self, servers: list[Server]):
         self.servers, self.version = servers, ""
-        self.abort: Callable[[], None] = lambda: None  # ends a transfer that a server has left
+        self.abort = Abort()
 
     def all_have(self, version: str) -> bool:
         """Whether all hold these weights, and with them what they agreed on; one that does not say so is ended."""
@@ -127,12 +155,12 @@ class ServerGroup:
         Raises:
             ServerError: of that one.
         """
-        pool = ThreadPoolExecutor(len(each))
+        pool, abort = ThreadPoolExecutor(len(each)), self.abort
         try:
             for asked in as_completed([pool.submit(call, one) for one in each]):
                 asked.result()
         except ServerError:
-            self.abort()
+            abort()
             raise
         finally:
             pool.shutdown(wait=False)  # each call has its own limit

@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from rlt.generation.served.client import CONTROL_LIMIT_S, UPDATE_LIMIT_S, Server, ServerError
-from rlt.generation.served.direct import TRANSFERS, PolicySource, ServerGroup, check_meeting
+from rlt.generation.served.direct import TRANSFERS, Abort, PolicySource, ServerGroup, check_meeting
 from rlt.generation.served.engine import ServerEngine
 from rlt.launching.lifetime import ends_within
 
@@ -81,8 +81,8 @@ class DirectEngine(ServerEngine):
             act()
             return ""
         try:
-            with ends_within(LIMIT_S + self.start_limit_s, f"sending weights by {self.way}") as limit:
-                self.group.abort = partial(self._abort, limit)
+            limited = ends_within(LIMIT_S + self.start_limit_s, f"sending weights by {self.way}")
+            with limited as limit, Abort(partial(self._abort, limit)) as self.group.abort:
                 act()
         except (RuntimeError, OSError) as error:  # a server's, or of the connection to it
             if not TRANSFERS[self.way].fails_alone and self.accelerator.num_processes > 1:
@@ -94,9 +94,9 @@ class DirectEngine(ServerEngine):
 
     def _abort(self, limit: Callable[[float], None]) -> None:
         """From a call's thread, as the sender waits for a server that does not come."""
+        limit(FREED_S)
         if self.transfer is not None:
             TRANSFERS[self.way].abort(self.transfer)
-        limit(FREED_S)
 
     def _meet(self) -> None:
         """All servers and this trainer agree on a transfer: at first, and where one was started again."""

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
+from rlt.durable import written_whole
 from rlt.errors import Refused
 from rlt.serving.client.futures import RequestFailed, ServerFuture
 
@@ -16,7 +18,9 @@ R = TypeVar("R")
 PROTOBUF = "application/x-protobuf"
 FIRST_WAIT_S, LONGEST_WAIT_S, TRIES = 0.25, 10.0, 12  # about a minute and a half, enough for a server to come back
 CONNECT_S, READ_S = 10.0, 60.0  # a poll is held for less
+FILE_S = 120.0  # between two parts of a file
 REPEATED = (408, 429, 500, 502, 503, 504)
+GONE = 404
 
 
 class Connection:
@@ -40,19 +44,51 @@ class Connection:
             Refused: what the server says about a request that cannot work.
             ConnectionError: it stayed away.
         """
+        tries = 0
+
+        async def once() -> httpx.Response:
+            nonlocal tries
+            tries += 1
+            return await self.http.request(method, route, content=content, headers=headers)
+
+        answer = await self._repeated(route, once)
+        if method == "DELETE" and tries > 1 and answer.status_code == GONE:
+            return answer  # removed by a request whose answer was lost
+        return _checked(answer)
+
+    async def fetch(self, url: str, path: Path) -> None:
+        """A file, from its first byte again where the server went away. It has its name once it is whole.
+
+        Raises:
+            Refused, ConnectionError: as in `ask`.
+        """
+
+        async def once() -> httpx.Response:
+            async with self.http.stream("GET", url, timeout=FILE_S) as answer:
+                if not answer.is_success:
+                    await answer.aread()
+                    return answer
+                with written_whole(path) as aside, aside.open("wb") as file:
+                    async for part in answer.aiter_bytes():
+                        file.write(part)
+            return answer
+
+        _checked(await self._repeated(url, once))
+
+    async def _repeated(self, route: str, once: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
         wait, said = FIRST_WAIT_S, ""
         for _ in range(TRIES):
             try:
-                answer = await self.http.request(method, route, content=content, headers=headers)
+                answer = await once()
             except httpx.TransportError as error:
                 said = f"{type(error).__name__} {error}"
             else:
                 if answer.status_code not in REPEATED:
-                    return _checked(answer)
+                    return answer
                 said = answer.text
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
-        raise ConnectionError(f"{self.http.base_url}{route} gave no answer: {said}")
+        raise ConnectionError(f"{self.http.base_url.join(route)} gave no answer: {said}")
 
     async def post(self, route: str, form: dict[str, Any]) -> Any:
         return (await self.ask("POST", route, json.dumps(form).encode())).json()

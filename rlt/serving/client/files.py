@@ -6,13 +6,10 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlt.durable import written_whole
 from rlt.errors import Refused
 
 if TYPE_CHECKING:
     from rlt.serving.client.training import TrainingClient
-
-READ_S = 120.0  # between two parts of a file
 
 
 def download_files(model: "TrainingClient", folder: Path, merged: bool) -> Path:
@@ -33,15 +30,10 @@ def _wait(model: "TrainingClient", work: Coroutine[Any, Any, Any]) -> None:
 
 
 async def _fetch(model: "TrainingClient", route: str, folder: Path) -> None:
-    """Each file has its name once it is whole."""
     urls = (await model.connection.ask("GET", route)).json()["urls"]
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in urls.items():
-        async with model.connection.http.stream("GET", url, timeout=READ_S) as answer:
-            answer.raise_for_status()
-            with written_whole(folder / name) as aside, aside.open("wb") as file:
-                async for part in answer.aiter_bytes():
-                    file.write(part)
+        await model.connection.fetch(url, folder / name)
 
 
 def push_folder(
