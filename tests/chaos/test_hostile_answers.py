@@ -65,7 +65,8 @@ def score_hostile(rank: int, folder: Path) -> None:
     right += verifier.check("15838/2", {"solution": "7919"})  # the child that hung has been replaced by then
     secrets = sum(b"canary" in Path(f"/proc/{process.pid}/environ").read_bytes() for process in processes())
     del verifier
-    config = VerifiedRewardConfig(1.0, 0.0, 0.0, length_free=1, verifier="auto", verifier_limit_s=1.5)
+    weights = {"answer_weight": 1.0, "format_weight": 0.0, "length_weight": 0.0}
+    config = VerifiedRewardConfig(**weights, length_free=1, verifier="auto", verifier_limit_s=1.5)
     (answer_reward,), _ = verified_rewards(config, FORMATS["stratos"], DDP_TIMEOUT_S)
     texts = [f"Answer: {HOSTILE[number % len(HOSTILE)]}" for number in range(HOSTILE_ANSWERS // RANKS)]
     logged: dict[str, float] = {}
