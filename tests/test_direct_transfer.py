@@ -168,6 +168,10 @@ def test_a_server_that_was_killed_meets_the_trainer_anew_and_answers(direct, ser
     assert digest(direct) == weights
 
 
+def restarts(caplog) -> int:
+    return sum("is started again" in record.getMessage() for record in caplog.records)
+
+
 def during(direct, monkeypatch, act) -> list[int]:
     """`act` is done once, while weights are on their way; how often they were sent."""
     weights, passes = direct.source.weights, []
@@ -184,7 +188,9 @@ def during(direct, monkeypatch, act) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_the_middle_of_a_transfer_is_replaced_and_gets_it_whole(direct, server, monkeypatch):
+def test_a_server_that_dies_in_the_middle_of_a_transfer_is_replaced_and_gets_it_whole(
+    direct, server, monkeypatch, caplog
+):
     direct.sync_weights()
     shift(direct.model)
     killed = server.processes[0]
@@ -194,6 +200,7 @@ def test_a_server_that_dies_in_the_middle_of_a_transfer_is_replaced_and_gets_it_
     weights = digest(direct)
     direct.sync_weights()
     assert digest(direct) == weights and len(passes) == 3
+    assert restarts(caplog) == 1
 
 
 @pytest.mark.slow
@@ -214,7 +221,7 @@ def test_a_server_in_which_a_lost_trainer_left_a_transfer_is_replaced(direct, se
 
 
 @pytest.mark.slow
-def test_a_server_that_stands_still_in_a_transfer_is_given_up_at_its_limit(direct, server, monkeypatch):
+def test_a_server_that_stands_still_in_a_transfer_is_given_up_at_its_limit(direct, server, monkeypatch, caplog):
     """Nothing comes from it, and the sender is blocked: the call's limit ends both, and another takes its place."""
     direct.sync_weights()
     monkeypatch.setattr(client, "UPDATE_LIMIT_S", 15)
@@ -226,6 +233,7 @@ def test_a_server_that_stands_still_in_a_transfer_is_given_up_at_its_limit(direc
     assert server.processes[0].pid != held.pid and len(passes) == 2
     assert time.monotonic() - began < START_LIMIT_S
     assert direct.generate_seeded(PROMPTS, SEEDS) == direct.generate_seeded(PROMPTS, SEEDS)
+    assert restarts(caplog) == 1
 
 
 @pytest.mark.slow

@@ -20,12 +20,13 @@ from test_launch import wait_until
 
 from rlt.errors import Refused
 from rlt.generation.served import lease
-from rlt.generation.served.client import Server, ServerError
+from rlt.generation.served.client import END, Server, ServerError
 from rlt.generation.served.guard import KeyGuard
 from rlt.generation.served.lease import LEASE_S, Hold, Lease, changes
 from rlt.generation.served.silence import SILENCE_S, Silence
 from rlt.launching import connection
 from rlt.launching.connection import keep_alive
+from rlt.launching.environment import listen
 from rlt.launching.servers import Servers, answers
 
 KEY = "k" * 16
@@ -214,6 +215,32 @@ def test_the_port_of_a_server_is_held_from_its_naming_on(sockets, tmp_path):
         later.bind(("127.0.0.1", port))
 
 
+def test_what_was_asked_of_a_server_that_died_does_not_meet_the_next(monkeypatch):
+    """Its port is held and takes connections while no server runs; who asked has given up."""
+    from rlt.generation.served.at_socket import HeldServer
+
+    monkeypatch.setenv("RLT_SERVER_KEY", KEY)
+
+    heard = []
+
+    async def app(scope, receive, send):
+        heard.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    with listen(0, "127.0.0.1") as held:
+        place = held.getsockname()
+        with pytest.raises(ServerError, match="timed out"):
+            Server(f"http://127.0.0.1:{place[1]}").ask("POST", END, limit_s=0.2)
+        server = HeldServer(uvicorn.Config(app, lifespan="off", log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [held]}, daemon=True)
+        thread.start()
+        Server(f"http://127.0.0.1:{place[1]}").wait_until_ready(20)
+        server.should_exit = True
+        thread.join(20)
+    assert heard == ["/health"]
+
+
 def test_a_connection_has_a_limit_of_its_own(monkeypatch):
     monkeypatch.setattr(connection, "CONNECT_LIMIT_S", 0.5)
     with socket.socket() as listening:
@@ -246,7 +273,7 @@ def test_a_connection_asks_after_a_silent_host_within_a_minute():
 LOST = """
 import os, subprocess, sys, threading, time
 os.environ["RLT_SERVER_KEY"] = "k" * 16
-from rlt.generation.served.client import Server, ServerError
+from rlt.generation.served.client import END, Server, ServerError
 from rlt.launching import connection
 connection.SILENCE_S, connection.PROBE_S = 3, 1
 PULL = ["nsenter", f"--target={sys.argv[1]}", "--net", "ip", "link", "set", "rlt-b", "down"]

@@ -4,6 +4,7 @@ Nothing is kept that rank 0 could send again by itself: a server that failed get
 once all of them have asked for their completions.
 """
 
+import logging
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,8 @@ from rlt.launching.lifetime import ends_within
 # Of a transfer: its calls, each with its own limit, and a minute.
 LIMIT_S = 4 * CONTROL_LIMIT_S + 3 * UPDATE_LIMIT_S + 60
 FREED_S = 60  # for the sender to come back from a transfer that was aborted
+
+logger = logging.getLogger("rlt")
 
 
 class DirectEngine(ServerEngine):
@@ -56,7 +59,10 @@ class DirectEngine(ServerEngine):
         Raises:
             ServerError: the weights did not arrive the second time either.
         """
-        if self._attempt(before) and (why := self._attempt(before)):
+        if not (why := self._attempt(before)):
+            return
+        logger.warning("weights are sent once more: %s", why)
+        if why := self._attempt(before):
             raise ServerError(why)
 
     def _attempt(self, before: str) -> str:
