@@ -195,6 +195,7 @@ def test_a_server_that_dies_in_the_middle_of_a_transfer_is_replaced_and_gets_it_
     shift(direct.model)
     killed = server.processes[0]
     passes = during(direct, monkeypatch, lambda: os.kill(killed.pid, signal.SIGKILL))
+    caplog.clear()
     direct.sync_weights()
     assert server.processes[0].pid != killed.pid and len(passes) == 2
     weights = digest(direct)
@@ -228,6 +229,7 @@ def test_a_server_that_stands_still_in_a_transfer_is_given_up_at_its_limit(direc
     held = server.processes[0]
     (engine,) = (p for p in psutil.Process(held.pid).children() if "EngineCore" in p.name())
     passes = during(direct, monkeypatch, engine.suspend)
+    caplog.clear()
     began = time.monotonic()
     direct.sync_weights()
     assert server.processes[0].pid != held.pid and len(passes) == 2
@@ -312,6 +314,21 @@ def test_handles_of_memory_travel_pickled_as_vllm_takes_them(monkeypatch):
     monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", True)  # as vllm_server.py sets it
     assert IPCWeightTransferUpdateInfo(**sent).ipc_handles == handle
     assert as_json({"names": []}) == {"names": []}
+
+
+@pytest.mark.parametrize(("fails_with", "ended"), [(client.ServerGone, 0), (client.ServerError, 1)])
+def test_only_a_server_that_is_there_and_does_not_answer_is_ended(monkeypatch, fails_with, ended):
+    """One that has gone is being started again, and the new one is well."""
+    server, ends = client.Server("http://127.0.0.1:9"), []
+
+    def version(limit_s):
+        raise fails_with("no answer")
+
+    monkeypatch.setattr(server, "version", version)
+    monkeypatch.setattr(server, "end", lambda: ends.append(1))
+    ServerGroup([server]).end_those_without("3")
+    assert not ServerGroup([server]).all_have("3")
+    assert len(ends) == 2 * ended
 
 
 def test_a_call_that_fails_late_ends_no_later_transfer():

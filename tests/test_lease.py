@@ -20,7 +20,7 @@ from test_launch import wait_until
 
 from rlt.errors import Refused
 from rlt.generation.served import lease
-from rlt.generation.served.client import END, Server, ServerError
+from rlt.generation.served.client import END, Server, ServerError, ServerGone
 from rlt.generation.served.guard import KeyGuard
 from rlt.generation.served.lease import LEASE_S, Hold, Lease, changes
 from rlt.generation.served.silence import SILENCE_S, Silence
@@ -239,6 +239,8 @@ def test_what_was_asked_of_a_server_that_died_does_not_meet_the_next(monkeypatch
         server.should_exit = True
         thread.join(20)
     assert heard == ["/health"]
+    with pytest.raises(ServerGone, match="refused"):
+        Server(f"http://127.0.0.1:{place[1]}").ask("POST", END)
 
 
 def test_a_connection_has_a_limit_of_its_own(monkeypatch):
@@ -273,7 +275,7 @@ def test_a_connection_asks_after_a_silent_host_within_a_minute():
 LOST = """
 import os, subprocess, sys, threading, time
 os.environ["RLT_SERVER_KEY"] = "k" * 16
-from rlt.generation.served.client import END, Server, ServerError
+from rlt.generation.served.client import END, Server, ServerError, ServerGone
 from rlt.launching import connection
 connection.SILENCE_S, connection.PROBE_S = 3, 1
 PULL = ["nsenter", f"--target={sys.argv[1]}", "--net", "ip", "link", "set", "rlt-b", "down"]

@@ -32,6 +32,10 @@ class ServerError(RuntimeError):
     """A server that does not answer, or not as it should."""
 
 
+class ServerGone(ServerError):
+    """Nobody is there, or the connection was cut: a server that has died, or one that has just started in its place."""
+
+
 def own_address(url: str) -> str:
     """The address of this machine on the way to another.
 
@@ -85,7 +89,8 @@ class Server:
             with open_client(self.url, limit_s) as client:
                 answer = client.request(method, path, **content)
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.url}{path}: {error}") from error
+            kind = ServerError if isinstance(error, httpx.TimeoutException) else ServerGone
+            raise kind(f"{self.url}{path}: {error}") from error
         if answer.status_code == HELD_CODE:
             raise Refused(f"{self.url} {answer.text}")
         if not answer.is_success:

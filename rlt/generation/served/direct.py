@@ -22,7 +22,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from rlt.errors import Refused
-from rlt.generation.served.client import CONTROL_LIMIT_S, END_LIMIT_S, UPDATE_LIMIT_S, Server, ServerError, own_address
+from rlt.generation.served.client import (
+    CONTROL_LIMIT_S,
+    END_LIMIT_S,
+    UPDATE_LIMIT_S,
+    Server,
+    ServerError,
+    ServerGone,
+    own_address,
+)
 from rlt.launching.environment import free_port
 from rlt.launching.servers import LOOPBACK
 
@@ -110,13 +118,15 @@ class ServerGroup:
     def end_those_without(self, version: str) -> None:
         """A server whose update failed has layers without weights, or waits for what does not come."""
         for server in self.servers:
-            if self._version_of(server, END_LIMIT_S) != version:
+            if self._version_of(server, END_LIMIT_S) not in (version, None):
                 server.end()
 
     @staticmethod
     def _version_of(server: Server, limit_s: float) -> str | None:
         try:
             return server.version(limit_s)
+        except ServerGone:
+            return None  # it is started again, and the new one is not to be ended
         except ServerError:
             server.end()
             return None
