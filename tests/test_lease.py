@@ -275,7 +275,7 @@ def test_a_connection_asks_after_a_silent_host_within_a_minute():
 LOST = """
 import os, subprocess, sys, threading, time
 os.environ["RLT_SERVER_KEY"] = "k" * 16
-from rlt.generation.served.client import END, Server, ServerError, ServerGone
+from rlt.generation.served.client import Server, ServerError
 from rlt.launching import connection
 connection.SILENCE_S, connection.PROBE_S = 3, 1
 PULL = ["nsenter", f"--target={sys.argv[1]}", "--net", "ip", "link", "set", "rlt-b", "down"]

@@ -64,7 +64,7 @@ def test_one_that_goes_on_is_left_alone():
 
 def test_one_that_computes_for_longer_than_the_limit_is_named_and_goes_on():
     done = subprocess.run(
-        training("step(0.05); computes(4)"), capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+        training("step(0.05); computes(2)"), capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
     )
     assert done.returncode == 0
     assert "it stands in" in done.stderr and "in computes" in done.stderr
