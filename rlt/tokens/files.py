@@ -11,7 +11,9 @@ from typing import Any
 
 from rlt.durable import written_whole
 
-ROWS_OF_A_GROUP = 1024
+TOKENS_OF_A_GROUP = 2**19  # of rows that are held until they reach the file
+ROWS_OF_A_GROUP = 2**14  # or so many, where they are short; each group costs whoever opens the file some memory
+ROWS_AT_ONCE = 1024
 
 ARRAYS = {"input_ids": "int32", "loss_mask": "uint8", "seq_lengths": "int32", "ids": "string", "sources": "string"}
 SCALARS = {"length": "int32", "id": "string", "source": "string", "kind": "string", "bucket": "int32"}
@@ -29,15 +31,17 @@ def array_files(folder: Path, split: str) -> list[Path]:
 
 
 class ArrayWriter:
-    """Takes rows, one by one; every `ROWS_OF_A_GROUP` of them reach the file."""
+    """Takes rows, one by one, and holds at most a group of them."""
 
     def __init__(self, file: Any, schema: Any):
         self.file, self.schema = file, schema
         self.rows: list[dict[str, Any]] = []
+        self.tokens = 0
 
     def __call__(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        if len(self.rows) == ROWS_OF_A_GROUP:
+        self.tokens += len(row["input_ids"])
+        if self.tokens >= TOKENS_OF_A_GROUP or len(self.rows) == ROWS_OF_A_GROUP:
             self.flush()
 
     def flush(self) -> None:
@@ -46,7 +50,7 @@ class ArrayWriter:
         if self.rows:
             columns = [pyarrow.array([row[field.name] for row in self.rows], type=field.type) for field in self.schema]
             self.file.write_table(pyarrow.Table.from_arrays(columns, schema=self.schema))
-            self.rows = []
+            self.rows, self.tokens = [], 0
 
 
 @contextmanager
@@ -73,8 +77,8 @@ def read_arrays(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; its arrays of numbers as numpy has them."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=ROWS_OF_A_GROUP):
+    with parquet.ParquetFile(path, pre_buffer=False) as file:  # which would hold 30 MB of the pages ahead
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
             columns = {name: _values(batch.column(name), name) for name in batch.schema.names}
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
