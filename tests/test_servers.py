@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from conftest import ROOT, config_of, launch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from test_distillation import SMALL as SMALL_DISTILLATION
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlt.generation.served.adapters import adapted_weights
@@ -270,8 +271,13 @@ def shared_memory() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_run_with_a_server_is_the_run_with_its_engine_in_process(tiny_run, tmp_path, shared_memory):
-    run = [*tiny_run, "use_vllm=true", "max_steps=3", "eval_size=2", "report_to=null", "save_steps=100"]
+@pytest.mark.parametrize("trains", ["a teacher", "a student on its own samples"])
+def test_a_run_with_a_server_is_the_run_with_its_engine_in_process(
+    trains, tiny_run, tiny_teacher, tiny_student, tmp_path, shared_memory
+):
+    on_its_own = [*SMALL_DISTILLATION, f"model_name_or_path={tiny_student}", f"teacher_model={tiny_teacher}"]
+    run = [*(tiny_run if trains == "a teacher" else on_its_own), "use_vllm=true", "max_steps=3", "eval_size=2"]
+    run += ["report_to=null", "save_steps=100"]
     found = {}
     for name, start in {"inside": ("train.py",), "served": ("launch.py", "--servers=1", "1")}.items():
         script, *first = start
