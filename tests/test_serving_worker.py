@@ -42,6 +42,7 @@ def served(folder: Path, *words: str):
             process.communicate(timeout=30)
         finally:
             process.kill()
+        assert process.returncode == 0  # its workers have ended, and it behind them
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -164,20 +165,23 @@ async def serve_until_asked(service: "Service", settings: dict[str, Any], keys: 
     import uvicorn
 
     from rlt.serving.api.app import create_app
+    from rlt.serving.api.server import Server
     from rlt.serving.errors import Unavailable
 
+    config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=STOP_S)
+    server = Server(config)
     try:
         listener = socket.create_server((settings["host"], settings["port"]))
-        try:
-            await service.start(keys)
-        except Unavailable as error:
-            raise Refused(str(error)) from error
-        host, port = listener.getsockname()[:2]  # it takes connections from here on
-        key = f", key {keys[TENANT]}" if made else ""
-        sys.stdout.write(f"serving http://{host}:{port}{key}\n")
-        sys.stdout.flush()
-        config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=STOP_S)
-        await uvicorn.Server(config).serve(sockets=[listener])
+        with server.ended_by_signals():
+            try:
+                await service.start(keys)
+            except Unavailable as error:
+                raise Refused(str(error)) from error
+            host, port = listener.getsockname()[:2]  # it takes connections from here on
+            key = f", key {keys[TENANT]}" if made else ""
+            sys.stdout.write(f"serving http://{host}:{port}{key}\n")
+            sys.stdout.flush()
+            await server.serve(sockets=[listener])
     finally:
         await service.close()
 
@@ -190,3 +194,5 @@ def main() -> None:
         asyncio.run(serve(settings, keys, made))
     except (Refused, OSError) as error:  # OSError: an address that is taken, a place that cannot be written to
         fail(error)
+    except KeyboardInterrupt:  # a second one, while the service is being closed
+        sys.exit(128 + signal.SIGINT)
