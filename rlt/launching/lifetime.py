@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -127,13 +127,22 @@ def _ask_to_end(processes: list[psutil.Process]) -> None:
 def _kill(processes: list[psutil.Process]) -> None:
     """Python's resource trackers go last, by themselves: they remove the shared memory of processes that were killed,
     now or before, once none is left that has used it."""
-    trackers = [process for process in processes if _is_tracker(process)]
-    for process in processes:
-        if process not in trackers:
-            _kill_one(process)
+    trackers = kill_all_but_trackers(processes)
     _wait_for(trackers)
     for process in trackers:
         _kill_one(process)
+
+
+def kill_all_but_trackers(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """The trackers among them, which live on. A process that lost its own would start another, which knows none of the
+    names that it is then told to remove, and says so at length."""
+    trackers = []
+    for process in processes:
+        if _is_tracker(process):
+            trackers.append(process)
+        else:
+            _kill_one(process)
+    return trackers
 
 
 def _kill_one(process: psutil.Process) -> None:

@@ -27,7 +27,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from rlt.durable import write_whole
 from rlt.errors import Refused
-from rlt.launching.lifetime import end_with, stop_signals
+from rlt.launching.lifetime import end_with, kill_all_but_trackers, stop_signals
 from rlt.preparation.ledger import Counts, read_counts
 from rlt.preparation.stage import Pass, Place, ProgressNote, Task
 from rlt.preparation.stages import STAGES
@@ -169,8 +169,7 @@ def _run_in_processes(executor: _Local, ranks: Iterable[int], workers: int, aske
         finally:
             if waiting:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in set(psutil.Process().children()) - others:
-                    child.kill()
+                kill_all_but_trackers(set(psutil.Process().children()) - others)
 
 
 def _begin_worker(run: int) -> None:
