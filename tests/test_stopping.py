@@ -121,20 +121,16 @@ def test_the_plan_knows_a_long_step_of_an_earlier_life(update_s, lines, tmp_path
         )
 
 
-@pytest.mark.parametrize("door", [["train.py"], ["launch.py", "2"]])
+BEGUN = ["teacher_rlt_tiny", "output_dir={folder}"]
+DOORS = [["train.py", *BEGUN], ["launch.py", "2", *BEGUN], ["prepare.py", "prepare_tiny", BEGUN[1]]]
+DOORS += [["score.py", "input=rows.jsonl", "output={folder}"], ["serve.py", "state_dir={folder}"]]
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door[0])
 def test_a_signal_while_a_command_still_imports_ends_it_with_75(door, tmp_path):
+    script, *words = (word.format(folder=tmp_path / "run") for word in door)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-X",
-            "importtime",
-            str(ROOT / door[0]),
-            *door[1:],
-            "teacher_rlt_tiny",
-            f"output_dir={tmp_path / 'run'}",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-X", "importtime", str(ROOT / script), *words], stderr=subprocess.PIPE, text=True
     )
     try:
         for line in process.stderr:

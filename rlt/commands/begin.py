@@ -72,12 +72,17 @@ def show(plan: Plan) -> None:
     sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)
 
 
-def prepare_process() -> None:
-    """What every process of a run does first: logging, the working folder, a look at the installed versions."""
+def set_up_logging() -> None:
+    """Warnings, this project's own words, and of libraries that warn of what nobody here can change only errors."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO)
     for library in ("bitsandbytes", "trl", "torchao", "vllm"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def prepare_process() -> None:
+    """What every process of a run does first: logging, the working folder, a look at the installed versions."""
+    set_up_logging()
     os.chdir(ROOT)
     # Read by torch at its first allocation: a large buffer on the CPU then costs a few page faults, not hundreds.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

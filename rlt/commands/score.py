@@ -26,6 +26,7 @@ from typing import Any
 import hydra
 from omegaconf import MissingMandatoryValue
 
+from rlt.commands.begin import set_up_logging
 from rlt.data.files import read_file, readable
 from rlt.durable import write_whole, written_whole
 from rlt.errors import Refused, fail, usage
@@ -360,6 +361,7 @@ def ranking_file(output: Path) -> Path:
 
 @hydra.main(version_base="1.3", config_path=str(CFGS), config_name="score")
 def job(cfg) -> None:
+    set_up_logging()
     try:
         settings = checked(as_dict(cfg, throw_on_missing=True))
         said = score_file(settings) if settings.teacher_model else select_file(settings)
