@@ -51,6 +51,7 @@ class ArrayWriter:
             columns = [pyarrow.array([row[field.name] for row in self.rows], type=field.type) for field in self.schema]
             self.file.write_table(pyarrow.Table.from_arrays(columns, schema=self.schema))
             self.rows, self.tokens = [], 0
+            pyarrow.default_memory_pool().release_unused()  # else it holds twice what a group takes, for the next one
 
 
 @contextmanager
