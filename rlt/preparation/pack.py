@@ -22,7 +22,7 @@ from rlt.runs.folder import PACKED, TOKENS
 from rlt.tokens.bins import best_fit_decreasing
 from rlt.tokens.files import PACKED_COLUMNS, array_file, notes_of, read_arrays, writing_arrays
 
-WINDOW = 50_000  # sequences that are packed together
+WINDOW = 2**15  # sequences that are packed together
 WINDOW_TOKENS = 2**25  # or fewer, if they are long: what is held in memory
 OVERFLOWS = ("drop", "split", "error")
 TOO_LONG = "longer than pack_length"
@@ -42,7 +42,7 @@ class Pack(Stage):
     """Packed rows, beside the records."""
 
     name = "pack"
-    version = 2
+    version = 3
     keys = ("pack_length", "pack_buckets", "pack_overflow")
     outputs = (PACKED,)
 
