@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import yaml
 
+from rlt.commands.logs import set_up_logging
 from rlt.jobs import pipeline, prepare
 from rlt.places import ROOT
 from rlt.planning.plan import Plan
@@ -70,14 +71,6 @@ def show(plan: Plan) -> None:
     if plan.profile.stages:
         missing += pipeline.problems(plan)
     sys.stdout.writelines(f"warning, missing: {line}\n" for line in missing)
-
-
-def set_up_logging() -> None:
-    """Warnings, this project's own words, and of libraries that warn of what nobody here can change only errors."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO)
-    for library in ("bitsandbytes", "trl", "torchao", "vllm"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def prepare_process() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import hydra
 from omegaconf import MissingMandatoryValue
 
-from rlt.commands.begin import set_up_logging
+from rlt.commands.logs import set_up_logging
 from rlt.data.files import read_file, readable
 from rlt.durable import write_whole, written_whole
 from rlt.errors import Refused, fail, usage

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlt.commands.logs import set_up_logging
 from rlt.errors import Refused, fail
 from rlt.models.paths import resolve_model_path
 from rlt.places import API_KEY_VARIABLE
@@ -104,6 +105,7 @@ def make_worker(folders: Mapping[str, str], sampler: str, full_finetuning: bool)
     """In a process of the worker's own: the server's does without torch."""
     for name, value in ENGINE_VARIABLES.items():
         os.environ.setdefault(name, value)
+    set_up_logging()
     from rlt.workers.torch_worker import TorchWorker
 
     return TorchWorker(folders, sampler, full_finetuning)
