@@ -17,7 +17,7 @@ from pathlib import Path
 import records
 import settings
 import tables
-from arms import ARMS, seeds_of
+from arms import ARMS, KNOWN, TRIED, seeds_of
 
 from rlt.errors import Refused, fail
 from rlt.places import ROOT
@@ -26,7 +26,7 @@ from rlt.places import ROOT
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="of runs; gigabytes while a seed is at work")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(KNOWN), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="those of the plan, if none are named")
     parser.add_argument("--results", type=Path, help="folder; by default results beside this file, in DIR for tuning")
     parser.add_argument("--tables", action="store_true", help="of the results that are there; nothing runs")
@@ -38,14 +38,15 @@ def main() -> None:
     tuning = [seed for seed in options.seeds or [] if seed >= settings.SEEDS["tuning"]]
     if tuning and len(tuning) < len(options.seeds):
         parser.error(f"--seeds: those from {settings.SEEDS['tuning']} on are for tuning, and run by themselves")
+    if not tuning and not options.tables and (tried := sorted(TRIED.keys() & options.arms)):
+        parser.error(f"--arms {' '.join(tried)}: not of the plan, so on --seeds for tuning alone")
     out = options.out and options.out.absolute()
     results = (options.results or (out / "tuning" if tuning else records.RESULTS)).absolute()
     os.chdir(ROOT)
     try:
         if not options.tables:
             work(out, results, options.arms, options.seeds)
-        if not tuning:
-            sys.stdout.write(tables.write(results))
+        sys.stdout.write(tables.write(results))
     except Refused as error:
         fail(error)
 

@@ -49,14 +49,15 @@ class Arm:
     whole: bool = False
 
 
-# By the reward that trained them from the warm-up on; None: the warm-up itself.
-TEACHERS: dict[str, str | None] = {
-    "warm-up": None,
-    "rl": "teacher",
-    "random": "random",
-    "solution-only": "solution_only",
-    "kl-only": "kl_only",
-    "mismatched": "teacher",  # of another seed's student
+# What trained them from the warm-up on; nothing: the warm-up itself.
+TEACHERS: dict[str, tuple[str, ...]] = {
+    "warm-up": (),
+    "rl": ("reward_cfg=teacher",),
+    "random": ("reward_cfg=random",),
+    "solution-only": ("reward_cfg=solution_only",),
+    "kl-only": ("reward_cfg=kl_only",),
+    "mismatched": ("reward_cfg=teacher",),  # of another seed's student
+    "rl-half-rate": ("reward_cfg=teacher", f"learning_rate={settings.TEACHER_RATE / 2}"),
 }
 ARMS = {
     "base": Arm("the model as it was published", "base"),
@@ -77,6 +78,13 @@ ARMS = {
     ),
     "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, and right solutions", "opd", "rl"),
 }
+# Not of the plan: what was tried once its answer was there, on seeds for tuning alone (docs/results.md).
+TRIED = {
+    "rl-best-of-n": Arm(f"the best of {settings.BEST_OF} of `rl` by the reward", teacher="rl", of=settings.BEST_OF),
+    "rl-half-rate": Arm("of a teacher trained at half the rate", teacher="rl-half-rate"),
+    "half-rate-best-of-n": Arm(f"its best of {settings.BEST_OF}", teacher="rl-half-rate", of=settings.BEST_OF),
+}
+KNOWN = ARMS | TRIED
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
 
 

@@ -84,14 +84,15 @@ def is_there(folder: Path, arm: str, seed: int, commit: str) -> bool:
 
 
 def read_all(folder: Path) -> tuple[list[Result], list[Result]]:
-    """Results of the commit and settings that most of them share, and the others.
+    """Results of the commit and settings that most of them share, and the others. Beside seeds of the plan those for
+    tuning are left out; a folder may hold these alone.
 
     Raises:
         Refused: there is none.
     """
     found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    found = [one for one in found if one.seed < settings.SEEDS["tuning"]]
+    found = [one for one in found if one.seed < settings.SEEDS["tuning"]] or found
     if not found:
-        raise Refused(f"{folder} holds no result of a seed below {settings.SEEDS['tuning']}")
+        raise Refused(f"{folder} holds no result")
     ((most, _),) = Counter(one.made_from for one in found).most_common(1)
     return [one for one in found if one.made_from == most], [one for one in found if one.made_from != most]

@@ -5,7 +5,8 @@ from math import isfinite, nan
 from pathlib import Path
 
 import records
-from arms import ARMS, PRIMARY, seeds_of
+import settings
+from arms import ARMS, KNOWN, PRIMARY, seeds_of
 from measures import EVERY_QUESTION
 from over_seeds import Difference, correlation, paired, t_interval
 from records import Result
@@ -49,7 +50,7 @@ def figure_of(results: list[Result], name: str) -> dict[str, BySeed]:
     for one in results:
         if name in one.figures:
             found[one.arm][one.seed] = one.figures[name]
-    return {arm: found[arm] for arm in ARMS if arm in found}
+    return {arm: found[arm] for arm in KNOWN if arm in found}
 
 
 def differences(results: list[Result], of: str = "rl", name: str = "accuracy") -> dict[str, Difference]:
@@ -61,6 +62,8 @@ def differences(results: list[Result], of: str = "rl", name: str = "accuracy") -
 def _heading(results: list[Result]) -> list[str]:
     seeds = sorted({one.seed for one in results})
     lines = [f"{len(results)} results at commit {results[0].commit}, seeds {', '.join(map(str, seeds))}."]
+    if seeds[0] >= settings.SEEDS["tuning"]:
+        return [*lines, "These seeds are for tuning: they answer nothing that the plan asks."]
     there = {(one.arm, one.seed) for one in results}
     lacking = sum((arm, seed) not in there for arm in ARMS for seed in seeds_of(arm))
     return lines if not lacking else [*lines, f"INCOMPLETE: {lacking} of the plan's results are not there yet."]
@@ -73,7 +76,7 @@ def _arms(results: list[Result]) -> list[str]:
     for arm, values in found.items():
         cells = [_mean(others[name].get(arm)) for name in MEASURES]
         accuracy = _interval(t_interval(list(values.values())))
-        lines.append(f"| `{arm}` | {ARMS[arm].words} | {len(values)} | {accuracy} | {' | '.join(cells)} |")
+        lines.append(f"| `{arm}` | {KNOWN[arm].words} | {len(values)} | {accuracy} | {' | '.join(cells)} |")
     return lines
 
 
@@ -94,7 +97,7 @@ def _differences(results: list[Result]) -> list[str]:
 
 def sets_of(results: list[Result], name: str) -> list[Result]:
     """Every set of explanations that a teacher wrote, unedited, which has the figure."""
-    as_written = [one for one in results if ARMS[one.arm].kind == "traces" and ARMS[one.arm].edit is None]
+    as_written = [one for one in results if KNOWN[one.arm].kind == "traces" and KNOWN[one.arm].edit is None]
     return [one for one in as_written if isfinite(one.figures.get(name, nan))]
 
 
@@ -102,7 +105,7 @@ def _correlations(results: list[Result]) -> list[str]:
     lines = ["| over all sets of explanations | sets | correlation with the student's accuracy |", "|---|---|---|"]
     for name in ("reward", "rsr", "right steps of explanations"):
         every = sets_of(results, name)
-        sampled = [one for one in every if ARMS[one.arm].of == 1]  # the others were chosen by the reward
+        sampled = [one for one in every if KNOWN[one.arm].of == 1]  # the others were chosen by the reward
         for words, found in ((MEASURES[name], every), (f"{MEASURES[name]}, without `best-of-n`", sampled)):
             if len(found) >= FEWEST_SETS and (found is every or len(found) < len(every)):
                 x, y = ([one.figures[key] for one in found] for key in (name, "accuracy"))

@@ -14,7 +14,7 @@ import measures
 import pandas
 import rows
 import settings
-from arms import ARMS, TEACHERS, Arm
+from arms import KNOWN, TEACHERS, Arm
 
 from rlt.estimates import bootstrap, finite_mean
 from rlt.jobs.child import run_child
@@ -37,7 +37,7 @@ class Seed:
 
     def figures(self, name: str) -> dict[str, Any]:
         """What came of an arm; its runs are made as far as they are missing."""
-        arm = ARMS[name]
+        arm = KNOWN[name]
         if arm.kind == "base":
             return self.answered(settings.MODEL, self.folder / name)
         folder = self.folder / name
@@ -69,15 +69,14 @@ class Seed:
 
     def teacher(self, name: str) -> Path:
         """A teacher of `TEACHERS`; `mismatched` has the next seed's student of the reward."""
-        folder, reward = self.folder / "teachers" / name, TEACHERS[name]
-        if reward is None:
+        folder, training = self.folder / "teachers" / name, TEACHERS[name]
+        if not training:
             return self.stage("teacher_sft_tiny", folder, "warmup.jsonl", f"max_steps={settings.WARMUP_STEPS}")
         reader = Seed(self.out, self.seed + 1).reader if name == "mismatched" else self.reader
         trained = self.stage(
             "teacher_rlt_tiny",
             folder,
             "teach.jsonl",
-            f"reward_cfg={reward}",
             f"model_name_or_path={self.teacher('warm-up')}",
             f"student_model={reader}",
             *SHORT,
@@ -85,6 +84,7 @@ class Seed:
             f"learning_rate={settings.TEACHER_RATE}",
             *LOGGED,
             f"max_steps={settings.RL_STEPS}",
+            *training,
         )
         return without_checkpoints(trained)
 
