@@ -99,6 +99,7 @@ def some_results(folder, commit="abc"):
     for seed in range(3):
         for arm, accuracy in (("base", 0.0), ("warm-up", 0.1), ("rl", 0.2 + 0.1 * seed)):
             figures = {"accuracy": accuracy, "reward": accuracy - 1, "right steps of answers": 0.5}
+            figures["accuracy of sums"] = accuracy / 2
             if arm in ("warm-up", "rl"):
                 figures[measures.EVERY_QUESTION] = 0.5 + 0.1 * (arm == "rl")
             records.write(folder, arm, seed, commit, figures)
@@ -115,6 +116,8 @@ def test_tables_come_from_the_results_alone(tmp_path):
     assert f"INCOMPLETE: {lacking} of the plan's results are not there yet." in done.stdout
     assert "| `warm-up`, every question once | 3 | +0.100 [+0.100, +0.100] |" in done.stdout
     assert "| **`warm-up`** | 3 | +0.200 [-0.048, +0.448] | +2.00 | +0.100, +0.200, +0.300 |" in done.stdout
+    assert "| `warm-up`, sums alone | 3 | +0.100 [-0.024, +0.224] | +2.00 | +0.050, +0.100, +0.150 |" in done.stdout
+    assert "| arm | what its student learns from | seeds | held-out accuracy | sums | reward |" in done.stdout
     assert "| reward | 6 | +1.000 [+1.000, +1.000] |" in done.stdout
     assert (tmp_path / tables.TABLES).read_text() == done.stdout
     assert (tmp_path / tables.FIGURE).stat().st_size > 10_000

@@ -1,6 +1,7 @@
 """Tables and a figure, made of the results that are there and of nothing else."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from math import isfinite, nan
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from records import Result
 from rlt.durable import write_whole
 from rlt.estimates import Estimate
 
+OF_TASK = "accuracy of "  # how work.py names it
 TABLES, FIGURE = "tables.md", "tables.png"
 MEASURES = {
     "reward": "reward",
@@ -53,6 +55,11 @@ def figure_of(results: list[Result], name: str) -> dict[str, BySeed]:
     return {arm: found[arm] for arm in KNOWN if arm in found}
 
 
+def _names(results: list[Result], beginning: str) -> list[str]:
+    """Of figures, in the alphabet's order."""
+    return sorted({name for one in results for name in one.figures if name.startswith(beginning)})
+
+
 def differences(results: list[Result], of: str = "rl", name: str = "accuracy") -> dict[str, Difference]:
     """A figure of one arm's students minus that of every other's."""
     found = figure_of(results, name)
@@ -70,28 +77,38 @@ def _heading(results: list[Result]) -> list[str]:
 
 
 def _arms(results: list[Result]) -> list[str]:
-    found, others = figure_of(results, "accuracy"), {name: figure_of(results, name) for name in MEASURES}
-    lines = [f"| arm | what its student learns from | seeds | held-out accuracy | {' | '.join(MEASURES.values())} |"]
-    lines.append("|---" * (4 + len(MEASURES)) + "|")
+    words = {name: name.removeprefix(OF_TASK) for name in _names(results, OF_TASK)} | MEASURES
+    found, others = figure_of(results, "accuracy"), {name: figure_of(results, name) for name in words}
+    lines = [f"| arm | what its student learns from | seeds | held-out accuracy | {' | '.join(words.values())} |"]
+    lines.append("|---" * (4 + len(words)) + "|")
     for arm, values in found.items():
-        cells = [_mean(others[name].get(arm)) for name in MEASURES]
+        cells = [_mean(others[name].get(arm)) for name in words]
         accuracy = _interval(t_interval(list(values.values())))
         lines.append(f"| `{arm}` | {KNOWN[arm].words} | {len(values)} | {accuracy} | {' | '.join(cells)} |")
     return lines
 
 
 def _differences(results: list[Result]) -> list[str]:
+    """Those of the plan; then by task, for an analysis of them."""
     heads = ("accuracy of `rl` minus", "seeds", "mean, 95 % t-interval", "effect size", "by seed")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, suffix in (("accuracy", ""), (EVERY_QUESTION, ", every question once")):
-        found = figure_of(results, name)
-        for arm, one in differences(results, name=name).items():
-            shared = sorted(found["rl"].keys() & found[arm])
-            by_seed = ", ".join(f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in shared)
-            named = f"**`{arm}`**" if arm in PRIMARY and not suffix else f"`{arm}`{suffix}"
-            effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
-            cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, by_seed]
-            lines.append(f"| {' | '.join(cells)} |")
+    lines += _rows(results, "accuracy", "") + _rows(results, EVERY_QUESTION, ", every question once")
+    for name in _names(results, OF_TASK):
+        lines += _rows(results, name, f", {name.removeprefix(OF_TASK)} alone", of=PRIMARY)
+    return lines
+
+
+def _rows(results: list[Result], name: str, suffix: str, of: Iterable[str] = tuple(KNOWN)) -> list[str]:
+    found, lines = figure_of(results, name), []
+    for arm, one in differences(results, name=name).items():
+        if arm not in of:
+            continue
+        shared = sorted(found["rl"].keys() & found[arm])
+        by_seed = ", ".join(f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in shared)
+        named = f"**`{arm}`**" if arm in PRIMARY and not suffix else f"`{arm}`{suffix}"
+        effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
+        cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, by_seed]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
