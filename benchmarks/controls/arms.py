@@ -57,7 +57,7 @@ TEACHERS: dict[str, tuple[str, ...]] = {
     "solution-only": ("reward_cfg=solution_only",),
     "kl-only": ("reward_cfg=kl_only",),
     "mismatched": ("reward_cfg=teacher",),  # of another seed's student
-    "rl-half-rate": ("reward_cfg=teacher", f"learning_rate={settings.TEACHER_RATE / 2}"),
+    "rl-of-16": ("reward_cfg=teacher", "num_generations=16", f"train_batch_size={2 * settings.BATCH}"),
 }
 ARMS = {
     "base": Arm("the model as it was published", "base"),
@@ -81,8 +81,7 @@ ARMS = {
 # Not of the plan: what was tried once its answer was there, on seeds for tuning alone (docs/results.md).
 TRIED = {
     "rl-best-of-n": Arm(f"the best of {settings.BEST_OF} of `rl` by the reward", teacher="rl", of=settings.BEST_OF),
-    "rl-half-rate": Arm("of a teacher trained at half the rate", teacher="rl-half-rate"),
-    "half-rate-best-of-n": Arm(f"its best of {settings.BEST_OF}", teacher="rl-half-rate", of=settings.BEST_OF),
+    "rl-of-16": Arm("of a teacher trained on groups of sixteen, not eight", teacher="rl-of-16"),
 }
 KNOWN = ARMS | TRIED
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")
