@@ -1,5 +1,6 @@
 """On-policy distillation: against TRL's own loss, by hand, resumed, with adapters, refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from rlt.errors import Refused
 from rlt.logprobs import Divergence
 from rlt.models.files import tensor_shapes
 from rlt.planning.plan import make_plan
-from rlt.prompts.distillation import comes_to, distillation_prompts, read_completion
+from rlt.planning.resolve import resolve
+from rlt.prompts.distillation import distillation_prompts, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import FORMATS
+from rlt.rewards.gate import comes_to
+from trainers.distillation import weigh_by_tokens
 
 SMALL = [
     *("run_cfg=student_opd_tiny", "report_to=null", "bf16=false", "use_vllm=false", "train_batch_size=8"),
@@ -46,17 +50,27 @@ def assert_equal(left: Path, right: Path) -> None:
 
 def test_the_student_thinks_where_the_teacher_explains(tokenizer):
     style = FORMATS["r1"]
-    prompts = distillation_prompts(tokenizer, style, ROW, "teaching", None)
+    prompts = distillation_prompts(tokenizer, style, ROW, "teaching", None, tokenizer)
     assert prompts.student.endswith("assistant\n<think>\n\n")
     assert prompts.teacher.endswith("assistant\n<answer>4</answer>\n\n<explanation>\n\n")
 
 
 def test_the_solution_is_shown_to_the_teacher_alone(tokenizer):
-    prompts = distillation_prompts(tokenizer, FORMATS["stratos"], ROW | {"solution": "FOUR"}, "solution", None)
+    row = ROW | {"solution": "FOUR"}
+    prompts = distillation_prompts(tokenizer, FORMATS["stratos"], row, "solution", None, tokenizer)
     assert "FOUR" in prompts.teacher and "FOUR" not in prompts.student
     assert prompts.teacher.endswith("assistant\n") and prompts.student.endswith("assistant\n")
-    plain = distillation_prompts(tokenizer, FORMATS["stratos"], ROW, "question", None)
+    plain = distillation_prompts(tokenizer, FORMATS["stratos"], ROW, "question", None, tokenizer)
     assert plain.student == plain.teacher == prompts.student
+
+
+@pytest.mark.parametrize("teacher_prompt", ["teaching", "solution", "question"])
+def test_each_model_reads_its_own_chat_template(teacher_prompt, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    prompts = distillation_prompts(tokenizer, FORMATS["r1"], ROW, teacher_prompt, None, other)
+    assert "<|im_start|>user" in prompts.student and "[user]" not in prompts.student
+    assert "[user] " in prompts.teacher and "<|im_start|>" not in prompts.teacher
 
 
 @pytest.mark.parametrize(("style", "shared"), [("r1", ["</"]), ("stratos", ["<", "|", "end", "_", "of", "_"])])
@@ -64,24 +78,24 @@ def test_the_teacher_is_read_up_to_where_the_end_tags_part(style, shared, tokeni
     tags = FORMATS[style]
     text = f"So 4 é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}5"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    read = read_completion(tokenizer, tags, ids, "teaching", "4")
+    read = read_completion(tokenizer, tags, ids, "teaching", "4", comes_to)
     assert tokenizer.decode(read.teacher_ids) == "So 4 é.\n\n" + "".join(shared)
     assert [tokenizer.decode(token) for token in read.teacher_ids[-len(shared) :]] == shared
     assert read.student_ids[: len(read.teacher_ids)] == read.teacher_ids
     answer = f"{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}4{tags.solution_tags[1]}<|im_end|>"
     assert tokenizer.decode(read.student_ids) == f"So 4 é.\n\n{answer}"  # not the 5 that it wrote
-    alone = read_completion(tokenizer, tags, ids, "teaching", None)
+    alone = read_completion(tokenizer, tags, ids, "teaching", None, comes_to)
     assert alone.student_ids == alone.teacher_ids == read.teacher_ids
-    other = read_completion(tokenizer, tags, ids, "teaching", "6")  # which the thought does not come to
+    other = read_completion(tokenizer, tags, ids, "teaching", "6", comes_to)  # which the thought does not come to
     assert tokenizer.decode(other.student_ids) == f"So 4 é.\n\n{tags.thought_tags[1]}\n\n{tags.solution_tags[0]}"
-    whole = read_completion(tokenizer, tags, ids, "solution", "4")
+    whole = read_completion(tokenizer, tags, ids, "solution", "4", comes_to)
     assert whole.student_ids == whole.teacher_ids == ids
 
 
 def test_a_student_that_misses_its_end_tag_is_shown_it(tokenizer):
     tags = FORMATS["stratos"]
     ids = tokenizer("It is 4.\n\n<|end_of_solution|>\n\nor 5", add_special_tokens=False)["input_ids"]
-    read = read_completion(tokenizer, tags, ids, "teaching", "4")
+    read = read_completion(tokenizer, tags, ids, "teaching", "4", comes_to)
     assert tokenizer.decode(read.teacher_ids) == "It is 4.\n\n<|end_of_"
     assert tokenizer.decode(read.student_ids).startswith("It is 4.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>4")
 
@@ -89,10 +103,19 @@ def test_a_student_that_misses_its_end_tag_is_shown_it(tokenizer):
 def test_of_a_thought_that_is_cut_off_nothing_follows_and_one_that_ended_its_turn_is_gone_on_from(tokenizer):
     tags = FORMATS["r1"]
     cut = tokenizer("So 4", add_special_tokens=False)["input_ids"]
-    assert read_completion(tokenizer, tags, cut, "teaching", "4").student_ids == cut
-    read = read_completion(tokenizer, tags, [*cut, tokenizer.eos_token_id], "teaching", "4")
+    assert read_completion(tokenizer, tags, cut, "teaching", "4", comes_to).student_ids == cut
+    read = read_completion(tokenizer, tags, [*cut, tokenizer.eos_token_id], "teaching", "4", comes_to)
     assert tokenizer.decode(read.student_ids) == "So 4</think>\n\n<answer>4</answer><|im_end|>"
     assert tokenizer.decode(read.teacher_ids) == "So 4</"
+
+
+def test_a_stroke_of_a_tag_within_a_thought_is_no_end_of_it(tokenizer):
+    tags = FORMATS["r1"]
+    thought = "In <b>4</b> the result is bold, so it is 4."
+    ids = tokenizer(f"{thought}</think>\n\n<answer>4", add_special_tokens=False)["input_ids"]
+    read = read_completion(tokenizer, tags, ids, "teaching", "4", comes_to)
+    assert tokenizer.decode(read.student_ids) == f"{thought}</think>\n\n<answer>4</answer><|im_end|>"
+    assert tokenizer.decode(read.teacher_ids) == f"{thought}</"
 
 
 # The loss
@@ -175,6 +198,16 @@ def test_behind_the_students_prompt_the_trainers_whole_loss_is_stock_trls(run, t
         ("1 + 2 = 3. The result is 13.", "3", False),
         ("The result is 3, so 3 + 1 is asked. The result is 4.", "3", False),
         ("It is 3/4.", "3", False),
+        ("It is 3/4.", "3/4", True),
+        ("The result is -3.", "3", False),
+        ("The result is -3.", "-3", True),
+        ("The result is 3.5.", "3", False),
+        ("The result is 3,000.", "3", False),
+        ("So 9 + 12 = 21.", "9", False),
+        ("So 9 + 12 = 21.", "21", True),
+        ("12-3=9", "9", True),
+        ("It comes to 1,250.", "1250", True),
+        ("It comes to $12.", "12 dollars", True),
         ("Hence\n\nx = \\frac{1}{2}", "\\frac{1}{2}", True),
         ("", "3", False),
     ],
@@ -236,6 +269,13 @@ def test_every_parameter_moves_the_teacher_does_not_and_the_run_says_what_it_did
     whole = (first["divergence"] * asked + first["solution_surprise"] * known) / (asked + known)
     assert first["loss"] == pytest.approx(whole, rel=1e-5)
     assert evaluation.sentence().startswith("accuracy on 2 held-out questions x 2: ")
+
+
+def test_figures_of_micro_batches_become_one_mean_over_tokens():
+    metrics = {"divergence": [1.0, 4.0], "asked_tokens": [1.0, 2.0], "known_tokens": [0.0, 0.0], "reward": [1.0, 2.0]}
+    metrics["solution_surprise"] = [0.0, 0.0]
+    weigh_by_tokens(metrics)
+    assert metrics == {"divergence": [3.0], "solution_surprise": [0.0], "reward": [1.0, 2.0]}  # (1 + 2 x 4) / 3
 
 
 def test_a_run_that_was_stopped_after_two_steps_ends_as_one_of_four(run, tmp_path, in_root):
@@ -327,17 +367,47 @@ def test_a_teacher_in_the_students_own_folder_is_refused(run, tiny_teacher, in_r
     assert "another output_dir" in said
 
 
-def test_a_teacher_with_another_vocabulary_is_refused_with_what_could_be_used(run, tmp_path, tokenizer, in_root):
-    other = tmp_path / "other"
-    save_tiny(other, seed=2)
+def of_other_words(folder: Path) -> Path:
+    """A teacher two of whose tokens have each other's number."""
+    save_tiny(other := folder / "other", seed=2)
     tokenizer_file = json.loads((other / "tokenizer.json").read_text())
     words = tokenizer_file["model"]["vocab"]
     first, second = list(words)[100:102]
     words[first], words[second] = words[second], words[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer_file))
     assert tensor_shapes(other / "model.safetensors")  # of the same shapes
+    return other
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_with_what_could_be_used(run, tmp_path, in_root):
+    other = of_other_words(tmp_path)
     said = refused(*run, f"teacher_model={other}", f"output_dir={tmp_path / 'run'}")
     assert "has another vocabulary" in said and "(collect)" in said and "student's family" in said
+
+
+def test_before_a_warm_up_its_own_model_tells_what_does_not_fit(tmp_path, in_root):
+    def planned(*keys: str):
+        given = ["run_cfg=student_opd_tiny", f"results_dir={tmp_path}", "report_to=null", *keys]
+        return resolve(config_of(*given), given)
+
+    teacher = f"teacher_model={of_other_words(tmp_path)}"
+    assert planned("teacher_model=null", "teacher_prompt=solution").warmup
+    with pytest.raises(Refused, match=r"has another vocabulary .* model_name_or_path=embedded/smollm2"):
+        planned(teacher)
+    with pytest.raises(Refused, match="divergence_top_k=49153 is above the 49152 tokens"):
+        planned("teacher_model=null", "teacher_prompt=solution", "divergence_top_k=49153")
+
+
+def test_a_teacher_of_another_task_is_named(run, tmp_path, in_root, caplog):
+    teacher = tmp_path / "teacher"
+    save_tiny(teacher, seed=2)
+    asked = [*run, f"teacher_model={teacher}", f"output_dir={tmp_path / 'run'}"]
+    for task, said in (("reasoning_gym/gsm_symbolic", 1), ("reasoning_gym/chain_sum/min_terms:9", 0)):
+        caplog.clear()
+        config = {"trainer": "sft", "run_name": "a", "output_dir": "b", "dataset_id_or_path": task}
+        (teacher / "config.yaml").write_text(json.dumps(config))
+        make_plan(config_of(*asked))
+        assert sum(f"was trained on {task}, and" in line for line in caplog.messages) == said
 
 
 def test_the_plan_has_the_batch_and_the_memory_of_the_teacher(run, tmp_path, in_root):

@@ -27,6 +27,12 @@ def test_top_share_is_the_mean_of_the_largest_values_rounded_up(share, expected)
     assert top_share(KL, share).item() == pytest.approx(expected)
 
 
+def test_a_share_that_floats_round_up_takes_no_value_more():
+    values = torch.arange(100.0)
+    assert 0.07 * 100 > 7
+    assert top_share(values, 0.07).item() == pytest.approx(96.0)  # 93 to 99
+
+
 def test_log_sum_exp_lies_between_the_mean_and_the_maximum():
     two = torch.tensor([0.0, math.log(3.0)])
     assert log_sum_exp(two, 1.0).item() == pytest.approx(math.log(2.0))  # log of (1 + 3) / 2

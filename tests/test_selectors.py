@@ -67,7 +67,7 @@ def test_a_budget_ends_with_the_first_text_that_is_too_much():
 
 
 @pytest.mark.parametrize(("by", "names"), [("reward", "a"), ("rsr", "cd"), ("likelihood", "bd")])
-def test_selections_have_as_many_trained_tokens_from_the_first_question_on(by, names):
+def test_selections_have_at_most_so_many_trained_tokens_from_the_first_question_on(by, names):
     config = replace(CONFIG, select=by, select_student_tokens=45)
     selection = select(rank(ROWS, by), config)
     assert "".join(row["reasoning_trace"][-1] for row in selection.kept) == names  # the reward's second has 50 tokens
@@ -82,6 +82,38 @@ def test_rows_of_several_completions_are_taken_apart():
     row |= {"rsr": [2.0, 1.0, 0.5], "match_reward": [0.0, 0.0, -1.0], "trained_tokens": [5, 6, 7]}
     (best,), _ = select_scored([row], load_format("stratos"), "rsr", 0, 6, "rows")
     assert best["reasoning_trace"] == "two" and best["trained_tokens"] == 6 and "completions" not in best
+
+
+def test_a_completion_that_is_chosen_keeps_all_of_its_own_scores_and_none_of_its_siblings():
+    row = {"question": "q", "solution": "s", "completions": [f"one{END}", f"two{END}"], "sources": ["x", "y"]}
+    row |= {"reward": [1.0, 2.0], "kl_reward": [-1.0, None], "rank": [2, 1], "best_index": 1, "tags": ["a", "b"]}
+    (best,), _ = select_scored([row], load_format("stratos"), "reward", 0, None, "rows")
+    own = {"completion": f"two{END}", "reasoning_trace": "two", "matched": True, "rank": 1}
+    asked = {"question": "q", "solution": "s", "tags": ["a", "b"]}  # a row's own list of as many texts stays whole
+    assert best == {**asked, **own, "reward": 2.0, "kl_reward": None, "sources": "y"}
+
+
+def test_a_format_is_read_off_the_text_whatever_its_penalty_was():
+    rows = [{"question": "q", "solution": "s", "completion": text, "match_reward": 0} for text in ("a", f"b{END}")]
+    (best,), _ = select_scored(rows, load_format("stratos"), "random", 0, None, "rows")
+    assert best["reasoning_trace"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({"completion": "a", "reward": "x"}, "rows row 1: reward must be a number, not 'x'"),
+        (
+            {"completions": ["a", "b"], "reward": [1.0]},
+            "reward must be a list of 2 numbers, one for each completion, not",
+        ),
+        ({"completions": ["a", "b"], "reward": [1.0, "x"]}, "one for each completion, not [1.0, 'x']"),
+    ],
+)
+def test_scores_that_cannot_be_read_are_named(scores, said):
+    with pytest.raises(Refused) as refused:
+        select_scored([{"question": "q", "solution": "s", **scores}], load_format("stratos"), "reward", 0, None, "rows")
+    assert said in str(refused.value)
 
 
 BAD = [

@@ -33,7 +33,8 @@ def build_distillation(plan: Plan):
     settings: DistillSettings = plan.settings
     tokenizer, style = tokenizer_and_style(settings)
     train_rows, eval_rows = split_rows(settings, style)
-    asked = with_all_columns(rows_with_prompts(settings, train_rows, tokenizer, style))
+    teacher_tokenizer = tokenizer_of_teacher(settings, tokenizer)
+    asked = with_all_columns(rows_with_prompts(settings, train_rows, tokenizer, style, teacher_tokenizer))
     held_out = held_out_rows(settings, eval_rows, tokenizer, style)
     # Before the arguments, once which exist ZeRO-3 shards whatever is loaded: each device reads with a whole teacher.
     teacher = build_teacher(settings, tokenizer)
@@ -67,7 +68,9 @@ def build_distillation(plan: Plan):
     return trainer, evaluation
 
 
-def rows_with_prompts(settings: DistillSettings, rows: list[dict], tokenizer, style: ReasoningFormat) -> list[dict]:
+def rows_with_prompts(
+    settings: DistillSettings, rows: list[dict], tokenizer, style: ReasoningFormat, teacher_tokenizer
+) -> list[dict]:
     """Rows with the student's `prompt` and the `teacher_prompt`; those of which one is too long are left out.
 
     Raises:
@@ -75,7 +78,8 @@ def rows_with_prompts(settings: DistillSettings, rows: list[dict], tokenizer, st
     """
     kept, dropped = [], Counter()
     for row in rows:
-        prompts = distillation_prompts(tokenizer, style, row, settings.teacher_prompt, student_system(row, settings))
+        system = student_system(row, settings)
+        prompts = distillation_prompts(tokenizer, style, row, settings.teacher_prompt, system, teacher_tokenizer)
         both = prompt_token_ids(tokenizer, [prompts.student, prompts.teacher])
         if max(map(len, both)) > settings.max_prompt_length:
             dropped[f"prompt longer than max_prompt_length={settings.max_prompt_length}"] += 1
@@ -99,20 +103,25 @@ def held_out_rows(settings: DistillSettings, rows: list[dict], tokenizer, style:
     return question_rows(rows, tokenizer, settings, render)
 
 
-def build_teacher(settings: DistillSettings, tokenizer) -> PreTrainedModel | None:
-    """The frozen teacher in the dtype of forward passes; None where the student's base under its adapter is it.
+def tokenizer_of_teacher(settings: DistillSettings, tokenizer):
+    """With its own chat template; the student's where the student is its own teacher.
 
     Raises:
         Refused: its vocabulary is not the student's.
     """
-    if settings.teacher_model is None and settings.use_peft:
-        return None
-    name = settings.teacher_model or settings.model_name_or_path
-    path = resolve_model_path(name)
-    theirs = load_tokenizer(path, settings.trust_remote_code)
+    if settings.teacher_model is None:
+        return tokenizer
+    theirs = load_tokenizer(resolve_model_path(settings.teacher_model), settings.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise Refused(another_vocabulary(settings, len(theirs), len(tokenizer)))
-    return build_frozen(path, tokenizer, settings)
+    return theirs
+
+
+def build_teacher(settings: DistillSettings, tokenizer) -> PreTrainedModel | None:
+    """The frozen teacher in the dtype of forward passes; None where the student's base under its adapter is it."""
+    if settings.teacher_model is None and settings.use_peft:
+        return None
+    return build_frozen(resolve_model_path(settings.teacher_model or settings.model_name_or_path), tokenizer, settings)
 
 
 def check_top_k(settings: DistillSettings, policy: PreTrainedModel) -> None:

@@ -29,12 +29,16 @@ from rlt.models.residence import resident
 from rlt.prompts.distillation import Completion, read_completion
 from rlt.prompts.rendering import prompt_token_ids
 from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards.gate import comes_to
 from rlt.survival.kill_points import kill_point
 from trainers.configs import DistillationConfig
 from trainers.generation import SeededGeneration
 from trainers.outputs import asked_columns, update_seconds
 from trainers.recovery import RecoversMemory
 from trainers.stopping import GivesUpSteps
+
+# Figures of the loss, and the tokens that they are a mean over.
+OVER_TOKENS = {"divergence": "asked_tokens", "entropy": "asked_tokens", "solution_surprise": "known_tokens"}
 
 
 class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTrainer, RecoversMemory):
@@ -138,7 +142,7 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
 
     def _read_completion(self, row: dict, ids: list[int]) -> Completion:
         solution = row["solution"] if self.learns_solution else None
-        return read_completion(self.processing_class, self.style, ids, self.teacher_prompt, solution)
+        return read_completion(self.processing_class, self.style, ids, self.teacher_prompt, solution, comes_to)
 
     # The teacher
 
@@ -212,6 +216,8 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         metrics["entropy"].append(total[1] / max(total[3], 1.0))
         if self.learns_solution:
             metrics["solution_surprise"].append(total[2] / max(total[4], 1.0))
+        metrics["asked_tokens"].append(total[3])
+        metrics["known_tokens"].append(total[4])
         means = [[values.mean().item() for values in kind] for kind in (asked_for, entropy)]
         self._of_rows[self._step % self.args.gradient_accumulation_steps] = list(zip(*means, strict=True))
 
@@ -227,6 +233,8 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
             logs |= slowest(sum(self._metrics["train"]["generation/seconds"]), self.accelerator.device)
         if self.model.training and self._metrics["train"].get("step_time"):
             self._metrics["train"]["update/seconds"].append(update_seconds(self._metrics["train"]))
+        if self.model.training:
+            weigh_by_tokens(self._metrics["train"])
         super().log(logs, start_time)
 
     # Resume
@@ -235,6 +243,16 @@ class DistillationTrainer(SeededGeneration, GivesUpSteps, trl.DistillationTraine
         # Checkpoints stand between optimizer steps, and each step samples anew.
         state: Any = read_json(folder / TRAINER_STATE_NAME)
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
+
+
+def weigh_by_tokens(metrics: dict[str, list[float]]) -> None:
+    """Means of micro-batches become one mean over tokens, where TRL would take the mean of means; the numbers of tokens
+    go."""
+    counts = {name: metrics.pop(name, []) for name in ("asked_tokens", "known_tokens")}
+    for name, tokens in OVER_TOKENS.items():
+        if weights := counts[tokens] if metrics.get(name) else []:
+            total = sum(value * weight for value, weight in zip(metrics[name], weights, strict=True))
+            metrics[name] = [total / max(sum(weights), 1.0)]
 
 
 def behind(prompts: list[list[int]], completions: list[list[int]]) -> tuple[list[list[int]], list[range]]:

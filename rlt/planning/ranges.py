@@ -45,6 +45,9 @@ def check_ranges(config: dict[str, Any]) -> None:
     Raises:
         Refused: the first key whose value lies outside, and what would do.
     """
+    for key, value in config.items():
+        if value != value:  # NaN, which no comparison refuses
+            raise Refused(f"{key}={value} must be a number")
     for keys, fits, words in RANGES:
         for key in keys:
             if config.get(key) is not None and not fits(config[key]):

@@ -1,13 +1,14 @@
 """A command line becomes a plan: memory profile, keys, warm-up, servers, checks, in one place for all doors."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlt.errors import Refused
 from rlt.planning.checks import check_keys, check_server_devices
 from rlt.planning.configuration import compose_config, named_keys, quoted
+from rlt.planning.distill_checks import check_models
 from rlt.planning.machine import count_gpus
 from rlt.planning.plan import Plan, make_plan
 from rlt.planning.profiles import with_memory_profile
@@ -15,7 +16,7 @@ from rlt.planning.transfer import with_weight_transfer
 from rlt.planning.trl_fields import typed_settings
 from rlt.runs.folder import MARKER, check_output, is_complete
 from rlt.runs.trackers import as_override
-from rlt.schema import profile_of
+from rlt.schema import DistillSettings, profile_of
 
 STARTING = "http://127.0.0.1:0"  # the address of servers until they have their ports
 
@@ -60,7 +61,11 @@ def resolve(
         check_server_devices(typed_settings(config), server_devices)
         config = {**config, "use_vllm_server": True, "vllm_server_base_url": STARTING}
     config = with_weight_transfer(config, count_gpus(), devices if trains_here else 0, server_devices)
-    return Resolved(make_plan(config, devices, warmup is not None, sharding, list_missing), warmup)
+    plan = make_plan(config, devices, warmup is not None, sharding, list_missing)
+    if warmup is not None and isinstance(plan.settings, DistillSettings):
+        first, _ = compose_config(warmup)
+        check_models(replace(plan.settings, model_name_or_path=first["model_name_or_path"]))
+    return Resolved(plan, warmup)
 
 
 def with_warmup(

@@ -19,13 +19,12 @@ own way:
 """
 
 import os
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rlt.prompts.rendering import render_question, render_teacher_prompt
 from rlt.prompts.styles import ReasoningFormat
 
-SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 TEACHER_PROMPTS = ("teaching", "solution", "question")
 SHOWN = (
     "{question}\n\nThis is the solution, for you alone:\n\n{solution}\n\nNow answer the question in your own words, "
@@ -42,22 +41,23 @@ class Prompts:
 
 
 def distillation_prompts(
-    tokenizer, style: ReasoningFormat, row: dict, teacher_prompt: str, system: str | None
+    tokenizer, style: ReasoningFormat, row: dict, teacher_prompt: str, system: str | None, teacher_tokenizer
 ) -> Prompts:
     """Both prompts of a row with `question` and `solution`.
 
     Args:
         teacher_prompt: one of `TEACHER_PROMPTS`.
         system: the student's system prompt; None: the style's.
+        teacher_tokenizer: of the same vocabulary, with the chat template that the teacher knows.
     """
     question, solution = row["question"], row["solution"]
     asked = render_question(tokenizer, style, question, system)
     if teacher_prompt == "question":
-        return Prompts(asked, asked)
+        return Prompts(asked, render_question(teacher_tokenizer, style, question, system))
     if teacher_prompt == "solution":
         shown = SHOWN.format(question=question, solution=solution)
-        return Prompts(asked, render_question(tokenizer, style, shown, system))
-    teaching = render_teacher_prompt(tokenizer, style, question, solution, row.get("teacher_system_prompt"))
+        return Prompts(asked, render_question(teacher_tokenizer, style, shown, system))
+    teaching = render_teacher_prompt(teacher_tokenizer, style, question, solution, row.get("teacher_system_prompt"))
     return Prompts(f"{asked}{style.thought_tags[0]}\n\n", teaching)
 
 
@@ -76,7 +76,12 @@ class Completion:
 
 
 def read_completion(
-    tokenizer, style: ReasoningFormat, ids: list[int], teacher_prompt: str, solution: str | None
+    tokenizer,
+    style: ReasoningFormat,
+    ids: list[int],
+    teacher_prompt: str,
+    solution: str | None,
+    comes_to: Callable[[str, str], bool],
 ) -> Completion:
     """A sampled completion as both models read it.
 
@@ -84,6 +89,7 @@ def read_completion(
         ids: as it was sampled, with the token that ends it.
         teacher_prompt: one of `TEACHER_PROMPTS`.
         solution: of the question, read behind a thought that comes to it; None: what follows a thought is left out.
+        comes_to: whether a thought does, of it and the solution.
     """
     if teacher_prompt != "teaching":
         return Completion(ids, ids)
@@ -101,23 +107,19 @@ def read_completion(
     return Completion(thought + behind[:kept], thought + tag[:alike])
 
 
-def comes_to(thought: str, solution: str) -> bool:
-    """Whether a thought's last sentence states the solution."""
-    last = SENTENCE.split(thought.strip())[-1]
-    return re.search(rf"(?<![\w/]){re.escape(solution.strip())}(?![\w/])", last) is not None
-
-
 def thought_of(tokenizer, style: ReasoningFormat, ids: list[int]) -> tuple[list[int], bool]:
     """The tokens before the thought's end, and whether it came to one: an end tag, or the end of the turn.
 
     What the two end tags begin with alike is taken for the end tag, whatever the student goes on with: there the
-    teacher would write its own tag, and a student that has missed its own would be taught never to write it again. A
-    token that holds the end of the thought and the beginning of its tag is left out.
+    teacher would write its own tag, and a student that has missed its own would be taught never to write it again.
+    Alike in their punctuation alone (`</`) they are no sign of an end, as thoughts have such too. A token that holds
+    the end of the thought and the beginning of its tag is left out.
     """
     over = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
     ids = ids[: over[0]] if over else ids
     begun = os.path.commonprefix([style.thought_tags[1], style.explanation_tags[1]])
-    end = tokenizer.decode(ids).find(begun if len(begun) > 1 else style.thought_tags[1])
+    named = any(map(str.isalnum, begun))
+    end = tokenizer.decode(ids).find(begun if named else style.thought_tags[1])
     return (ids, bool(over)) if end < 0 else (ids[: _tokens_within(tokenizer, ids, end)], True)
 
 

@@ -3,11 +3,13 @@
 import re
 
 from rlt.prompts.styles import ReasoningFormat
+from rlt.rewards.amounts import is_same_amount, read_amount
 from rlt.rewards.verifiers import final_answer
 from rlt.schema import ResultGateConfig
 
-NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
+NUMBER = re.compile(r"(?:(?<!\d)[-−])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
 BOXED = "\\boxed{"
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def own_result(explanation: str, style: ReasoningFormat, solution: str) -> str | None:
@@ -19,6 +21,18 @@ def own_result(explanation: str, style: ReasoningFormat, solution: str) -> str |
         numbers = NUMBER.findall(explanation)
         found = numbers[-1] if numbers else None
     return found
+
+
+def comes_to(thought: str, solution: str) -> bool:
+    """Whether a thought's last sentence states the solution: by its last number where the solution is a number, else as
+    it is written."""
+    last = SENTENCE.split(thought.strip())[-1]
+    wanted = read_amount(solution)
+    if wanted is None:
+        return re.search(rf"(?<![\w/]){re.escape(solution.strip())}(?![\w/])", last) is not None
+    numbers = NUMBER.findall(last)
+    found = read_amount(numbers[-1]) if numbers else None
+    return found is not None and is_same_amount(found, wanted)
 
 
 def last_boxed(text: str) -> str | None:

@@ -28,7 +28,7 @@ def top_share(values_T: torch.Tensor, share: float) -> torch.Tensor:
     A maximum is the share 1 / T of a text that grows with T; a fixed share stays comparable between lengths. Source:
     expected shortfall (conditional value at risk) at level 1 - share, Rockafellar and Uryasev, 2000.
     """
-    count = min(len(values_T), math.ceil(share * len(values_T)))
+    count = max(1, math.ceil(round(share * len(values_T), 6)))  # by floats 0.07 of 100 is 7.000000000000001
     return values_T.topk(count).values.mean()
 
 

@@ -14,23 +14,46 @@ from rlt.data.splits import normalised
 from rlt.errors import Refused
 from rlt.prompts.rendering import split_completion
 from rlt.prompts.styles import ReasoningFormat
-from rlt.traces.ranking import check_columns, worth
+from rlt.traces.ranking import SCORED_WITH, check_columns, worth
 from rlt.traces.selection import Budget, rank
 
-FIGURES = ("reward", "likelihood", "rsr", "match_reward", "student_tokens", "trained_tokens")
+FIGURES = ("reward", "likelihood", "rsr", "student_tokens", "trained_tokens")
+OF_ALL = ("completions", "rank", "best_index")  # columns that say nothing of a completion by itself
 
 
-def one_by_one(row: dict, style: ReasoningFormat) -> Iterator[dict]:
-    """A row for each of its completions, with the completion's own scores and the trace that a student learns."""
+def one_by_one(row: dict, style: ReasoningFormat, place: str) -> Iterator[dict]:
+    """A row for each of its completions, with the completion's own scores and the trace that a student learns.
+
+    Args:
+        place: of the row, for messages.
+
+    Raises:
+        Refused: a score is no number, or there are not as many as completions.
+    """
     several = row.get("completions")
     answers = [row["completion"]] if several is None else several
-    for place, answer in enumerate(answers):
-        own = {key: row[key][place] if isinstance(row[key], list) else row[key] for key in FIGURES if key in row}
-        if "matched" not in row:
-            own["matched"] = own.get("match_reward") == 0
-        trace = split_completion(style, answer)[0].strip()
-        kept = {key: value for key, value in row.items() if key not in ("completions", "rank", "best_index")}
-        yield {**kept, **own, "completion": answer, "reasoning_trace": trace}
+    row = {key: value for key, value in row.items() if key not in OF_ALL}
+    lists = {} if several is None else row
+    by_answer = {key: value for key, value in lists.items() if _is_of_each(key, value, answers)}
+    rest = {key: value for key, value in row.items() if key not in by_answer}
+    for key in FIGURES:
+        values = by_answer.get(key, [row.get(key)])
+        if not all(isinstance(value, int | float | None) for value in values):
+            wanted = "a number" if several is None else f"a list of {len(answers)} numbers, one for each completion"
+            raise Refused(f"{place}: {key} must be {wanted}, not {row[key]!r}")
+    for number, answer in enumerate(answers):
+        explanation, closed = split_completion(style, answer)
+        trace = explanation.strip()
+        own = {"matched": closed and bool(trace)} if "matched" not in row else {}
+        own |= {key: values[number] for key, values in by_answer.items()}
+        yield {**rest, **own, "completion": answer, "reasoning_trace": trace}
+
+
+def _is_of_each(key: str, value: Any, answers: list[str]) -> bool:
+    """Whether a column has a cell for each completion: what score.py wrote, and who wrote the completions."""
+    if not isinstance(value, list) or len(value) != len(answers):
+        return False
+    return key in ("sources", "matched") or all(isinstance(one, int | float | None) for one in value)
 
 
 def select_scored(
@@ -48,10 +71,13 @@ def select_scored(
     Raises:
         Refused: the rows lack a score, or nothing is left.
     """
-    each: list[dict[str, Any]] = [one for row in rows for one in one_by_one(row, style)]
+    each: list[dict[str, Any]] = [
+        one for number, row in enumerate(rows, start=1) for one in one_by_one(row, style, f"{place} row {number}")
+    ]
     check_columns(each, select, place)
     if student_tokens is not None and any(row.get("trained_tokens") is None for row in each):
-        raise Refused(f"select_student_tokens={student_tokens}: {place} has rows without 'trained_tokens'")
+        lacks = f"{place} has rows without 'trained_tokens'"
+        raise Refused(f"select_student_tokens={student_tokens}: {lacks}: {SCORED_WITH}")
     dropped: Counter[str] = Counter()
     kept, budget = [], Budget(student_tokens)
     for _, members in groupby(rank(each, select, seed), key=lambda row: normalised(row["question"])):
