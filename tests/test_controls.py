@@ -147,12 +147,12 @@ def test_seeds_for_tuning_stand_in_no_table(tmp_path):
 
 
 def test_what_was_tried_afterwards_has_a_table_of_its_own_which_says_that_it_answers_nothing(tmp_path):
-    for arm, accuracy in (("rl", 0.4), ("rl-best-of-n", 0.3)):
+    for arm, accuracy in (("rl-twice", 0.4), ("rl-best-of-n-twice", 0.3)):
         records.write(tmp_path, arm, 100, "abc", {"accuracy": accuracy})
     text = tables.write(tmp_path)
     assert "2 results at commit abc, seeds 100.\nThese seeds are for tuning: they answer nothing" in text
     assert "INCOMPLETE" not in text
-    assert "| `rl-best-of-n` | 1 | +0.100 |  | +0.100 |" in text
+    assert "| `rl-best-of-n-twice` | 1 | +0.100 |  | +0.100 |" in text
     assert not arms.TRIED.keys() & arms.ARMS.keys()
 
 
@@ -178,7 +178,7 @@ def test_the_plan_names_every_arm_with_its_seeds():
         (["--out", "x", "--arms", "magic"], "invalid choice: 'magic'"),
         (["--out", "x", "--seeds", "-1"], "from 0 on"),
         (["--out", "x", "--seeds", "1", "100"], "those from 100 on are for tuning"),
-        (["--out", "x", "--arms", "rl", "rl-best-of-n"], "--arms rl-best-of-n: not of the plan"),
+        (["--out", "x", "--arms", "rl", "rl-twice"], "--arms rl-twice: not of the plan"),
         (["--tables", "--results", "nowhere"], "holds no result"),
     ],
 )

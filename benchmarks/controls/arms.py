@@ -39,6 +39,7 @@ class Arm:
         of: traces that are sampled of each question; the best by the reward is taken.
         edit: of each trace, with its question.
         whole: a second student learns from every question once, whatever the number of tokens.
+        tokens: that its student is trained on, where it learns from texts.
     """
 
     words: str
@@ -47,6 +48,7 @@ class Arm:
     of: int = 1
     edit: Callable[[str, str], str] | None = None
     whole: bool = False
+    tokens: int = settings.TRAINED_TOKENS
 
 
 # What trained them from the warm-up on; nothing: the warm-up itself.
@@ -57,7 +59,6 @@ TEACHERS: dict[str, tuple[str, ...]] = {
     "solution-only": ("reward_cfg=solution_only",),
     "kl-only": ("reward_cfg=kl_only",),
     "mismatched": ("reward_cfg=teacher",),  # of another seed's student
-    "rl-of-16": ("reward_cfg=teacher", "num_generations=16", f"train_batch_size={2 * settings.BATCH}"),
 }
 ARMS = {
     "base": Arm("the model as it was published", "base"),
@@ -78,10 +79,19 @@ ARMS = {
     ),
     "opd-rl": Arm("the distribution of `rl`'s teacher over its own samples, and right solutions", "opd", "rl"),
 }
-# Not of the plan: what was tried once its answer was there, on seeds for tuning alone (docs/results.md).
+# Not of the plan: what was tried once its answer was there, on seeds for tuning alone (docs/results.md). Twice the
+# tokens, as the plan's students are early in their training; the filter over the trained teacher, beside either alone.
+TWICE = 2 * settings.TRAINED_TOKENS
 TRIED = {
-    "rl-best-of-n": Arm(f"the best of {settings.BEST_OF} of `rl` by the reward", teacher="rl", of=settings.BEST_OF),
-    "rl-of-16": Arm("of a teacher trained on groups of sixteen, not eight", teacher="rl-of-16"),
+    "warm-up-twice": Arm("as `warm-up`, twice the tokens", teacher="warm-up", tokens=TWICE),
+    "best-of-n-twice": Arm("as `best-of-n`, twice the tokens", teacher="warm-up", of=settings.BEST_OF, tokens=TWICE),
+    "rl-twice": Arm("as `rl`, twice the tokens", teacher="rl", tokens=TWICE),
+    "rl-best-of-n-twice": Arm(
+        f"the best of {settings.BEST_OF} of `rl` by the reward, twice the tokens",
+        teacher="rl",
+        of=settings.BEST_OF,
+        tokens=TWICE,
+    ),
 }
 KNOWN = ARMS | TRIED
 PRIMARY = ("base", "warm-up", "best-of-n", "rl", "random", "worked")

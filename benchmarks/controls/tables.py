@@ -60,9 +60,14 @@ def _names(results: list[Result], beginning: str) -> list[str]:
     return sorted({name for one in results for name in one.figures if name.startswith(beginning)})
 
 
-def differences(results: list[Result], of: str = "rl", name: str = "accuracy") -> dict[str, Difference]:
-    """A figure of one arm's students minus that of every other's."""
-    found = figure_of(results, name)
+def subject(results: list[Result]) -> str:
+    """The arm that all others are compared with."""
+    return "rl" if any(one.arm == "rl" for one in results) else "rl-twice"
+
+
+def differences(results: list[Result], name: str = "accuracy") -> dict[str, Difference]:
+    """A figure of the subject's students minus that of every other arm's."""
+    found, of = figure_of(results, name), subject(results)
     return {arm: paired(values, found[of]) for arm, values in found.items() if of in found and arm != of}
 
 
@@ -90,7 +95,7 @@ def _arms(results: list[Result]) -> list[str]:
 
 def _differences(results: list[Result]) -> list[str]:
     """Those of the plan; then by task, for an analysis of them."""
-    heads = ("accuracy of `rl` minus", "seeds", "mean, 95 % t-interval", "effect size", "by seed")
+    heads = (f"accuracy of `{subject(results)}` minus", "seeds", "mean, 95 % t-interval", "effect size", "by seed")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines += _rows(results, "accuracy", "") + _rows(results, EVERY_QUESTION, ", every question once")
     for name in _names(results, OF_TASK):
@@ -99,12 +104,12 @@ def _differences(results: list[Result]) -> list[str]:
 
 
 def _rows(results: list[Result], name: str, suffix: str, of: Iterable[str] = tuple(KNOWN)) -> list[str]:
-    found, lines = figure_of(results, name), []
+    found, of_subject, lines = figure_of(results, name), figure_of(results, name).get(subject(results), {}), []
     for arm, one in differences(results, name=name).items():
         if arm not in of:
             continue
-        shared = sorted(found["rl"].keys() & found[arm])
-        by_seed = ", ".join(f"{found['rl'][seed] - found[arm][seed]:+.3f}" for seed in shared)
+        shared = sorted(of_subject.keys() & found[arm])
+        by_seed = ", ".join(f"{of_subject[seed] - found[arm][seed]:+.3f}" for seed in shared)
         named = f"**`{arm}`**" if arm in PRIMARY and not suffix else f"`{arm}`{suffix}"
         effect = f"{one.effect:+.2f}" if isfinite(one.effect) else ""
         cells = [named, str(one.seeds), _interval(one.estimate, signed=True), effect, by_seed]

@@ -110,7 +110,7 @@ class Seed:
         if arm.edit is not None:
             of_teacher = {}  # which are of the texts as they were sampled
             read = [{**row, "reasoning_trace": arm.edit(row["reasoning_trace"], row["question"])} for row in read]
-        learned = rows.to_tokens(read, settings.TRAINED_TOKENS)
+        learned = rows.to_tokens(read, arm.tokens)
         rows.write(folder / "rows.jsonl", learned)
         student = self.learn(folder / "student", folder / "rows.jsonl", self.novice, "num_train_epochs=1")
         whole = self.of_every_question(folder / "whole", read) if arm.whole else {}
