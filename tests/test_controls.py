@@ -1,6 +1,7 @@
 """The matrix of controls: its rows, edits, measures, results and statistics; its runs are those of the other tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -121,6 +122,23 @@ def test_tables_come_from_the_results_alone(tmp_path):
     assert "| reward | 6 | +1.000 [+1.000, +1.000] |" in done.stdout
     assert (tmp_path / tables.TABLES).read_text() == done.stdout
     assert (tmp_path / tables.FIGURE).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("folder", ["results", "tried"])
+def test_committed_tables_are_those_of_the_committed_results(folder, tmp_path):
+    committed = ROOT / "benchmarks" / "controls" / folder
+    for path in committed.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    assert tables.write(tmp_path) == (committed / tables.TABLES).read_text()
+
+
+def test_the_answer_stands_on_every_result_of_the_plan():
+    results, others = records.read_all(records.RESULTS)
+    assert {(one.arm, one.seed) for one in results} == {(a, seed) for a in arms.ARMS for seed in arms.seeds_of(a)}
+    assert not others
+    claim = tables.differences(results)["warm-up"]
+    page = (ROOT / "docs" / "results.md").read_text().replace("−", "-")
+    assert f"| `warm-up`: **the claim** | {claim.estimate.signed} | {claim.effect:+.2f} |" in page
 
 
 def test_results_of_another_commit_or_other_settings_are_named_and_not_mixed(tmp_path):
